@@ -1,0 +1,400 @@
+"""Counters in shared memory: a column per shard (single writer), their sums, the loads that policies compare, rank states.
+
+Runs in: shards (`Column` writes, `Loads` reads on the request path), control (`Totals` reads, `retire` folds a dead shard's column
+    away), index (`RankTable` writes).
+Contract: a word is written by the one process that owns its column; totals are sums over all columns, so a reader may see a
+    request in the middle of its begin, never a lost one. Gauges are the words listed in GAUGES: they vanish with their
+    shard, all other words move into the retired column. Sums of gauges below zero (read in the middle of a change) count as 0.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+
+import os
+
+cimport cython
+from sf_shm cimport *
+
+# Words of a worker in a shard's column.
+W_INFLIGHT_REQUESTS = 0
+W_INFLIGHT_TOKENS = 1     # uncached prompt tokens sent and not yet answered by a first byte
+W_CONNECTIONS = 2
+W_REQUESTS = 3
+W_OK = 4
+W_CLIENT_ERRORS = 5
+W_BUSY = 6
+W_ERRORS = 7
+W_CANCELLED = 8
+W_BYTES_OUT = 9
+W_PROMPT_BLOCKS = 10
+W_OVERLAP_BLOCKS = 11
+W_CONNECT_ERRORS = 12
+W_RESENDS = 13
+# Words of the shard itself.
+S_CONNECTIONS = 0
+S_INFLIGHT = 1
+S_CONNECTIONS_TOTAL = 2
+S_REQUESTS = 3
+S_BYTES_IN = 4
+S_BYTES_OUT = 5
+S_UPSTREAM_CONNECTS = 6
+S_UPSTREAM_REUSES = 7
+S_RESENDS = 8
+S_CLIENT_GONE = 9
+S_STREAMS_CUT = 10
+S_RESPONSES_2XX = 11
+S_RESPONSES_3XX = 12
+S_RESPONSES_4XX = 13
+S_RESPONSES_5XX = 14
+S_UNUSUAL_HEADS = 15
+S_PROMPTS_KEYED = 16
+S_PROMPTS_UNKEYED = 17
+S_PROMPT_TOKENS = 18
+S_DECISIONS = 32          # 16 words, one per decision of the policies
+S_REASONS = 64            # 64 words, one per row of errors.REASONS
+S_TTFT = 128              # histogram: buckets, then count and sum in microseconds
+S_DURATION = 160
+# Upper bounds in microseconds; the last bucket is unbounded. Aligned with SGLang's own TTFT buckets from 100 ms up.
+BUCKETS_US = (
+    1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 100_000, 200_000, 400_000, 600_000, 800_000, 1_000_000, 2_000_000, 4_000_000,
+    6_000_000, 8_000_000, 10_000_000, 20_000_000, 40_000_000, 60_000_000, 80_000_000, 100_000_000, 200_000_000, 400_000_000,
+)
+HISTOGRAM_BUCKETS = 25    # 24 bounds and the rest
+GAUGES_WORKER = (W_INFLIGHT_REQUESTS, W_INFLIGHT_TOKENS, W_CONNECTIONS)
+GAUGES_SHARD = (S_CONNECTIONS, S_INFLIGHT)
+
+cdef enum:
+    c_W_INFLIGHT_REQUESTS = 0
+    c_W_INFLIGHT_TOKENS = 1
+    c_W_REQUESTS = 3
+    c_W_OK = 4
+    c_W_BYTES_OUT = 9
+    c_S_INFLIGHT = 1
+    c_S_REQUESTS = 3
+    c_S_BYTES_OUT = 5
+    c_BUCKETS = 24
+
+cdef uint64_t c_bounds_us[24]
+for _i, _bound in enumerate(BUCKETS_US):
+    c_bounds_us[_i] = _bound
+
+
+@cython.final
+cdef class Column:
+    """The counters of one shard, written by that shard alone."""
+
+    cdef uint64_t *words
+    cdef object segment
+    cdef uint64_t max_workers
+
+    def __cinit__(self, segment, int shard):
+        if not 0 <= shard < segment.max_shards:
+            raise ValueError(f"shard {shard} is outside 0..{segment.max_shards - 1}")
+        self.segment = segment
+        self.words = sf_column(<void *><uintptr_t>segment.address, shard)
+        self.max_workers = segment.max_workers
+
+    cdef uint64_t *worker(self, uint64_t worker_idx) except NULL:
+        if worker_idx >= self.max_workers:
+            raise IndexError(f"worker {worker_idx} is outside 0..{self.max_workers - 1}")
+        return sf_column_worker(self.words, worker_idx)
+
+    def begin(self, unsigned int worker_idx, unsigned long long tokens):
+        """A request was given to the worker with `tokens` uncached prompt tokens (an estimate; 0 = unknown)."""
+        cdef uint64_t *words = self.worker(worker_idx)
+        _sf_add(words + c_W_INFLIGHT_REQUESTS, 1)
+        _sf_add(words + c_W_INFLIGHT_TOKENS, tokens)
+        _sf_add(words + c_W_REQUESTS, 1)
+        _sf_add(self.words + c_S_INFLIGHT, 1)
+        _sf_add(self.words + c_S_REQUESTS, 1)
+
+    def prefilled(self, unsigned int worker_idx, unsigned long long tokens):
+        """The first byte came: these prompt tokens are no load any more."""
+        _sf_add(self.worker(worker_idx) + c_W_INFLIGHT_TOKENS, -tokens)
+
+    def end(self, unsigned int worker_idx, unsigned long long tokens, unsigned int outcome_word,
+            unsigned long long bytes_out):
+        """The request left the worker; `tokens` are what `prefilled` did not take back."""
+        cdef uint64_t *words = self.worker(worker_idx)
+        if outcome_word >= SF_WORKER_WORDS:
+            raise IndexError(f"no outcome word {outcome_word}")
+        _sf_add(words + c_W_INFLIGHT_REQUESTS, <uint64_t>-1)
+        _sf_add(words + c_W_INFLIGHT_TOKENS, -tokens)
+        _sf_add(words + outcome_word, 1)
+        _sf_add(words + c_W_BYTES_OUT, bytes_out)
+        _sf_add(self.words + c_S_INFLIGHT, <uint64_t>-1)
+        _sf_add(self.words + c_S_BYTES_OUT, bytes_out)
+
+    def add(self, unsigned int word, long long n=1):
+        """Add to a word of the shard (negative only for gauges)."""
+        if word >= SF_SHARD_WORDS:
+            raise IndexError(f"no shard word {word}")
+        _sf_add(self.words + word, <uint64_t>n)
+
+    def add_worker(self, unsigned int worker_idx, unsigned int word, long long n=1):
+        """Add to a word of a worker in this shard's column."""
+        if word >= SF_WORKER_WORDS:
+            raise IndexError(f"no worker word {word}")
+        _sf_add(self.worker(worker_idx) + word, <uint64_t>n)
+
+    def observe(self, unsigned int histogram, unsigned long long value_us):
+        """Count a duration in the histogram that starts at word `histogram` (S_TTFT or S_DURATION)."""
+        cdef uint64_t *words = self.words + histogram
+        cdef int i = 0
+        if histogram + c_BUCKETS + 3 > SF_SHARD_WORDS:
+            raise IndexError(f"no histogram at word {histogram}")
+        while i < c_BUCKETS and value_us > c_bounds_us[i]:
+            i += 1
+        _sf_add(words + i, 1)
+        _sf_add(words + c_BUCKETS + 1, 1)
+        _sf_add(words + c_BUCKETS + 2, value_us)
+
+    def get(self, unsigned int word):
+        """A word of this shard, for its own use."""
+        if word >= SF_SHARD_WORDS:
+            raise IndexError(f"no shard word {word}")
+        return <int64_t>_sf_load(self.words + word)
+
+
+@cython.final
+cdef class Loads:
+    """What policies compare: in-flight requests and tokens of a worker, summed over all shards.
+
+    A pool is a contiguous int32 array of worker indexes. Cost of a pick: pool size x shards words; power_of_two reads two workers.
+    Ties are broken at random (reservoir), never by index: equal workers must share the load.
+    """
+
+    cdef void *base
+    cdef object segment
+    cdef uint64_t n_shards
+    cdef uint64_t max_workers
+    cdef uint64_t stride_words
+    cdef uint64_t *first
+    cdef uint64_t random_state
+
+    def __cinit__(self, segment):
+        self.segment = segment
+        self.base = <void *><uintptr_t>segment.address
+        self.n_shards = segment.max_shards
+        self.max_workers = segment.max_workers
+        self.first = sf_column(self.base, 0)
+        self.stride_words = sf_header(self.base).column_stride // 8
+        self.random_state = int.from_bytes(os.urandom(8), "little") | 1
+
+    cdef uint64_t c_random(self) noexcept nogil:
+        # xorshift64*: Vigna, "An experimental exploration of Marsaglia's xorshift generators", 2016
+        self.random_state ^= self.random_state >> 12
+        self.random_state ^= self.random_state << 25
+        self.random_state ^= self.random_state >> 27
+        return self.random_state * <uint64_t>0x2545F4914F6CDD1D
+
+    cdef uint64_t c_below(self, uint64_t n) noexcept nogil:
+        return (self.c_random() >> 32) * n >> 32
+
+    cdef int64_t c_load(self, uint64_t worker_idx, uint64_t word) noexcept nogil:
+        cdef uint64_t *words = self.first + SF_SHARD_WORDS + worker_idx * SF_WORKER_WORDS + word
+        cdef int64_t total = 0
+        cdef uint64_t shard
+        for shard in range(self.n_shards):
+            total += <int64_t>_sf_load(words + shard * self.stride_words)
+        return total if total > 0 else 0
+
+    def requests(self, unsigned int worker_idx):
+        """In-flight requests of a worker over all shards."""
+        if worker_idx >= self.max_workers:
+            raise IndexError(f"worker {worker_idx} is outside 0..{self.max_workers - 1}")
+        return self.c_load(worker_idx, c_W_INFLIGHT_REQUESTS)
+
+    def tokens(self, unsigned int worker_idx):
+        """Uncached prompt tokens that a worker was sent and has not yet answered, over all shards."""
+        if worker_idx >= self.max_workers:
+            raise IndexError(f"worker {worker_idx} is outside 0..{self.max_workers - 1}")
+        return self.c_load(worker_idx, c_W_INFLIGHT_TOKENS)
+
+    def random_below(self, unsigned long long n):
+        """A random number 0..n-1 (n < 2^32)."""
+        return self.c_below(n)
+
+    def least(self, pool, unsigned int word=0):
+        """(position in the pool, load) of the least loaded worker; ties at random. word: 0 requests, 1 tokens."""
+        cdef Py_buffer view
+        cdef const int32_t *workers
+        cdef int64_t load, best = -1
+        cdef uint64_t i, n, ties = 0, choice = 0
+        PyObject_GetBuffer(pool, &view, PyBUF_SIMPLE)
+        workers = <const int32_t *>view.buf
+        n = view.len // sizeof(int32_t)
+        for i in range(n):
+            if <uint64_t>workers[i] >= self.max_workers:
+                continue
+            load = self.c_load(workers[i], word)
+            if best < 0 or load < best:
+                best = load
+                ties = 1
+                choice = i
+            elif load == best:
+                ties += 1
+                if self.c_below(ties) == 0:
+                    choice = i
+        PyBuffer_Release(&view)
+        if best < 0:
+            raise ValueError("the pool is empty")
+        return choice, best
+
+    def span(self, pool, unsigned int word=0):
+        """(smallest, largest) load in the pool."""
+        cdef Py_buffer view
+        cdef const int32_t *workers
+        cdef int64_t load, low = -1, high = -1
+        cdef uint64_t i
+        PyObject_GetBuffer(pool, &view, PyBUF_SIMPLE)
+        workers = <const int32_t *>view.buf
+        for i in range(view.len // sizeof(int32_t)):
+            if <uint64_t>workers[i] >= self.max_workers:
+                continue
+            load = self.c_load(workers[i], word)
+            if low < 0 or load < low:
+                low = load
+            if load > high:
+                high = load
+        PyBuffer_Release(&view)
+        return low, high
+
+    def lighter_of_two(self, pool):
+        """Position of the less loaded of two different workers drawn at random; a tie goes to the first drawn."""
+        cdef Py_buffer view
+        cdef const int32_t *workers
+        cdef uint64_t n, a, b
+        PyObject_GetBuffer(pool, &view, PyBUF_SIMPLE)
+        workers = <const int32_t *>view.buf
+        n = view.len // sizeof(int32_t)
+        if n == 0:
+            PyBuffer_Release(&view)
+            raise ValueError("the pool is empty")
+        a = self.c_below(n)
+        if n > 1:
+            b = self.c_below(n - 1)
+            b += b >= a
+            if <uint64_t>workers[a] < self.max_workers and <uint64_t>workers[b] < self.max_workers:
+                if self.c_load(workers[b], c_W_INFLIGHT_REQUESTS) < self.c_load(workers[a], c_W_INFLIGHT_REQUESTS):
+                    a = b
+        PyBuffer_Release(&view)
+        return a
+
+
+@cython.final
+cdef class Totals:
+    """Sums over all columns, and the folding away of a dead shard. For control: nothing here is for the request path."""
+
+    cdef void *base
+    cdef object segment
+
+    def __cinit__(self, segment):
+        self.segment = segment
+        self.base = <void *><uintptr_t>segment.address
+
+    def shard(self):
+        """The shard words, summed: a list of SF_SHARD_WORDS integers."""
+        cdef uint64_t columns = sf_header(self.base).max_shards + 1
+        cdef uint64_t column, word
+        sums = []
+        for word in range(SF_SHARD_WORDS):
+            total = 0
+            for column in range(columns):
+                total += <int64_t>_sf_load(sf_column(self.base, column) + word)
+            sums.append(total)
+        return sums
+
+    def worker(self, unsigned int worker_idx):
+        """The words of one worker, summed: a list of SF_WORKER_WORDS integers."""
+        cdef uint64_t columns = sf_header(self.base).max_shards + 1
+        cdef uint64_t column, word
+        if worker_idx >= self.segment.max_workers:
+            raise IndexError(f"worker {worker_idx} is outside 0..{self.segment.max_workers - 1}")
+        sums = []
+        for word in range(SF_WORKER_WORDS):
+            total = 0
+            for column in range(columns):
+                total += <int64_t>_sf_load(sf_column_worker(sf_column(self.base, column), worker_idx) + word)
+            sums.append(total)
+        return sums
+
+    def retire(self, unsigned int shard):
+        """Fold the column of a shard that is dead: its gauges vanish, its totals stay. Only while no process has the slot."""
+        cdef uint64_t *words
+        cdef uint64_t *retired
+        cdef uint64_t worker_idx, word
+        if shard >= self.segment.max_shards:
+            raise IndexError(f"shard {shard} is outside 0..{self.segment.max_shards - 1}")
+        words = sf_column(self.base, shard)
+        retired = sf_column(self.base, self.segment.max_shards)
+        for word in range(SF_SHARD_WORDS):
+            if word not in GAUGES_SHARD:
+                _sf_add(retired + word, _sf_load(words + word))
+            _sf_store(words + word, 0)
+        for worker_idx in range(self.segment.max_workers):
+            words = sf_column_worker(sf_column(self.base, shard), worker_idx)
+            retired = sf_column_worker(sf_column(self.base, self.segment.max_shards), worker_idx)
+            for word in range(SF_WORKER_WORDS):
+                if word not in GAUGES_WORKER:
+                    _sf_add(retired + word, _sf_load(words + word))
+                _sf_store(words + word, 0)
+
+
+R_STATE = 0
+R_LAST_SEQ = 1           # last applied sequence number + 1; 0 = none yet
+R_BATCHES = 2
+R_EVENTS = 3
+R_BLOCKS_STORED = 4
+R_BLOCKS_REMOVED = 5
+R_GAPS = 6
+R_DUPLICATES = 7
+R_RESTARTS = 8
+R_UNDECODED = 9
+R_REPLAYS = 10
+R_GIVE_UPS = 11
+R_OWNED_BLOCKS = 12
+R_LAST_EVENT_MS = 13     # wall clock
+R_REASON = 14            # why the state is DEGRADED or BLIND: index into sglfast.shm.RANK_REASONS
+R_GENERATION = 15        # generation of the worker that the row speaks of
+RANK_BLIND, RANK_SYNCING, RANK_EXACT, RANK_DEGRADED = range(4)
+
+
+@cython.final
+cdef class RankTable:
+    """State and counters of every rank's event stream; written by index alone."""
+
+    cdef void *base
+    cdef object segment
+    cdef uint64_t max_ranks
+
+    def __cinit__(self, segment):
+        self.segment = segment
+        self.base = <void *><uintptr_t>segment.address
+        self.max_ranks = segment.max_ranks
+
+    cdef uint64_t *row_of(self, uint64_t rank) except NULL:
+        if rank >= self.max_ranks:
+            raise IndexError(f"rank {rank} is outside 0..{self.max_ranks - 1}")
+        return sf_rank(self.base, rank).words
+
+    def set(self, unsigned int rank, unsigned int word, unsigned long long value):
+        if word >= SF_RANK_WORDS:
+            raise IndexError(f"no rank word {word}")
+        sf_store(self.row_of(rank) + word, value)
+
+    def get(self, unsigned int rank, unsigned int word):
+        if word >= SF_RANK_WORDS:
+            raise IndexError(f"no rank word {word}")
+        return sf_load(self.row_of(rank) + word)
+
+    def row(self, unsigned int rank):
+        """All words of a rank as a list, in the order of the R_* constants."""
+        cdef uint64_t *words = self.row_of(rank)
+        return [sf_load(words + i) for i in range(SF_RANK_WORDS)]
+
+    def clear(self, unsigned int rank):
+        """All words to 0: the rank belongs to nobody."""
+        cdef uint64_t *words = self.row_of(rank)
+        for i in range(SF_RANK_WORDS):
+            sf_store(words + <int>i, 0)

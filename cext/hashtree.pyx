@@ -1,0 +1,432 @@
+"""The KV index in shared memory: which rank owns which block. `TreeReader` for shards, `TreeWriter` for the index process.
+
+Runs in: index (one TreeWriter, the only writer) and shards (TreeReader, on the request path). One call a request or event.
+Contract: keys are n little-endian uint64 in one bytes-like object, leading block first. Ranks are 0..max_ranks-1, tiers are bits
+    (device 1, host 2, disk 4). A block is owned while any tier bit is set. The law of readers and writer is in cext/sf_tree.h.
+    The writer keeps privately, per rank, the keys it owns (so that clearing a rank does not scan the table), and the order in
+    which blocks came (so that the oldest go first when the table is full).
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memset
+
+import os
+
+cimport cython
+from sf_shm cimport *
+
+DEVICE, HOST, DISK, ANY_TIER = 1, 2, 4, 7
+
+
+cdef extern from "sf_tree.h" nogil:
+    enum:
+        SF_WRITE_KEYS
+
+    ctypedef struct sf_table_t:
+        char *slots
+        sf_tree_t *tree
+        uint64_t n_slots
+        uint64_t stride
+        uint64_t words
+
+    void sf_table_init(sf_table_t *table, void *base) noexcept
+    uint64_t sf_key(uint64_t key) noexcept
+    uint64_t sf_home(const sf_table_t *table, uint64_t key) noexcept
+    uint64_t *sf_slot(const sf_table_t *table, uint64_t i) noexcept
+    uint64_t sf_next(const sf_table_t *table, uint64_t i) noexcept
+    uint64_t *sf_find(const sf_table_t *table, uint64_t key) noexcept
+    void sf_prefetch(const sf_table_t *table, uint64_t key) noexcept
+    uint32_t sf_match(const sf_table_t *table, const uint64_t *keys, uint32_t n_keys, uint64_t tiers, uint32_t *overlaps,
+                      uint32_t *touched, uint32_t *n_touched, int *is_torn) noexcept
+
+
+# A growing list of keys: a rank's blocks, or the order in which blocks came (then with `head` as the front of a queue).
+cdef struct key_log_t:
+    uint64_t *keys
+    uint64_t count
+    uint64_t room
+    uint64_t head
+
+
+cdef int log_push(key_log_t *log, uint64_t key) noexcept nogil:
+    cdef uint64_t room
+    cdef uint64_t *keys
+    if log.count == log.room:
+        room = log.room * 2 if log.room else 256
+        keys = <uint64_t *>realloc(log.keys, room * sizeof(uint64_t))
+        if keys == NULL:
+            return -1
+        log.keys = keys
+        log.room = room
+    log.keys[log.count] = key
+    log.count += 1
+    return 0
+
+
+cdef inline bint slot_has(const uint64_t *slot, uint64_t words, uint32_t rank, uint64_t tiers) noexcept nogil:
+    cdef uint32_t tier
+    for tier in range(SF_TIERS):
+        if tiers >> tier & 1 and _sf_load(slot + 1 + tier * words + (rank >> 6)) >> (rank & 63) & 1:
+            return True
+    return False
+
+
+cdef inline bint slot_is_ownerless(const uint64_t *slot, uint64_t words) noexcept nogil:
+    cdef uint64_t i
+    for i in range(SF_TIERS * words):
+        if _sf_load(slot + 1 + i):
+            return False
+    return True
+
+
+@cython.final
+cdef class TreeReader:
+    cdef sf_table_t table
+    cdef object segment
+    cdef uint32_t *overlaps
+    cdef uint32_t *touched
+    cdef uint32_t n_touched
+    cdef uint64_t max_ranks
+    cdef readonly unsigned long long torn_total
+
+    def __cinit__(self, segment):
+        self.segment = segment
+        cdef void *base = <void *><uintptr_t>segment.address
+        sf_table_init(&self.table, base)
+        self.max_ranks = sf_header(base).max_ranks
+        self.overlaps = <uint32_t *>calloc(self.max_ranks, sizeof(uint32_t))
+        self.touched = <uint32_t *>calloc(self.max_ranks, sizeof(uint32_t))
+        if self.overlaps == NULL or self.touched == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.overlaps)
+        free(self.touched)
+
+    def match(self, keys, unsigned int tiers=7):
+        """Walk the prompt's keys; return the longest overlap in blocks. `hits` and `overlap` then tell it per rank."""
+        cdef Py_buffer view
+        cdef uint32_t i
+        cdef int is_torn = 0
+        PyObject_GetBuffer(keys, &view, PyBUF_SIMPLE)
+        if view.len & 7 or view.len >> 3 > 0x7fffffff:
+            PyBuffer_Release(&view)
+            raise ValueError(f"keys must be whole 8-byte words, not {view.len} bytes")
+        for i in range(self.n_touched):
+            self.overlaps[self.touched[i]] = 0
+        self.n_touched = 0
+        cdef uint32_t best = sf_match(&self.table, <const uint64_t *>view.buf, <uint32_t>(view.len >> 3), tiers,
+                                      self.overlaps, self.touched, &self.n_touched, &is_torn)
+        PyBuffer_Release(&view)
+        self.torn_total += is_torn
+        return best
+
+    def hits(self):
+        """Ranks with any overlap in the last match, as a list of (rank, overlap_blocks), in no order."""
+        cdef uint32_t i
+        return [(self.touched[i], self.overlaps[self.touched[i]]) for i in range(self.n_touched)]
+
+    def overlap(self, unsigned int rank):
+        """Overlap of one rank in the last match, in blocks."""
+        return self.overlaps[rank] if rank < self.max_ranks else 0
+
+    def stats(self):
+        """live_blocks, capacity_blocks, stored, removed, evicted (totals) and generation of the tree."""
+        cdef sf_tree_t *tree = self.table.tree
+        return {
+            "live_blocks": sf_load(&tree.live_blocks),
+            "capacity_blocks": self.segment.capacity_blocks,
+            "stored_total": sf_load(&tree.stored_total),
+            "removed_total": sf_load(&tree.removed_total),
+            "evicted_total": sf_load(&tree.evicted_total),
+            "generation": sf_load(&tree.generation),
+        }
+
+
+@cython.final
+cdef class TreeWriter:
+    cdef sf_table_t table
+    cdef object segment
+    cdef key_log_t *ranks    # per rank: its keys, possibly stale or twice; compacted when more than half is
+    cdef uint64_t *owned     # per rank: keys with any tier bit
+    cdef key_log_t order     # keys in the order they came; an entry is stale when the key's stamp differs
+    cdef uint32_t *stamps    # per slot: low bits of the key's entry number in `order`
+    cdef unsigned char *marks  # per slot: scratch of compaction
+    cdef uint64_t order_base  # entry number of order.keys[0]
+    cdef uint64_t capacity
+    cdef uint64_t max_ranks
+    cdef int pid
+
+    def __cinit__(self, segment):
+        self.segment = segment
+        cdef void *base = <void *><uintptr_t>segment.address
+        sf_table_init(&self.table, base)
+        self.capacity = sf_header(base).tree_capacity_blocks
+        self.max_ranks = sf_header(base).max_ranks
+        self.pid = os.getpid()
+        self.ranks = <key_log_t *>calloc(self.max_ranks, sizeof(key_log_t))
+        self.owned = <uint64_t *>calloc(self.max_ranks, sizeof(uint64_t))
+        self.stamps = <uint32_t *>calloc(self.table.n_slots, sizeof(uint32_t))
+        self.marks = <unsigned char *>calloc(self.table.n_slots, 1)
+        if self.ranks == NULL or self.owned == NULL or self.stamps == NULL or self.marks == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        cdef uint64_t rank
+        if self.ranks != NULL:
+            for rank in range(self.max_ranks):
+                free(self.ranks[rank].keys)
+        free(self.ranks)
+        free(self.owned)
+        free(self.order.keys)
+        free(self.stamps)
+        free(self.marks)
+
+    # ---- nogil layer: no Python object below, codes instead of exceptions ----
+
+    cdef uint64_t c_index(self, const uint64_t *slot) noexcept nogil:
+        return <uint64_t>(<const char *>slot - self.table.slots) // self.table.stride
+
+    cdef void c_copy_slot(self, uint64_t target, uint64_t source) noexcept nogil:
+        cdef uint64_t i
+        cdef uint64_t *to_slot = sf_slot(&self.table, target)
+        cdef uint64_t *from_slot = sf_slot(&self.table, source)
+        for i in range(1 + SF_TIERS * self.table.words):
+            _sf_store(to_slot + i, _sf_load(from_slot + i))
+        self.stamps[target] = self.stamps[source]
+
+    cdef void c_delete(self, uint64_t hole) noexcept nogil:
+        # Backward shift: pull every later key of the chain whose home lies at or before the hole into it.
+        cdef uint64_t i = hole
+        cdef uint64_t home
+        cdef uint64_t n = self.table.n_slots
+        cdef uint64_t word
+        cdef uint64_t *slot
+        while True:
+            i = sf_next(&self.table, i)
+            slot = sf_slot(&self.table, i)
+            if _sf_load(slot) == 0:
+                break
+            home = sf_home(&self.table, _sf_load(slot))
+            if (i + n - home) % n >= (i + n - hole) % n:
+                self.c_copy_slot(hole, i)
+                hole = i
+        slot = sf_slot(&self.table, hole)
+        for word in range(1 + SF_TIERS * self.table.words):
+            _sf_store(slot + word, 0)
+        _sf_store(&self.table.tree.live_blocks, _sf_load(&self.table.tree.live_blocks) - 1)
+
+    cdef void c_evict_oldest(self) noexcept nogil:
+        cdef uint64_t *slot
+        cdef uint64_t word, owners, i, w
+        cdef uint64_t words = self.table.words
+        while self.order.head < self.order.count:
+            i = self.order.head
+            self.order.head += 1
+            slot = sf_find(&self.table, self.order.keys[i])
+            if slot == NULL or _sf_load(slot) == 0:
+                continue
+            if self.stamps[self.c_index(slot)] != <uint32_t>(self.order_base + i):
+                continue
+            for w in range(words):
+                owners = 0
+                for word in range(SF_TIERS):
+                    owners |= _sf_load(slot + 1 + word * words + w)
+                while owners:
+                    self.owned[w * 64 + <uint64_t>__builtin_ctzll(owners)] -= 1
+                    owners &= owners - 1
+            self.c_delete(self.c_index(slot))
+            _sf_add(&self.table.tree.evicted_total, 1)
+            return
+
+    cdef int c_note_order(self, uint64_t key, uint64_t slot_idx) noexcept nogil:
+        # Room is bounded by twice the live blocks: drop the consumed front, then the stale entries.
+        cdef uint64_t i, kept = 0, live
+        cdef uint64_t *slot
+        if self.order.count >= 256 and self.order.count == self.order.room:
+            live = _sf_load(&self.table.tree.live_blocks)
+            if self.order.count - self.order.head > 2 * live + 256 or self.order.head > self.order.count // 2:
+                for i in range(self.order.head, self.order.count):
+                    slot = sf_find(&self.table, self.order.keys[i])
+                    if slot == NULL or _sf_load(slot) == 0:
+                        continue
+                    if self.stamps[self.c_index(slot)] != <uint32_t>(self.order_base + i):
+                        continue
+                    self.order.keys[kept] = self.order.keys[i]
+                    # The new number is <= the old one and > all numbers given before, so no stamp is met twice.
+                    self.stamps[self.c_index(slot)] = <uint32_t>(self.order_base + self.order.count + kept)
+                    kept += 1
+                self.order_base += self.order.count
+                self.order.count = kept
+                self.order.head = 0
+        if log_push(&self.order, key):
+            return -1
+        self.stamps[slot_idx] = <uint32_t>(self.order_base + self.order.count - 1)
+        return 0
+
+    cdef int c_note_rank(self, uint32_t rank, uint64_t key) noexcept nogil:
+        cdef key_log_t *log = &self.ranks[rank]
+        cdef uint64_t i, kept = 0
+        cdef uint64_t *slot
+        if log.count >= 256 and log.count == log.room and log.count > 2 * self.owned[rank]:
+            for i in range(log.count):
+                slot = sf_find(&self.table, log.keys[i])
+                if slot == NULL or _sf_load(slot) == 0 or self.marks[self.c_index(slot)]:
+                    continue
+                if not slot_has(slot, self.table.words, rank, 7):
+                    continue
+                self.marks[self.c_index(slot)] = 1
+                log.keys[kept] = log.keys[i]
+                kept += 1
+            for i in range(kept):
+                self.marks[self.c_index(sf_find(&self.table, log.keys[i]))] = 0
+            log.count = kept
+        return log_push(log, key)
+
+    cdef long long c_store(self, uint32_t rank, uint32_t tier, const uint64_t *keys, uint64_t n_keys) noexcept nogil:
+        cdef uint64_t i, key
+        cdef uint64_t words = self.table.words
+        cdef uint64_t *slot
+        cdef uint64_t *word
+        cdef long long added = 0
+        cdef sf_tree_t *tree = self.table.tree
+        for i in range(n_keys):
+            if i % SF_WRITE_KEYS == 0:
+                if i:
+                    sf_write_end(&tree.version)
+                sf_write_begin(&tree.version)
+            if i + 4 < n_keys:
+                sf_prefetch(&self.table, keys[i + 4])
+            key = sf_key(keys[i])
+            slot = sf_find(&self.table, key)
+            if _sf_load(slot) == 0:
+                if _sf_load(&tree.live_blocks) >= self.capacity:
+                    self.c_evict_oldest()
+                    slot = sf_find(&self.table, key)
+                _sf_store(slot, key)
+                _sf_add(&tree.live_blocks, 1)
+                if self.c_note_order(key, self.c_index(slot)):
+                    sf_write_end(&tree.version)
+                    return -1
+            word = slot + 1 + tier * words + (rank >> 6)
+            if _sf_load(word) >> (rank & 63) & 1:
+                continue
+            if not slot_has(slot, words, rank, 7):
+                self.owned[rank] += 1
+                if self.c_note_rank(rank, key):
+                    sf_write_end(&tree.version)
+                    return -1
+                added += 1
+            _sf_store(word, _sf_load(word) | <uint64_t>1 << (rank & 63))
+        if n_keys:
+            sf_write_end(&tree.version)
+        _sf_add(&tree.stored_total, added)
+        return added
+
+    cdef long long c_remove(self, uint32_t rank, uint32_t tiers, const uint64_t *keys, uint64_t n_keys) noexcept nogil:
+        cdef uint64_t i, w
+        cdef uint64_t words = self.table.words
+        cdef uint64_t *slot
+        cdef uint64_t *word
+        cdef long long gone = 0
+        cdef sf_tree_t *tree = self.table.tree
+        for i in range(n_keys):
+            if i % SF_WRITE_KEYS == 0:
+                if i:
+                    sf_write_end(&tree.version)
+                sf_write_begin(&tree.version)
+            if i + 4 < n_keys:
+                sf_prefetch(&self.table, keys[i + 4])
+            slot = sf_find(&self.table, sf_key(keys[i]))
+            if slot == NULL or _sf_load(slot) == 0 or not slot_has(slot, words, rank, 7):
+                continue
+            for w in range(SF_TIERS):
+                if tiers >> w & 1:
+                    word = slot + 1 + w * words + (rank >> 6)
+                    _sf_store(word, _sf_load(word) & ~(<uint64_t>1 << (rank & 63)))
+            if slot_has(slot, words, rank, 7):
+                continue
+            gone += 1
+            self.owned[rank] -= 1
+            if slot_is_ownerless(slot, words):
+                self.c_delete(self.c_index(slot))
+        if n_keys:
+            sf_write_end(&tree.version)
+        _sf_add(&tree.removed_total, gone)
+        return gone
+
+    # ---- Python layer ----
+
+    def _check(self, unsigned int rank):
+        if rank >= self.max_ranks:
+            raise ValueError(f"rank {rank} is outside 0..{self.max_ranks - 1}")
+        if os.getpid() != self.pid:
+            raise RuntimeError("a TreeWriter belongs to the process that made it: the tree has one writer")
+
+    def reset(self):
+        """Empty the whole tree: what a new index process does first, because it does not know what it missed."""
+        cdef uint64_t rank
+        self._check(0)
+        sf_write_begin(&self.table.tree.version)
+        if _sf_load(&self.table.tree.generation):  # a fresh segment is zero: do not make the kernel back it with memory
+            memset(self.table.slots, 0, self.table.n_slots * self.table.stride)
+        _sf_store(&self.table.tree.live_blocks, 0)
+        sf_write_end(&self.table.tree.version)
+        _sf_add(&self.table.tree.generation, 1)
+        for rank in range(self.max_ranks):
+            self.ranks[rank].count = 0
+            self.owned[rank] = 0
+        self.order.count = self.order.head = 0
+
+    def store(self, unsigned int rank, unsigned int tier, keys):
+        """`rank` now holds the blocks in `tier` (0 device, 1 host, 2 disk). Returns how many it did not own before."""
+        cdef Py_buffer view
+        cdef long long added
+        self._check(rank)
+        if tier >= SF_TIERS:
+            raise ValueError(f"tier {tier} is outside 0..{SF_TIERS - 1}")
+        PyObject_GetBuffer(keys, &view, PyBUF_SIMPLE)
+        if view.len & 7:
+            PyBuffer_Release(&view)
+            raise ValueError(f"keys must be whole 8-byte words, not {view.len} bytes")
+        added = self.c_store(rank, tier, <const uint64_t *>view.buf, view.len >> 3)
+        PyBuffer_Release(&view)
+        if added < 0:
+            raise MemoryError
+        return added
+
+    def remove(self, unsigned int rank, unsigned int tiers, keys):
+        """`rank` dropped the blocks from the tiers of the bit mask. Returns how many it does not own any more."""
+        cdef Py_buffer view
+        self._check(rank)
+        PyObject_GetBuffer(keys, &view, PyBUF_SIMPLE)
+        if view.len & 7:
+            PyBuffer_Release(&view)
+            raise ValueError(f"keys must be whole 8-byte words, not {view.len} bytes")
+        cdef long long gone = self.c_remove(rank, tiers, <const uint64_t *>view.buf, view.len >> 3)
+        PyBuffer_Release(&view)
+        return gone
+
+    def clear(self, unsigned int rank):
+        """`rank` holds nothing any more. Cost: its own blocks. Returns how many they were."""
+        cdef key_log_t *log
+        self._check(rank)
+        log = &self.ranks[rank]
+        cdef long long gone = self.c_remove(rank, 7, log.keys, log.count)
+        log.count = 0
+        return gone
+
+    def owned_blocks(self, unsigned int rank):
+        """Blocks that `rank` owns in any tier."""
+        self._check(rank)
+        return self.owned[rank]
+
+    @property
+    def live_blocks(self):
+        return _sf_load(&self.table.tree.live_blocks)
+
+
+cdef extern from *:
+    int __builtin_ctzll(unsigned long long) noexcept nogil

@@ -1,0 +1,100 @@
+"""The worker table in shared memory: control writes it, index and shards follow it.
+
+Runs in: control (`put`, `set_state`, `free`), index and shards (`version`, `read`). On the request path only `version`: one
+    atomic load; a reader builds its own structures again when the version has moved.
+Contract: what choosing needs at once stands in fixed words, all else (URL, model, event endpoint) in a blob of msgpack that
+    sglfast.shm encodes. Seqlock per worker: `read` retries while control writes and returns None for a free slot.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.string cimport memcpy
+
+cimport cython
+from sf_shm cimport *
+
+FREE, JOINING, READY, UNHEALTHY, DRAINING = range(5)
+FLAG_BIGRAM = 1
+BLOB_BYTES = SF_WORKER_BLOB_BYTES
+_READ_TRIES = 10000  # control writes 4 KB at most; even a preempted writer is back within these
+
+
+@cython.final
+cdef class WorkerTable:
+    cdef void *base
+    cdef object segment
+    cdef readonly int max_workers
+
+    def __cinit__(self, segment):
+        self.segment = segment
+        self.base = <void *><uintptr_t>segment.address
+        self.max_workers = sf_header(self.base).max_workers
+
+    def version(self):
+        """Counts changes of the table; equal versions mean an equal table."""
+        return sf_load(&sf_header(self.base).workers_version)
+
+    def _slot(self, int worker_idx):
+        if not 0 <= worker_idx < self.max_workers:
+            raise IndexError(f"worker {worker_idx} is outside 0..{self.max_workers - 1}")
+        return <uintptr_t>sf_worker(self.base, worker_idx)
+
+    def put(self, int worker_idx, *, int state, int rank_base, int dp_size, int block_size, int flags, bytes blob,
+            bint is_new):
+        """Write a whole worker. `is_new`: the slot now means another worker, its generation grows."""
+        cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)
+        if len(blob) > <int>SF_WORKER_BLOB_BYTES:
+            raise ValueError(f"worker record of {len(blob)} bytes is larger than {SF_WORKER_BLOB_BYTES} bytes")
+        if not 0 <= rank_base <= rank_base + dp_size <= <int>sf_header(self.base).max_ranks:
+            raise ValueError(f"ranks {rank_base}..{rank_base + dp_size - 1} are outside 0..{self.segment.max_ranks - 1}")
+        sf_write_begin(&worker.seq)
+        if is_new:
+            _sf_add(&worker.generation, 1)
+        _sf_store(&worker.state, state)
+        _sf_store(&worker.rank_base, rank_base)
+        _sf_store(&worker.dp_size, dp_size)
+        _sf_store(&worker.block_size, block_size)
+        _sf_store(&worker.flags, flags)
+        _sf_store(&worker.blob_bytes, len(blob))
+        memcpy(worker.blob, PyBytes_AS_STRING(blob), len(blob))
+        sf_write_end(&worker.seq)
+        sf_store(&sf_header(self.base).workers_version, _sf_load(&sf_header(self.base).workers_version) + 1)
+
+    def set_state(self, int worker_idx, int state):
+        """Change only the state; every reader sees the table's version move."""
+        cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)
+        sf_write_begin(&worker.seq)
+        _sf_store(&worker.state, state)
+        sf_write_end(&worker.seq)
+        sf_store(&sf_header(self.base).workers_version, _sf_load(&sf_header(self.base).workers_version) + 1)
+
+    def state(self, int worker_idx):
+        cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)
+        return sf_load(&worker.state)
+
+    def read(self, int worker_idx):
+        """(generation, state, rank_base, dp_size, block_size, flags, blob), or None for a free slot.
+
+        Raises RuntimeError when the writer died inside the slot: control, once back, writes it again.
+        """
+        cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)
+        cdef uint64_t before, blob_bytes
+        cdef int attempt
+        for attempt in range(_READ_TRIES):
+            before = sf_load(&worker.seq)
+            if before & 1:
+                sf_pause()
+                continue
+            state = _sf_load(&worker.state)
+            blob_bytes = _sf_load(&worker.blob_bytes)
+            if blob_bytes > SF_WORKER_BLOB_BYTES:
+                continue
+            row = (
+                _sf_load(&worker.generation), state, _sf_load(&worker.rank_base), _sf_load(&worker.dp_size),
+                _sf_load(&worker.block_size), _sf_load(&worker.flags),
+                PyBytes_FromStringAndSize(<char *>worker.blob, blob_bytes),
+            )
+            sf_fence_acquire()
+            if _sf_load(&worker.seq) == before:
+                return row if state else None
+        raise RuntimeError(f"worker slot {worker_idx} is being written for ever: its writer died")

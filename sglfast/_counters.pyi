@@ -1,0 +1,101 @@
+from typing import Any, final
+
+from sglfast._segment import Segment
+
+W_INFLIGHT_REQUESTS: int
+W_INFLIGHT_TOKENS: int
+W_CONNECTIONS: int
+W_REQUESTS: int
+W_OK: int
+W_CLIENT_ERRORS: int
+W_BUSY: int
+W_ERRORS: int
+W_CANCELLED: int
+W_BYTES_OUT: int
+W_PROMPT_BLOCKS: int
+W_OVERLAP_BLOCKS: int
+W_CONNECT_ERRORS: int
+W_RESENDS: int
+S_CONNECTIONS: int
+S_INFLIGHT: int
+S_CONNECTIONS_TOTAL: int
+S_REQUESTS: int
+S_BYTES_IN: int
+S_BYTES_OUT: int
+S_UPSTREAM_CONNECTS: int
+S_UPSTREAM_REUSES: int
+S_RESENDS: int
+S_CLIENT_GONE: int
+S_STREAMS_CUT: int
+S_RESPONSES_2XX: int
+S_RESPONSES_3XX: int
+S_RESPONSES_4XX: int
+S_RESPONSES_5XX: int
+S_UNUSUAL_HEADS: int
+S_PROMPTS_KEYED: int
+S_PROMPTS_UNKEYED: int
+S_PROMPT_TOKENS: int
+S_DECISIONS: int
+S_REASONS: int
+S_TTFT: int
+S_DURATION: int
+R_STATE: int
+R_LAST_SEQ: int
+R_BATCHES: int
+R_EVENTS: int
+R_BLOCKS_STORED: int
+R_BLOCKS_REMOVED: int
+R_GAPS: int
+R_DUPLICATES: int
+R_RESTARTS: int
+R_UNDECODED: int
+R_REPLAYS: int
+R_GIVE_UPS: int
+R_OWNED_BLOCKS: int
+R_LAST_EVENT_MS: int
+R_REASON: int
+R_GENERATION: int
+RANK_BLIND: int
+RANK_SYNCING: int
+RANK_EXACT: int
+RANK_DEGRADED: int
+BUCKETS_US: tuple[int, ...]
+HISTOGRAM_BUCKETS: int
+GAUGES_WORKER: tuple[int, ...]
+GAUGES_SHARD: tuple[int, ...]
+
+@final
+class Column:
+    def __init__(self, segment: Segment, shard: int) -> None: ...
+    def begin(self, worker_idx: int, tokens: int) -> None: ...
+    def prefilled(self, worker_idx: int, tokens: int) -> None: ...
+    def end(self, worker_idx: int, tokens: int, outcome_word: int, bytes_out: int) -> None: ...
+    def add(self, word: int, n: int = 1) -> None: ...
+    def add_worker(self, worker_idx: int, word: int, n: int = 1) -> None: ...
+    def observe(self, histogram: int, value_us: int) -> None: ...
+    def get(self, word: int) -> int: ...
+
+@final
+class Loads:
+    def __init__(self, segment: Segment) -> None: ...
+    def requests(self, worker_idx: int) -> int: ...
+    def tokens(self, worker_idx: int) -> int: ...
+    def random_below(self, n: int) -> int: ...
+    def least(self, pool: Any, word: int = 0) -> tuple[int, int]: ...
+    def span(self, pool: Any, word: int = 0) -> tuple[int, int]: ...
+    def lighter_of_two(self, pool: Any) -> int: ...
+
+@final
+class Totals:
+    def __init__(self, segment: Segment) -> None: ...
+    def shard(self) -> list[int]: ...
+    def worker(self, worker_idx: int) -> list[int]: ...
+    def retire(self, shard: int) -> None: ...
+
+@final
+class RankTable:
+    def __init__(self, segment: Segment) -> None: ...
+    def set(self, rank: int, word: int, value: int) -> None: ...
+    def get(self, rank: int, word: int) -> int: ...
+    def row(self, rank: int) -> list[int]: ...
+    def clear(self, rank: int) -> None: ...

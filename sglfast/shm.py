@@ -1,0 +1,125 @@
+"""Create or attach the shared-memory segment, and the worker records that live in it.
+
+Runs in: control (create), index and shards (attach by file descriptor; nothing has a name in a file system).
+Contract: the layout is cext/sf_shm.h; a Segment of another layout version raises ShmLayoutError. Worker rows are read again only
+    when `WorkerTable.version()` has moved.
+"""
+
+import fcntl
+import mmap
+import os
+
+import msgspec
+
+from sglfast._segment import Segment, segment_bytes
+from sglfast._workers import FLAG_BIGRAM, WorkerTable
+from sglfast.errors import ShmLayoutError
+
+# Why a rank's KV index state is not EXACT; position = word R_REASON of the rank table, so append only.
+RANK_REASONS: tuple[str, ...] = (
+    "",
+    "publishes no KV events",
+    "no event has arrived yet",
+    "replaying missed events",
+    "history before the subscription is unknown",
+    "events were lost and could not be replayed",
+    "block hashes differ from the SHA-256 chain of the event's tokens",
+    "the event stream is disconnected",
+)
+
+
+class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is read of a worker only when the table changes: the blob of its slot. Never holds a secret of the worker."""
+
+    url: str
+    model: str | None = None
+    version: str | None = None
+    disaggregation_mode: str | None = None
+    startup_time: float | None = None
+    kv_host: str | None = None
+    kv_port_base: int = 0
+    kv_topic: str = ""
+    kv_replay_port_base: int | None = None
+
+
+class WorkerView(msgspec.Struct, frozen=True):
+    """One worker as index and shards see it. rank r of the worker is rank `rank_base + r` of the tree."""
+
+    worker_idx: int
+    generation: int
+    state: int
+    rank_base: int
+    dp_size: int
+    block_size: int
+    bigram: bool
+    record: WorkerRecord
+
+
+_encode_record = msgspec.msgpack.Encoder().encode
+_decode_record = msgspec.msgpack.Decoder(WorkerRecord).decode
+
+
+def create(*, max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int) -> tuple[int, Segment]:
+    """Make a sealed memfd with an empty segment; returns its file descriptor (inheritable by intent only) and the segment.
+
+    Memory is taken from the kernel as it is touched: an empty index of a million blocks costs next to nothing.
+    """
+    size_bytes = segment_bytes(max_workers=max_workers, max_ranks=max_ranks, max_shards=max_shards, capacity_blocks=capacity_blocks)
+    fd = os.memfd_create("sglfast", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size_bytes)
+    # Nobody can make it shorter below a reader (SIGBUS) or change its seals.
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    mapping = mmap.mmap(fd, size_bytes)
+    segment = Segment.format(
+        mapping,
+        max_workers=max_workers,
+        max_ranks=max_ranks,
+        max_shards=max_shards,
+        capacity_blocks=capacity_blocks,
+    )
+    return fd, segment
+
+
+def attach(fd: int) -> Segment:
+    """Map an existing segment. Raises ShmLayoutError when it is no segment, or one of another layout version or size."""
+    size_bytes = os.fstat(fd).st_size
+    try:
+        return Segment(mmap.mmap(fd, size_bytes))
+    except ValueError as error:
+        raise ShmLayoutError(str(error)) from None
+
+
+def put_worker(table: WorkerTable, view: WorkerView, *, is_new: bool) -> None:
+    """Write a worker's slot (control only)."""
+    table.put(
+        view.worker_idx,
+        state=view.state,
+        rank_base=view.rank_base,
+        dp_size=view.dp_size,
+        block_size=view.block_size,
+        flags=FLAG_BIGRAM if view.bigram else 0,
+        blob=_encode_record(view.record),
+        is_new=is_new,
+    )
+
+
+def read_workers(table: WorkerTable) -> list[WorkerView]:
+    """All workers of the table, in slot order."""
+    views = []
+    for worker_idx in range(table.max_workers):
+        row = table.read(worker_idx)
+        if row is not None:
+            generation, state, rank_base, dp_size, block_size, flags, blob = row
+            views.append(
+                WorkerView(
+                    worker_idx=worker_idx,
+                    generation=generation,
+                    state=state,
+                    rank_base=rank_base,
+                    dp_size=dp_size,
+                    block_size=block_size,
+                    bigram=bool(flags & FLAG_BIGRAM),
+                    record=_decode_record(blob),
+                )
+            )
+    return views

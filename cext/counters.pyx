@@ -38,7 +38,6 @@ S_REQUESTS = 3
 S_BYTES_IN = 4
 S_BYTES_OUT = 5
 S_UPSTREAM_CONNECTS = 6
-S_UPSTREAM_REUSES = 7
 S_RESENDS = 8
 S_CLIENT_GONE = 9
 S_STREAMS_CUT = 10
@@ -72,6 +71,10 @@ cdef enum:
     c_S_INFLIGHT = 1
     c_S_REQUESTS = 3
     c_S_BYTES_OUT = 5
+    c_S_RESPONSES_2XX = 11
+    c_S_DECISIONS = 32
+    c_S_TTFT = 128
+    c_S_DURATION = 160
     c_BUCKETS = 24
 
 cdef uint64_t c_bounds_us[24]
@@ -99,14 +102,21 @@ cdef class Column:
             raise IndexError(f"worker {worker_idx} is outside 0..{self.max_workers - 1}")
         return sf_column_worker(self.words, worker_idx)
 
-    def begin(self, unsigned int worker_idx, unsigned long long tokens):
-        """A request was given to the worker with `tokens` uncached prompt tokens (an estimate; 0 = unknown)."""
+    def begin(self, unsigned int worker_idx, unsigned long long tokens, unsigned int decision):
+        """A request was given to the worker with `tokens` uncached prompt tokens (0 = unknown), for a policy's `decision`."""
         cdef uint64_t *words = self.worker(worker_idx)
         _sf_add(words + c_W_INFLIGHT_REQUESTS, 1)
         _sf_add(words + c_W_INFLIGHT_TOKENS, tokens)
         _sf_add(words + c_W_REQUESTS, 1)
         _sf_add(self.words + c_S_INFLIGHT, 1)
         _sf_add(self.words + c_S_REQUESTS, 1)
+        if decision < 16:
+            _sf_add(self.words + c_S_DECISIONS + decision, 1)
+
+    def answered(self, unsigned int status_class):
+        """An answer's head goes to the client. status_class: first digit of the status."""
+        if 2 <= status_class <= 5:
+            _sf_add(self.words + c_S_RESPONSES_2XX - 2 + status_class, 1)
 
     def prefilled(self, unsigned int worker_idx, unsigned long long tokens):
         """The first byte came: these prompt tokens are no load any more."""
@@ -137,17 +147,18 @@ cdef class Column:
             raise IndexError(f"no worker word {word}")
         _sf_add(self.worker(worker_idx) + word, <uint64_t>n)
 
-    def observe(self, unsigned int histogram, unsigned long long value_us):
-        """Count a duration in the histogram that starts at word `histogram` (S_TTFT or S_DURATION)."""
-        cdef uint64_t *words = self.words + histogram
+    cdef void count_in(self, uint64_t *words, uint64_t value_us) noexcept nogil:
         cdef int i = 0
-        if histogram + c_BUCKETS + 3 > SF_SHARD_WORDS:
-            raise IndexError(f"no histogram at word {histogram}")
         while i < c_BUCKETS and value_us > c_bounds_us[i]:
             i += 1
         _sf_add(words + i, 1)
         _sf_add(words + c_BUCKETS + 1, 1)
         _sf_add(words + c_BUCKETS + 2, value_us)
+
+    def observe(self, unsigned long long ttft_us, unsigned long long duration_us):
+        """Count a good answer in the histograms of time to first body byte and of its whole time, in microseconds."""
+        self.count_in(self.words + c_S_TTFT, ttft_us)
+        self.count_in(self.words + c_S_DURATION, duration_us)
 
     def get(self, unsigned int word):
         """A word of this shard, for its own use."""

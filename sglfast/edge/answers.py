@@ -1,0 +1,130 @@
+"""Answers that the router makes itself: errors, health, models, metrics.
+
+Runs in: shards, event loop. Contract: errors are OpenAI error objects with the header `x-router-error-code` (errors.REASONS); all bytes
+    that do not change are made once, at import.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import orjson
+
+from sglfast import _segment, errors
+
+if TYPE_CHECKING:
+    from sglfast.edge.shard import Shard
+
+JSON, TEXT = b"application/json", b"text/plain; charset=utf-8"
+_STATUS_LINES = {
+    status: f"HTTP/1.1 {status} {phrase}\r\n".encode()
+    for status, phrase in {
+        200: "OK",
+        400: "Bad Request",
+        404: "Not Found",
+        405: "Method Not Allowed",
+        408: "Request Timeout",
+        413: "Content Too Large",
+        414: "URI Too Long",
+        417: "Expectation Failed",
+        431: "Request Header Fields Too Large",
+        500: "Internal Server Error",
+        502: "Bad Gateway",
+        503: "Service Unavailable",
+        504: "Gateway Timeout",
+    }.items()
+}
+_METRICS_LIMIT_BYTES = 64 << 20
+_METRICS_TIMEOUT_SECS = 5.0
+
+
+def error_body(reason: errors.Reason, message: str | None = None) -> bytes:
+    """The OpenAI error object of a reason."""
+    return orjson.dumps({"error": {"message": message or reason.message, "type": reason.error_type, "param": None, "code": reason.code}})
+
+
+_ERROR_BODIES = {reason.code: error_body(reason) for reason in errors.REASONS}
+
+
+def error_event(reason: errors.Reason) -> bytes:
+    """The same as an SSE event: the last thing that the reader of a broken stream gets."""
+    return b"data: " + _ERROR_BODIES[reason.code] + b"\n\n"
+
+
+def head(status: int, content_type: bytes, size: int, extra: bytes = b"") -> bytes:
+    """Status line and headers of an own answer, without the lines that end the head."""
+    return b"%bcontent-type: %b\r\ncontent-length: %d\r\n%b" % (_STATUS_LINES[status], content_type, size, extra)
+
+
+def error_answer(reason: errors.Reason, message: str | None = None) -> tuple[bytes, bytes]:
+    """(open head, body) of an error."""
+    body = error_body(reason, message) if message else _ERROR_BODIES[reason.code]
+    extra = b"x-router-error-code: %b\r\n" % reason.code.encode()
+    if reason.status == 503:
+        extra += b"retry-after: 1\r\n"
+    if reason is errors.METHOD_NOT_ALLOWED and message:
+        extra += b"allow: %b\r\n" % message.rpartition(" ")[2].encode()
+    return head(reason.status, JSON, len(body), extra), body
+
+
+def alive(shard: Shard) -> tuple[int, bytes, bytes]:
+    """GET /health, /healthz, /liveness: the process serves; says nothing of workers."""
+    return 200, TEXT, b"OK"
+
+
+def ready(shard: Shard) -> tuple[int, bytes, bytes]:
+    """GET /readyz, /readiness: requests will find a worker. 503 while starting, draining or without a healthy worker."""
+    shard.router.refresh()
+    healthy = sum(len(pool.view) for pool in shard.router.pools.values())
+    state = shard.segment.state
+    if state == _segment.SERVING and healthy:
+        return 200, JSON, b'{"status":"ready","healthy_workers":%d}' % healthy
+    why = {_segment.STARTING: "starting", _segment.DRAINING: "draining", _segment.STOPPED: "draining"}.get(state)
+    body = {"status": "not ready", "reason": why or "insufficient healthy workers", "healthy_workers": healthy}
+    return 503, JSON, orjson.dumps(body)
+
+
+def models(shard: Shard) -> tuple[int, bytes, bytes]:
+    """GET /v1/models: the models of the workers, also of those that are down at present."""
+    shard.router.refresh()
+    rows = [
+        {"id": model, "object": "model", "created": shard.started_s, "owned_by": "sglang", "root": model} for model in shard.router.models
+    ]
+    return 200, JSON, orjson.dumps({"object": "list", "data": rows})
+
+
+LOCAL = {
+    b"/health": alive,
+    b"/healthz": alive,
+    b"/liveness": alive,
+    b"/readyz": ready,
+    b"/readiness": ready,
+    b"/v1/models": models,
+}
+# Paths that control answers; a shard hands them on through control's own socket.
+FROM_CONTROL = frozenset({b"/metrics"})
+
+
+async def ask_control(address: str, path: bytes) -> tuple[int, bytes, bytes]:
+    """GET a path from control: (status, content type, body). Raises OSError or TimeoutError when control does not answer.
+
+    address: `@name` is an abstract Unix socket, which no file system holds.
+    """
+    async with asyncio.timeout(_METRICS_TIMEOUT_SECS):
+        name = "\0" + address[1:] if address.startswith("@") else address
+        reader, writer = await asyncio.open_unix_connection(name, limit=1 << 20)
+        try:
+            writer.write(b"GET %b HTTP/1.1\r\nhost: control\r\nconnection: close\r\n\r\n" % path)
+            opening = await reader.readuntil(b"\r\n\r\n")
+            lines = opening.split(b"\r\n")
+            fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines[1:] if line)}
+            size = int(fields.get(b"content-length", b"-1"))
+            if not 0 <= size <= _METRICS_LIMIT_BYTES:
+                raise ConnectionError("control's answer has no usable length")
+            body = await reader.readexactly(size)
+            return int(lines[0].split()[1]), fields.get(b"content-type", TEXT), body
+        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError, IndexError) as error:
+            raise ConnectionError(f"control's answer is broken: {error}") from error
+        finally:
+            writer.close()

@@ -1,0 +1,73 @@
+"""A shard: `python -m sglfast.edge.main`, started by control. Wires the parts of the request path and serves until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+
+import uvloop
+
+from sglfast.boot import Boot, boot_child
+from sglfast.edge.request import PromptKeyer
+from sglfast.edge.server import ClientConnection
+from sglfast.edge.shard import Shard
+from sglfast.logs import setup_logs
+
+
+def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | None:
+    """The prompt path, when the settings name a tokenizer; loaded only then, because it is most of a shard's memory."""
+    if boot.config.tokenizer_path is None or boot.config.policy not in ("auto", "cache_aware"):
+        return None
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time, in our own thread
+    from sglfast.prompt.keys import PromptReader, RequestKind
+    from sglfast.prompt.tokenizer import load_tokenizer
+
+    return PromptKeyer(PromptReader(load_tokenizer(boot.config.tokenizer_path)), RequestKind, loop)
+
+
+async def _wait_for_stop(control: socket.socket) -> str:
+    """Returns when control says `q` or is gone."""
+    loop = asyncio.get_running_loop()
+    return "told to stop" if await loop.sock_recv(control, 1) == b"q" else "control is gone"
+
+
+async def serve(boot: Boot) -> None:
+    """Serve the inherited listening socket until control says stop."""
+    loop = asyncio.get_running_loop()
+    log = setup_logs(f"shard{boot.shard}", boot.config.log_level, boot.config.log_format)
+    keyer = _make_keyer(boot, loop)
+    shard = Shard(boot, loop, keyer, log)
+    assert boot.listener is not None
+    boot.segment.process_start(boot.process_slot, os.getpid(), int(time.time() * 1000))
+    shard.router.refresh()
+    server = await loop.create_server(lambda: ClientConnection(shard), sock=boot.listener, backlog=4096)
+    boot.segment.process_ready(boot.process_slot)
+    shard.tick()
+    log.debug("serving")
+    why = await _wait_for_stop(boot.control)
+    log.debug("stopping", extra={"fields": {"why": why}})
+    server.close()
+    for client in list(shard.clients):
+        client.close_after_write()
+    if keyer is not None:
+        keyer.close()
+    await asyncio.sleep(0.05)  # sends what was written; whoever has not read it by now has had its grace
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the process; returns its exit code."""
+    boot = boot_child(argv)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # draining is control's word, said in shared memory
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    uvloop.run(serve(boot))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""Policies: one small class each, `choose(pool, loads, prompt) -> (position in the pool, decision)`.
+
+Pure: facts and a view of the shared loads in, a choice out; no I/O, no clock. Ties break at random, never by index. `DECISIONS` are the
+values of the metric label `decision`; position = word in the shard's column, so append only.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from sglfast._counters import Loads
+
+DECISIONS: tuple[str, ...] = (
+    "round_robin",
+    "random",
+    "power_of_two",
+    "least_load",
+    "cache_hit",
+    "cache_miss",
+    "imbalanced",
+    "unkeyed",
+    "failover",
+)
+(ROUND_ROBIN, RANDOM, POWER_OF_TWO, LEAST_LOAD, CACHE_HIT, CACHE_MISS, IMBALANCED, UNKEYED, FAILOVER) = range(9)
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A worker that holds the beginning of the prompt. position: in the pool; rank: the worker's rank that holds most."""
+
+    position: int
+    rank: int
+    overlap_blocks: int
+    overlap_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the KV index says of one prompt. prompt_tokens: 0 = unknown, then `hits` is empty."""
+
+    prompt_tokens: int = 0
+    prompt_blocks: int = 0
+    hits: tuple[Hit, ...] = ()
+    is_keyed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PoolView:
+    """Workers that may be chosen. worker_idxs: their rows in shared memory, int32."""
+
+    worker_idxs: array[int] = field(default_factory=lambda: array("i"))
+
+    def __len__(self) -> int:
+        return len(self.worker_idxs)
+
+
+class Policy(Protocol):
+    """How a worker is chosen from a pool of at least one."""
+
+    needs_prompt: bool
+    plain_decision: int  # the decision of a choice that looked at no prompt
+
+    def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
+        """(position in the pool, decision)."""

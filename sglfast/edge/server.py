@@ -1,0 +1,396 @@
+"""A client's connection: heads and bodies in, one exchange at a time, answers out in order.
+
+Runs in: shards, event loop. States: HEAD -> (BODY | CHUNKED) -> BUSY -> HEAD ...; UNUSUAL hands the bytes to llhttp. Pipelined bytes wait
+    while an exchange runs; above a limit the connection is not read any more. A client that goes away (also one that only closes
+    its sending side) ends its exchange at once. Timeouts are kept by the shard's sweep, so a request costs no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, cast
+
+from sglfast import _counters, errors
+from sglfast._httphead import MORE, TOO_LARGE, Chunks, RequestHead, scan_request
+from sglfast.edge import answers
+from sglfast.edge.exchange import Exchange
+from sglfast.edge.request import ENDPOINTS
+from sglfast.edge.unusual import UnusualRequest
+
+if TYPE_CHECKING:
+    from sglfast.edge.shard import Shard
+
+HEAD, BODY, CHUNKED, BUSY, UNUSUAL, CLOSED = range(6)
+_PIPELINE_BYTES = 65536  # waiting bytes of further requests above which the connection is not read
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class ClientConnection(asyncio.Protocol):
+    """One client."""
+
+    __slots__ = (
+        "body_left",
+        "body_size",
+        "chunks",
+        "closes",
+        "exchange",
+        "head",
+        "is_http10",
+        "is_write_paused",
+        "pending",
+        "pieces",
+        "quiet_since_s",
+        "shard",
+        "state",
+        "task",
+        "transport",
+        "unusual",
+        "was_active",
+    )
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self.transport: asyncio.Transport | None = None
+        self.exchange: Exchange | None = None
+        self.head: RequestHead | None = None
+        self.chunks: Chunks | None = None
+        self.unusual: UnusualRequest | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.pieces: list[bytes] = []
+        self.pending = b""
+        self.state = HEAD
+        self.body_left = 0
+        self.body_size = 0
+        self.quiet_since_s = shard.now_s
+        self.was_active = False
+        self.closes = False
+        self.is_http10 = False
+        self.is_write_paused = False
+
+    # ---- the transport's calls ----
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.shard.clients.add(self)
+        self.shard.column.add(_counters.S_CONNECTIONS, 1)
+        self.shard.column.add(_counters.S_CONNECTIONS_TOTAL, 1)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        self.state = CLOSED
+        self.pending = b""
+        self.pieces = []
+        self.shard.clients.discard(self)
+        self.shard.column.add(_counters.S_CONNECTIONS, -1)
+        if self.exchange is not None:
+            self.exchange.cancel()
+        if self.task is not None:
+            self.task.cancel()
+
+    def pause_writing(self) -> None:
+        self.is_write_paused = True
+        self.quiet_since_s = self.shard.now_s
+        self._pace_worker()
+
+    def resume_writing(self) -> None:
+        self.is_write_paused = False
+        self._pace_worker()
+
+    def _pace_worker(self) -> None:
+        """The worker is read only while the client takes its answer."""
+        exchange = self.exchange
+        if exchange is not None and exchange.connection is not None and exchange.connection.transport is not None:
+            if self.is_write_paused:
+                exchange.connection.transport.pause_reading()
+            else:
+                exchange.connection.transport.resume_reading()
+
+    def data_received(self, data: bytes) -> None:
+        self.was_active = True
+        state = self.state
+        if state == HEAD:
+            if self.pending:
+                data = self.pending + data
+                self.pending = b""
+            self._read(data)
+        elif state == BODY:
+            self._read_body(data)
+        elif state == CHUNKED:
+            self._read_chunks(data)
+        elif state == BUSY:
+            self._wait_with(data)
+        elif state == UNUSUAL:
+            self._read_unusual(data)
+
+    # ---- reading requests ----
+
+    def _read(self, data: bytes) -> None:
+        """Read requests from `data` until it is used up or an exchange has begun."""
+        config = self.shard.config
+        while data:
+            head = scan_request(data, config.max_header_bytes)
+            if type(head) is not RequestHead:
+                self._read_no_head(head, data)
+                return
+            self.is_http10 = head.is_http10
+            if not head.keeps_alive:
+                self.closes = True
+            size = head.content_length
+            if size > config.max_payload_size:
+                self._refuse(errors.PAYLOAD_TOO_LARGE)
+                return
+            if head.expects_other:
+                self._refuse(errors.EXPECTATION_FAILED)
+                return
+            start = head.head_bytes
+            if size <= 0 and not head.is_chunked:
+                body = b""
+                data = data[start:]
+            elif head.is_chunked or len(data) < start + size:
+                self._begin_body(head, data[start:])
+                return
+            else:
+                end = start + size
+                body = data[start:end]
+                data = data[end:] if len(data) > end else b""
+            self._dispatch(head, body)
+            if self.state != HEAD:
+                if data and self.state == BUSY:
+                    self._wait_with(data)
+                return
+
+    def _read_no_head(self, code: int, data: bytes) -> None:
+        if code == MORE:
+            if not self.pending:
+                self.quiet_since_s = self.shard.now_s
+            self.pending = data
+        elif code == TOO_LARGE:
+            self._refuse(errors.HEADERS_TOO_LARGE)
+        elif data[0] in b"\r\n" and data.lstrip(b"\r\n") != data:
+            # Empty lines before a request are ignored (RFC 9112 2.2)
+            self._read(data.lstrip(b"\r\n"))
+        else:
+            self.shard.column.add(_counters.S_UNUSUAL_HEADS)
+            self.unusual = UnusualRequest(self.shard.config.max_header_bytes, self.shard.config.max_payload_size)
+            self.state = UNUSUAL
+            self._read_unusual(data)
+
+    def _begin_body(self, head: RequestHead, data: bytes) -> None:
+        self.head = head
+        self.pieces = []
+        if head.expects_continue and not data:
+            self.write(_CONTINUE)
+        if head.is_chunked:
+            self.state = CHUNKED
+            self.chunks = Chunks()
+            self.body_size = 0
+            if data:
+                self._read_chunks(data)
+        else:
+            self.state = BODY
+            self.body_left = head.content_length
+            if data:
+                self._read_body(data)
+
+    def _read_body(self, data: bytes) -> None:
+        left = self.body_left - len(data)
+        self.body_left = left
+        if left > 0:
+            self.pieces.append(data)
+            return
+        rest = b""
+        if left < 0:
+            rest = data[left:]
+            data = data[:left]
+        self.pieces.append(data)
+        self._end_body(rest)
+
+    def _read_chunks(self, data: bytes) -> None:
+        assert self.chunks is not None
+        had = len(self.pieces)
+        end = self.chunks.decode(data, 0, self.pieces)
+        self.body_size += sum(len(piece) for piece in self.pieces[had:])
+        if end == -2:
+            self._refuse(errors.BAD_REQUEST)
+        elif self.body_size > self.shard.config.max_payload_size:
+            self._refuse(errors.PAYLOAD_TOO_LARGE)
+        elif end >= 0:
+            self._end_body(data[end:])
+
+    def _end_body(self, rest: bytes) -> None:
+        head, body = self.head, b"".join(self.pieces)
+        assert head is not None
+        self.head = None
+        self.chunks = None
+        self.pieces = []
+        self.state = HEAD
+        self._dispatch(head, body)
+        if rest:
+            self.data_received(rest)
+
+    def _read_unusual(self, data: bytes) -> None:
+        assert self.unusual is not None
+        found = self.unusual.feed(data)
+        if isinstance(found, errors.Reason):
+            self._refuse(found)
+        elif found is not None:
+            head, body = found
+            self.closes = True  # what follows on this connection is not looked at
+            self.unusual = None
+            self.is_http10 = head.is_http10
+            self.state = HEAD
+            self._dispatch(head, body)
+        elif self.unusual.wants_continue:
+            self.unusual.wants_continue = False
+            self.write(_CONTINUE)
+
+    def _wait_with(self, data: bytes) -> None:
+        """Bytes of further requests, while an exchange runs."""
+        self.pending += data
+        if len(self.pending) > _PIPELINE_BYTES and self.transport is not None:
+            self.transport.pause_reading()
+
+    # ---- answering ----
+
+    def _dispatch(self, head: RequestHead, body: bytes) -> None:
+        target = head.target
+        endpoint = ENDPOINTS.get(target)
+        if endpoint is None:
+            path = target.partition(b"?")[0]
+            endpoint = ENDPOINTS.get(path)
+            if endpoint is None:
+                self._answer_locally(head, path)
+                return
+        if head.method != b"POST":
+            self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only POST", head.method == b"HEAD")
+            return
+        self.state = BUSY
+        exchange = self.exchange = Exchange(self, endpoint, head, body)
+        exchange.start()
+
+    def _answer_locally(self, head: RequestHead, path: bytes) -> None:
+        is_head = head.method == b"HEAD"
+        local = answers.LOCAL.get(path)
+        if local is None and path not in answers.FROM_CONTROL:
+            self.answer_error(errors.NOT_FOUND, head.request_id, None, is_head)
+        elif head.method not in (b"GET", b"HEAD"):
+            self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only GET")
+        elif local is None:
+            self.state = BUSY
+            self.task = self.shard.loop.create_task(self._ask_control(path, head.request_id, is_head))
+        else:
+            status, content_type, body = local(self.shard)
+            self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, head.request_id)
+
+    async def _ask_control(self, path: bytes, request_id: bytes | None, is_head: bool) -> None:
+        try:
+            status, content_type, body = await answers.ask_control(self.shard.control_address, path)
+        except (OSError, TimeoutError):
+            self.answer_error(errors.CONTROL_UNAVAILABLE, request_id, None, is_head)
+        else:
+            self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, request_id)
+        self.task = None
+        self.on_exchange_end()
+
+    def _refuse(self, reason: errors.Reason) -> None:
+        """The request cannot be read: answer and close, because nobody knows where the next one would begin."""
+        self.closes = True
+        self.pieces = []
+        self.answer_error(reason, None)
+        self.close_after_write()
+
+    def answer_error(self, reason: errors.Reason, request_id: bytes | None, message: str | None = None, is_head: bool = False) -> None:
+        """Send an error of our own."""
+        self.shard.count_error(reason)
+        opening, body = answers.error_answer(reason, message)
+        self._answer(opening, b"" if is_head else body, request_id)
+
+    def _answer(self, opening: bytes, body: bytes, request_id: bytes | None) -> None:
+        self.write_head(opening, request_id or self.shard.new_request_id(), b"", body)
+        if self.closes and self.state != BUSY:
+            self.close_after_write()
+
+    def write_head(self, opening: bytes, request_id: bytes | None, extra: bytes, body: bytes = b"") -> None:
+        """Send the head of an answer: its lines, our x-request-id unless the worker set one, and how the connection goes on."""
+        shard = self.shard
+        if shard.is_draining:
+            self.closes = True
+        shard.column.answered(opening[9] - 48)
+        if self.closes:
+            extra += b"connection: close\r\n"
+        elif self.is_http10:
+            extra += b"connection: keep-alive\r\n"
+        if request_id is not None:
+            extra += b"x-request-id: %b\r\n" % request_id
+        if self.transport is not None:
+            if len(body) < 16384:
+                self.transport.write(b"%b%b\r\n%b" % (opening, extra, body))
+            else:
+                self.transport.writelines((b"%b%b\r\n" % (opening, extra), body))
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the client, unless it is gone."""
+        if self.transport is not None:
+            self.transport.write(data)
+
+    def on_exchange_end(self) -> None:
+        """The answer is complete: read the next request, or close."""
+        if self.state != BUSY:
+            return
+        if self.closes:
+            self.close_after_write()
+            return
+        self.state = HEAD
+        self.quiet_since_s = self.shard.now_s
+        if self.pending:
+            data, self.pending = self.pending, b""
+            if self.transport is not None:
+                self.transport.resume_reading()
+            # From the loop, so that a long pipeline of quick answers is no recursion.
+            self.shard.loop.call_soon(self._go_on_with, data)
+
+    def _go_on_with(self, data: bytes) -> None:
+        if self.state == HEAD:
+            self.data_received(data)
+
+    def close_after_write(self) -> None:
+        """Close when what was written has been sent."""
+        self.state = CLOSED
+        self.pending = b""
+        if self.transport is not None:
+            self.transport.close()
+
+    # ---- time ----
+
+    def tick(self, now_s: float) -> None:
+        """From the shard's sweep: cut clients that are too slow or idle for too long."""
+        config = self.shard.config
+        was_active, self.was_active = self.was_active, False
+        if self.exchange is not None:
+            self.exchange.tick(now_s)
+        if self.is_write_paused:
+            if now_s - self.quiet_since_s > config.send_timeout_secs and self.transport is not None:
+                self.transport.abort()
+            return
+        state = self.state
+        if state == HEAD and not self.pending:
+            if was_active:
+                self.quiet_since_s = now_s
+            elif now_s - self.quiet_since_s > config.idle_timeout_secs or self.shard.is_draining:
+                self.close_after_write()
+        elif state in (HEAD, UNUSUAL):
+            # The whole head counts, not the pause: a byte a second is no progress.
+            if now_s - self.quiet_since_s > config.header_timeout_secs:
+                self._refuse(errors.REQUEST_TIMEOUT)
+        elif state in (BODY, CHUNKED):
+            if was_active:
+                self.quiet_since_s = now_s
+            elif now_s - self.quiet_since_s > config.body_timeout_secs:
+                self._refuse(errors.REQUEST_TIMEOUT)
+        elif state == CLOSED and self.transport is not None and now_s - self.quiet_since_s > config.send_timeout_secs:
+            self.transport.abort()
+
+    def drop_if_idle(self) -> None:
+        """Draining: a connection between two requests is of no more use."""
+        if self.state == HEAD and not self.pending:
+            self.close_after_write()

@@ -1,0 +1,87 @@
+"""What all connections of one shard share: settings, shared memory, the router, the sweep.
+
+Runs in: a shard's event loop; made once by edge/main. The sweep is the shard's only timer: every tick it looks at each connection and
+    running exchange (about 0.1 us each), so that a request sets and cancels no timer of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import TYPE_CHECKING
+
+from sglfast import _counters, _segment
+from sglfast._counters import Column, Loads, RankTable
+from sglfast._hashtree import TreeReader
+from sglfast._workers import WorkerTable
+from sglfast.edge.route import Router
+from sglfast.errors import REASON_INDEX, Reason
+
+if TYPE_CHECKING:
+    from sglfast.boot import Boot
+    from sglfast.edge.request import PromptKeyer
+    from sglfast.edge.server import ClientConnection
+    from sglfast.edge.upstream import Upstream
+
+_TICK_SECS = 0.1
+_SWEEP_TICKS = 5  # connections are looked at every 0.5 s; their timeouts are seconds
+_LOG_PAUSE_SECS = 5.0
+
+
+class Shard:
+    """One serving process."""
+
+    def __init__(self, boot: Boot, loop: asyncio.AbstractEventLoop, keyer: PromptKeyer | None, log: logging.Logger) -> None:
+        self.config = boot.config
+        self.segment = boot.segment
+        self.process_slot = boot.process_slot
+        self.control_address = boot.control_address
+        self.loop = loop
+        self.log = log
+        self.column = Column(boot.segment, boot.shard)
+        self.loads = Loads(boot.segment)
+        self.ranks = RankTable(boot.segment)
+        self.tree = TreeReader(boot.segment)
+        self.table = WorkerTable(boot.segment)
+        self.clients: set[ClientConnection] = set()
+        self.is_draining = False
+        self.started_s = int(time.time())
+        self.now_s = loop.time()  # coarse: moved by the tick
+        self._id_prefix = os.urandom(8).hex().encode()
+        self._id_count = 0
+        self._silent_until_s = 0.0
+        self._ticks = 0
+        self.router = Router(self, keyer)
+
+    def new_request_id(self) -> bytes:
+        """An id for a request that came without one: 32 hex digits, unique over shards and restarts."""
+        self._id_count += 1
+        return b"%b%016x" % (self._id_prefix, self._id_count)
+
+    def count_error(self, reason: Reason) -> None:
+        """Count an answer of our own in the metric of its code."""
+        self.column.add(_counters.S_REASONS + REASON_INDEX[reason.code])
+
+    def note_unreachable(self, upstream: Upstream, error: BaseException) -> None:
+        """Log a worker that takes no connection; at most once in a while, because every request may find out."""
+        if self.now_s >= self._silent_until_s:
+            self._silent_until_s = self.now_s + _LOG_PAUSE_SECS
+            self.log.warning("worker cannot be reached", extra={"fields": {"worker": upstream.url, "error": str(error) or repr(error)}})
+
+    def tick(self) -> None:
+        """Move the coarse clock, follow the program's state, now and then sweep."""
+        now_s = self.now_s = self.loop.time()
+        self._ticks += 1
+        if not self.is_draining and self.segment.state >= _segment.DRAINING:
+            self.is_draining = True
+            for client in list(self.clients):
+                client.drop_if_idle()
+        if self._ticks % _SWEEP_TICKS == 0:
+            for client in list(self.clients):
+                client.tick(now_s)
+            self.router.refresh()
+            self.router.sweep(now_s - self.config.upstream_keepalive_secs)
+            self.segment.process_heartbeat(self.process_slot, int(time.time() * 1000))
+        self.loop.call_later(_TICK_SECS, self.tick)

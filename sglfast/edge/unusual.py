@@ -1,0 +1,92 @@
+"""Requests that the fast scanner does not take: llhttp (httptools) decides, and what it accepts is read again in plain form.
+
+Runs in: shards. Why: strictness is not for sale. Absolute targets, rare methods and the like are valid HTTP, most of the rest is an
+    attack; llhttp knows which. One request per object; its connection is closed afterwards, so nothing behind it matters.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+import httptools
+
+from sglfast import errors
+from sglfast._httphead import RequestHead, scan_request
+
+
+class UnusualRequest:
+    """Collects one request through llhttp."""
+
+    def __init__(self, limit_head_bytes: int, limit_body_bytes: int) -> None:
+        self._parser = httptools.HttpRequestParser(self)
+        self._limit_head_bytes = limit_head_bytes
+        self._limit_body_bytes = limit_body_bytes
+        self._target = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._pieces: list[bytes] = []
+        self._fed_bytes = 0
+        self._body_bytes = 0
+        self._has_head = False
+        self._is_complete = False
+        self.wants_continue = False
+
+    def feed(self, data: bytes) -> tuple[RequestHead, bytes] | errors.Reason | None:
+        """(head, body) when complete, the reason of a refusal, or None: go on."""
+        self._fed_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            if not self._is_complete:
+                return errors.BAD_REQUEST
+        if self._is_complete:
+            return self._plain()
+        if not self._has_head and self._fed_bytes > self._limit_head_bytes:
+            return errors.HEADERS_TOO_LARGE
+        if self._body_bytes > self._limit_body_bytes:
+            return errors.PAYLOAD_TOO_LARGE
+        return None
+
+    # ---- llhttp's calls ----
+
+    def on_url(self, piece: bytes) -> None:
+        if not self._has_head:
+            self._target += piece
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_complete:
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self._has_head = True
+        names = [name.lower() for name, _ in self._headers]
+        self.wants_continue = b"expect" in names and not self._is_complete
+
+    def on_body(self, piece: bytes) -> None:
+        if not self._is_complete:
+            self._body_bytes += len(piece)
+            self._pieces.append(piece)
+
+    def on_message_complete(self) -> None:
+        self._is_complete = True
+
+    def _plain(self) -> tuple[RequestHead, bytes] | errors.Reason:
+        """The request in the one form that the fast scanner reads: origin target, framing by length."""
+        method = self._parser.get_method()
+        version = self._parser.get_http_version().encode()
+        target = self._target
+        if not target.startswith((b"/", b"*")):
+            parts = urlsplit(target)
+            if parts.scheme.lower() not in (b"http", b"https"):
+                return errors.BAD_REQUEST
+            target = (parts.path or b"/") + (b"?" + parts.query if parts.query else b"")
+        target = target.partition(b"#")[0]
+        if method not in (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"):
+            method = b"DELETE"  # some method that no path takes: answered 404 or 405
+        kept = [(n, v) for n, v in self._headers if n.lower() not in (b"content-length", b"transfer-encoding", b"expect")]
+        if len([name for name, _ in kept if name.lower() == b"host"]) > 1:
+            return errors.BAD_REQUEST
+        body = b"".join(self._pieces)
+        lines = [b"%b %b HTTP/%b" % (method, target, version), *(b"%b: %b" % pair for pair in kept)]
+        lines.append(b"content-length: %d\r\n\r\n" % len(body))
+        head = scan_request(b"\r\n".join(lines), self._limit_head_bytes + 4096)
+        return (head, body) if isinstance(head, RequestHead) else errors.BAD_REQUEST

@@ -143,6 +143,7 @@ class Exchange:
         Returns whether the exchange goes on (writing can end it, when the client turns out to be gone).
         """
         self.has_answer = True
+        self.body = b""  # it is not sent again from here on; a stream may last long
         self.status = head.status
         self.keeps_alive = head.keeps_alive
         self.is_event_stream = head.is_event_stream
@@ -185,6 +186,8 @@ class Exchange:
         """The answer is complete."""
         self.connection = None
         if is_reusable and self.keeps_alive:
+            if self.client.is_write_paused and connection.transport is not None:
+                connection.transport.resume_reading()  # it was paused for this client, not for the next
             connection.upstream.give_back(connection)
         else:
             connection.close()

@@ -73,7 +73,7 @@ class UpstreamConnection(asyncio.Protocol):
         exchange.was_active = True
         state = self.state
         if state == CHUNKED:
-            self._chunked(exchange, data, 0)
+            self._chunked(exchange, data)
         elif state == LENGTH:
             self._length(exchange, data)
         elif state == HEAD:
@@ -109,10 +109,15 @@ class UpstreamConnection(asyncio.Protocol):
         elif head.is_chunked:
             self.chunks = Chunks()
             self.state = CHUNKED
-            if not exchange.on_head(self, head, b""):
+            if exchange.head.is_http10:
+                if exchange.on_head(self, head, b"") and payload:
+                    self._chunked(exchange, payload)
                 return
-            if payload:
-                self._chunked(exchange, payload, 0)
+            end = self.chunks.follow(payload)
+            if end == -2:
+                self.fail(exchange)
+            elif exchange.on_head(self, head, payload if end < 0 else payload[:end]) and end >= 0:
+                self._end(exchange, end == len(payload))
             return
         elif left < 0:
             self.state = UNTIL_CLOSE
@@ -135,18 +140,16 @@ class UpstreamConnection(asyncio.Protocol):
         exchange.on_body(data if self.left == 0 else data[: self.left])
         self._end(exchange, self.left == 0)
 
-    def _chunked(self, exchange: Exchange, data: bytes, start: int) -> None:
+    def _chunked(self, exchange: Exchange, data: bytes) -> None:
         chunks = self.chunks
         assert chunks is not None
         if exchange.decodes_chunks:
             pieces: list[bytes] = []
-            end = chunks.decode(data, start, pieces)
+            end = chunks.decode(data, 0, pieces)
             payload = b"".join(pieces)
         else:
-            end = chunks.follow(data, start)
-            payload = data if start == 0 else data[start:]
-            if end >= 0 and end != len(data):
-                payload = data[start:end]
+            end = chunks.follow(data)
+            payload = data if end < 0 or end == len(data) else data[:end]
         if end == -2:
             self.fail(exchange)
             return

@@ -1,0 +1,256 @@
+"""Token ids -> block keys: the SHA-256 chain that SGLang publishes in its KV events.
+
+Runs in: shard (once per request), index (checks a rank's first root block), simulator (once per request and page).
+
+Contract: key i is the first 8 bytes, as a big-endian number, of digest i; digest i = SHA-256(digest i-1 || page i), nothing
+    before page 0, or the salt's digest (spec/kv_events.md 2.1-2.3). A page is its ids as 4 bytes little-endian each; with
+    bigram each unit is an id and its successor; a page that holds an id of 2^32 or more is the byte 0xff and all its ids as
+    8 bytes. Ids behind the last full page are not looked at. The GIL is held: 8192 tokens take some 30 microseconds.
+
+Why chain on the whole digest: a key alone (8 bytes) cannot continue a chain; so all keys are made from the root on.
+"""
+
+import os
+
+from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from cpython.object cimport PyObject
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, strcmp
+
+
+cdef extern from "Python.h":
+    long long PyLong_AsLongLong(PyObject *) noexcept
+    unsigned long long PyLong_AsUnsignedLongLong(PyObject *) noexcept
+    bint PyLong_Check(PyObject *) noexcept
+    PyObject *PyErr_Occurred() noexcept
+    void PyErr_Clear() noexcept
+    object PySequence_Fast(object, const char *)
+    Py_ssize_t PySequence_Fast_GET_SIZE(object)
+    PyObject **PySequence_Fast_ITEMS(object)
+
+cdef extern from *:
+    """
+    _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "pages are hashed in place: little-endian machines only");
+    """
+
+cdef extern from "sf_sha256.h":
+    ctypedef struct sf_sha256_t:
+        uint32_t h[8]
+    int SF_SHA256_DIGEST_BYTES
+    int sf_sha256_setup(int force_portable)
+    void sf_sha256_start(sf_sha256_t *s) noexcept nogil
+    void sf_sha256_add(sf_sha256_t *s, const void *data, size_t length) noexcept nogil
+    void sf_sha256_finish(sf_sha256_t *s, uint8_t *digest) noexcept nogil
+
+
+cdef enum Code:
+    OK, NOT_AN_INT, OUT_OF_RANGE
+
+SALT_PREFIX = b"sglang-cache-salt-v1\0"
+
+_wanted = os.environ.get("SGLFAST_SHA", "")
+if _wanted not in ("", "portable"):
+    raise ValueError(f"SGLFAST_SHA must be 'portable' or unset, not {_wanted!r}")
+_KERNEL = "shani" if sf_sha256_setup(_wanted == "portable") else "portable"
+
+
+def kernel():
+    return _KERNEL
+
+
+def page_keys(tokens, Py_ssize_t page_size, *, bint bigram=False, Py_ssize_t max_pages=-1, bytes cache_salt not None=b""):
+    if page_size < 1:
+        raise ValueError(f"page_size must be at least 1 token, not {page_size}")
+    if not isinstance(tokens, (list, tuple)) and PyObject_CheckBuffer(tokens):
+        return _keys_of_buffer(tokens, page_size, bigram, max_pages, cache_salt)
+    return _keys_of_sequence(tokens, page_size, bigram, max_pages, cache_salt)
+
+
+cdef inline Py_ssize_t _pages(Py_ssize_t tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages) noexcept nogil:
+    cdef Py_ssize_t units = tokens - 1 if bigram and tokens else tokens
+    cdef Py_ssize_t pages = units // page_size
+    return max_pages if 0 <= max_pages < pages else pages
+
+
+cdef _keys_of_buffer(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages, bytes cache_salt):
+    """Hash the buffer where it lies. It may be misaligned: its bytes are only ever copied or fed to SHA-256."""
+    cdef Py_buffer view
+    try:
+        PyObject_GetBuffer(tokens, &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+    except BufferError as error:
+        raise ValueError(f"a buffer of token ids must be contiguous: {error}") from error
+    try:
+        if view.ndim != 1 or view.itemsize != 4 or not _is_uint32(view.format):
+            raise ValueError(
+                f"a buffer of token ids must be one-dimensional uint32, not {view.ndim}-dimensional of format "
+                f"{'B' if view.format == NULL else view.format.decode()!r}"
+            )
+        return _chain(
+            <const uint8_t *> view.buf, 4, page_size, bigram,
+            _pages(view.len // 4, page_size, bigram, max_pages), cache_salt
+        )
+    finally:
+        PyBuffer_Release(&view)
+
+
+cdef bint _is_uint32(const char *format) noexcept:
+    if format == NULL:
+        return False
+    if format[0] in (b"@", b"=", b"<"):
+        format += 1
+    return strcmp(format, "I") == 0 or strcmp(format, "L") == 0
+
+
+cdef _keys_of_sequence(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages, bytes cache_salt):
+    cdef object items = PySequence_Fast(tokens, "token ids must be a sequence of int or a buffer of uint32")
+    cdef Py_ssize_t pages = _pages(PySequence_Fast_GET_SIZE(items), page_size, bigram, max_pages)
+    if pages == 0:
+        return b""
+    cdef Py_ssize_t count = pages * page_size + bigram
+    cdef uint64_t *ids = <uint64_t *> PyMem_RawMalloc(count * sizeof(uint64_t))
+    if ids == NULL:
+        raise MemoryError
+    cdef Py_ssize_t bad = 0
+    cdef uint64_t all_bits = 0
+    cdef Code code
+    try:
+        code = _read_ids(PySequence_Fast_ITEMS(items), count, ids, &all_bits, &bad)
+        if code == NOT_AN_INT:
+            raise TypeError(f"token id {bad} must be an int, is a {type(items[bad]).__name__}")
+        if code == OUT_OF_RANGE:
+            raise ValueError(f"token id {bad} must be from 0 to 2**64 - 1, is {items[bad]}")
+        if all_bits >> 32:
+            return _chain(<const uint8_t *> ids, 8, page_size, bigram, pages, cache_salt)
+        _narrow(ids, <uint8_t *> ids, count)
+        return _chain(<const uint8_t *> ids, 4, page_size, bigram, pages, cache_salt)
+    finally:
+        PyMem_RawFree(ids)
+
+
+cdef Code _read_ids(PyObject **items, Py_ssize_t count, uint64_t *ids, uint64_t *all_bits, Py_ssize_t *bad) noexcept:
+    """Read `count` Python ints. No Python code runs in between (only real ints are converted), so `items` stays valid."""
+    cdef Py_ssize_t i
+    cdef long long small
+    cdef uint64_t bits = 0
+    for i in range(count):
+        bad[0] = i
+        if not PyLong_Check(items[i]):
+            return NOT_AN_INT
+        small = PyLong_AsLongLong(items[i])
+        if small >= 0:
+            ids[i] = <uint64_t> small
+        else:
+            # -1 stands for an overflow as well as for itself; an id from 2^63 on overflows here and fits unsigned.
+            if small != -1 or PyErr_Occurred() == NULL:
+                return OUT_OF_RANGE
+            PyErr_Clear()
+            ids[i] = PyLong_AsUnsignedLongLong(items[i])
+            if PyErr_Occurred() != NULL:
+                PyErr_Clear()
+                return OUT_OF_RANGE
+        bits |= ids[i]
+    all_bits[0] = bits
+    return OK
+
+
+cdef void _narrow(const uint64_t *ids, uint8_t *narrow, Py_ssize_t count) noexcept nogil:
+    """Write ids below 2^32 as 4 bytes each; in place is allowed, since writing never overtakes reading."""
+    cdef Py_ssize_t i
+    cdef uint32_t id32
+    for i in range(count):
+        id32 = <uint32_t> ids[i]
+        memcpy(narrow + 4 * i, &id32, 4)
+
+
+cdef bytes _chain(
+    const uint8_t *ids, int id_bytes, Py_ssize_t page_size, bint bigram, Py_ssize_t pages, bytes cache_salt
+):
+    """Make the keys of `pages` full pages of ids of 4 or 8 bytes each."""
+    if pages == 0:
+        return b""
+    cdef bytes keys = PyBytes_FromStringAndSize(NULL, pages * sizeof(uint64_t))
+    # Room for one page of pairs of 8-byte ids.
+    cdef uint8_t *scratch = <uint8_t *> PyMem_RawMalloc(page_size * 16)
+    if scratch == NULL:
+        raise MemoryError
+    cdef uint8_t digest[32]
+    cdef bint has_prior = _salt_digest(cache_salt, digest)
+    if id_bytes == 4:
+        _chain_narrow(ids, page_size, bigram, pages, has_prior, digest, scratch, PyBytes_AS_STRING(keys))
+    else:
+        _chain_wide(<const uint64_t *> ids, page_size, bigram, pages, has_prior, digest, scratch, PyBytes_AS_STRING(keys))
+    PyMem_RawFree(scratch)
+    return keys
+
+
+cdef bint _salt_digest(bytes cache_salt, uint8_t *digest):
+    """Write the digest that stands before page 0 of a salted prompt; returns False for no salt."""
+    cdef sf_sha256_t sha
+    cdef bytes prefix = SALT_PREFIX
+    if not cache_salt:
+        return False
+    sf_sha256_start(&sha)
+    sf_sha256_add(&sha, PyBytes_AS_STRING(prefix), PyBytes_GET_SIZE(prefix))
+    sf_sha256_add(&sha, PyBytes_AS_STRING(cache_salt), PyBytes_GET_SIZE(cache_salt))
+    sf_sha256_finish(&sha, digest)
+    return True
+
+
+cdef inline void _finish_page(sf_sha256_t *sha, uint8_t *digest, char *key) noexcept nogil:
+    cdef uint64_t value
+    sf_sha256_finish(sha, digest)
+    value = <uint64_t> sha.h[0] << 32 | sha.h[1]
+    memcpy(key, &value, sizeof(value))
+
+
+cdef void _chain_narrow(
+    const uint8_t *ids, Py_ssize_t page_size, bint bigram, Py_ssize_t pages, bint has_prior, uint8_t *digest,
+    uint8_t *scratch, char *keys
+) noexcept nogil:
+    cdef sf_sha256_t sha
+    cdef Py_ssize_t page, j
+    cdef const uint8_t *first = ids
+    for page in range(pages):
+        sf_sha256_start(&sha)
+        if has_prior or page:
+            sf_sha256_add(&sha, digest, SF_SHA256_DIGEST_BYTES)
+        if bigram:
+            for j in range(page_size):
+                memcpy(scratch + 8 * j, first + 4 * j, 8)  # an id and its successor lie side by side
+            sf_sha256_add(&sha, scratch, 8 * page_size)
+        else:
+            sf_sha256_add(&sha, first, 4 * page_size)
+        _finish_page(&sha, digest, keys + 8 * page)
+        first += 4 * page_size
+
+
+cdef void _chain_wide(
+    const uint64_t *ids, Py_ssize_t page_size, bint bigram, Py_ssize_t pages, bint has_prior, uint8_t *digest,
+    uint8_t *scratch, char *keys
+) noexcept nogil:
+    """As _chain_narrow, for prompts in which some id needs more than 4 bytes; each page has the form its own ids need."""
+    cdef sf_sha256_t sha
+    cdef Py_ssize_t page, j, unit_ids = 2 if bigram else 1
+    cdef uint64_t bits
+    cdef uint8_t wide_mark = 0xff
+    cdef const uint64_t *first = ids
+    for page in range(pages):
+        bits = 0
+        for j in range(page_size + bigram):
+            bits |= first[j]
+        sf_sha256_start(&sha)
+        if has_prior or page:
+            sf_sha256_add(&sha, digest, SF_SHA256_DIGEST_BYTES)
+        if bits >> 32:
+            sf_sha256_add(&sha, &wide_mark, 1)
+            for j in range(page_size):
+                memcpy(scratch + 8 * unit_ids * j, first + j, 8 * unit_ids)
+            sf_sha256_add(&sha, scratch, 8 * unit_ids * page_size)
+        else:
+            for j in range(page_size):
+                _narrow(first + j, scratch + 4 * unit_ids * j, unit_ids)
+            sf_sha256_add(&sha, scratch, 4 * unit_ids * page_size)
+        _finish_page(&sha, digest, keys + 8 * page)
+        first += page_size

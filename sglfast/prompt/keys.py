@@ -1,0 +1,171 @@
+"""Request body -> prompt text -> token ids -> block keys: the three steps of KV-aware routing on the SHA route.
+
+Runs in: shard (each step once per request, the long ones off the event loop), simulator, load generator.
+
+Contract: `text_of` never raises on a client's body; what cannot be keyed comes back as a PromptText without text and ids
+    that names the reason. `tokens_of` and `keys_of` raise PromptError. All three are pure and may run in any thread.
+
+Why a request has at most (n - 1) // block_size keys: SGLang computes at least the last token of a prompt itself, so it
+    looks up the first n - 1 tokens only (spec/kv_events.md 2.8, schedule_batch.py `_compute_max_prefix_len`).
+"""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sglfast._blockhash import page_keys
+from sglfast.errors import PromptError
+from sglfast.prompt.chat import Reason, UnkeyableError, chat_input, function_schemas
+from sglfast.prompt.tokenizer import Tokenizer
+
+
+class RequestKind(enum.IntEnum):
+    """The endpoint of a request, which decides where its prompt stands."""
+
+    CHAT = 0
+    COMPLETIONS = 1
+    GENERATE = 2
+    EMBEDDINGS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PromptText:
+    """A prompt on its way to tokens: either text, or the client's own token ids, or neither.
+
+    add_special_tokens: for text, whether the model's BOS or EOS goes around it (a chat template prints its own);
+    continuation: text tokenized apart and put after `text`; cache_salt: "" for none; reason: why there is neither text nor
+    ids, "" else; detail: the same as a sentence, for logs.
+    """
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    add_special_tokens: bool = False
+    continuation: str = ""
+    cache_salt: str = ""
+    reason: Reason | None = None
+    detail: str = ""
+
+
+class PromptReader:
+    """Reads prompts with one model's tokenizer; without one, only prompts that are token ids already."""
+
+    __slots__ = ("_tokenizer",)
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+
+    def text_of(self, kind: RequestKind, body: Mapping[str, Any]) -> PromptText:
+        """Return the prompt of a decoded JSON body, in the form in which the engine hands it to its tokenizer."""
+        try:
+            if not isinstance(body, Mapping):
+                raise UnkeyableError("malformed", "the body must be a JSON object")
+            if kind == RequestKind.CHAT:
+                return self._chat(body)
+            if kind == RequestKind.COMPLETIONS:
+                return self._plain(body.get("prompt"), "prompt", _cache_salt(body))
+            if kind == RequestKind.GENERATE:
+                return self._generate(body)
+            # SGLang's embedding requests have no cache_salt.
+            return self._plain(body.get("input"), "input", "")
+        except UnkeyableError as error:
+            return PromptText(reason=error.reason, detail=str(error))
+        except RecursionError:
+            return PromptText(reason="malformed", detail="the body is nested too deeply")
+
+    def tokens_of(self, prompt: PromptText) -> list[int]:
+        """Return the token ids; raises PromptError for a prompt without text and ids, or text that is no valid Unicode."""
+        if prompt.token_ids is not None:
+            return prompt.token_ids
+        tokenizer = self._tokenizer
+        if prompt.text is None or tokenizer is None:
+            raise PromptError(prompt.detail or "this prompt has no text and no token ids")
+        try:
+            ids = tokenizer.encode(prompt.text, prompt.add_special_tokens)
+            if prompt.continuation:
+                # SGLang encodes it as a text of its own and drops a BOS.
+                tail = tokenizer.encode(prompt.continuation, True)
+                ids += tail[1:] if tail and tail[0] == tokenizer.bos_token_id else tail
+        except (TypeError, UnicodeError) as error:  # half of a surrogate pair
+            raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
+        return ids
+
+    def keys_of(self, token_ids: Sequence[int], block_size: int, *, bigram: bool = False, cache_salt: str = "") -> bytes:
+        """Return the keys of the leading blocks that an engine can have: 8 bytes each, native uint64.
+
+        block_size: tokens per KV page of the worker; bigram: the worker's pages hold pairs of tokens (EAGLE).
+        Raises PromptError for token ids or a salt that no engine accepts, ValueError for a block size below 1.
+        """
+        if block_size < 1:
+            raise ValueError(f"block_size must be at least 1 token, not {block_size}")
+        units = len(token_ids) - 1 - bigram
+        try:
+            return page_keys(
+                token_ids,
+                block_size,
+                bigram=bigram,
+                max_pages=max(0, units // block_size),
+                cache_salt=cache_salt.encode(),
+            )
+        except (ValueError, TypeError) as error:
+            raise PromptError(f"no block keys can be made of this prompt: {error}") from error
+
+    def _chat(self, body: Mapping[str, Any]) -> PromptText:
+        salt = _cache_salt(body)
+        if body.get("input_ids") is not None:
+            return self._plain(body["input_ids"], "input_ids", salt)
+        if self._tokenizer is None:
+            raise UnkeyableError("no_tokenizer", "no tokenizer is loaded for this model")
+        template = self._tokenizer.chat
+        if template is None:
+            raise UnkeyableError("no_chat_template", "the tokenizer has no chat template")
+        given = chat_input(body, template.content_format)
+        try:
+            text = template.render(given.messages, tools=given.tools, kwargs=given.kwargs)
+        except PromptError as error:
+            if not given.tools:
+                raise UnkeyableError("template", str(error)) from error
+            try:
+                text = template.render(given.messages, tools=function_schemas(given.tools), kwargs=given.kwargs)
+            except PromptError as again:
+                raise UnkeyableError("template", str(again)) from again
+        return PromptText(text=text, continuation=given.continuation, cache_salt=salt)
+
+    def _generate(self, body: Mapping[str, Any]) -> PromptText:
+        if any(body.get(field) for field in ("image_data", "video_data", "audio_data", "input_embeds")):
+            raise UnkeyableError("media", "the engine makes token ids of its own for media and embeddings")
+        if body.get("session_params"):
+            raise UnkeyableError("session", "the engine puts the session's earlier turns before this prompt")
+        field = "text" if body.get("text") is not None else "input_ids"
+        return self._plain(body.get(field), field, _cache_salt(body))
+
+    def _plain(self, prompt: object, field: str, salt: str) -> PromptText:
+        """Return a prompt that is text or token ids, or a list of one of either; text gets the special tokens."""
+        if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+            prompt = prompt[0]
+        if not prompt:
+            raise UnkeyableError("malformed", f"{field} must not be empty")
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise UnkeyableError("no_tokenizer", "no tokenizer is loaded for this model")
+            return PromptText(text=prompt, add_special_tokens=True, cache_salt=salt)
+        if isinstance(prompt, list):
+            if isinstance(prompt[0], str | list):
+                raise UnkeyableError("several_prompts", f"{field} holds {len(prompt)} prompts")
+            if isinstance(prompt[0], dict):
+                raise UnkeyableError("media", f"{field} holds objects of text and media")
+            if isinstance(prompt[0], int):
+                return PromptText(token_ids=prompt, cache_salt=salt)
+        raise UnkeyableError("malformed", f"{field} must be a string or an array of token ids")
+
+
+def _cache_salt(body: Mapping[str, Any]) -> str:
+    """Return the request's cache salt, "" for none."""
+    salt = body.get("cache_salt")
+    if isinstance(salt, list) and len(salt) == 1:
+        salt = salt[0]
+    if salt is None:
+        return ""
+    if not isinstance(salt, str):
+        raise UnkeyableError("malformed", "cache_salt must be a string")
+    return salt

@@ -1,0 +1,191 @@
+"""A model's tokenizer folder -> token ids, exactly as the engine's Hugging Face tokenizer makes them.
+
+Runs in: shard, simulator, load generator; also in control, to check the folder before anything starts.
+
+Contract: `load_tokenizer` reads `tokenizer.json` (needed), `tokenizer_config.json` and `chat_template.jinja` (both may be
+    missing) and raises ConfigError for what cannot work. A Tokenizer never changes after it is built: any thread may use
+    it, and `encode` releases the GIL while it works.
+
+Why not `transformers`: it costs seconds of start and hundreds of megabytes in every shard, for rules that fit here. They
+    are those of its generic fast tokenizer (version 5): `tokenizer.json` decides, tokens that only `tokenizer_config.json`
+    names are added; and SGLang 0.5.23 gives classes of the Llama family their BOS back (srt/utils/hf_transformers).
+    tests/test_prompt_tokenizer.py compares with transformers.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, processors
+from tokenizers import Tokenizer as RustTokenizer
+
+from sglfast.errors import ConfigError
+from sglfast.prompt.template import ChatTemplate
+
+DEMO_TOKENIZER_PATH: str = str(Path(__file__).parent / "demo_tokenizer")
+
+# The token names that Hugging Face knows, in its order; templates see those that are set.
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# For these classes `add_bos_token` of the config counts (default: true), whatever tokenizer.json puts around a text.
+BOS_FLAG_CLASSES = frozenset(f"{family}Tokenizer{suffix}" for family in ("Llama", "CodeLlama", "Gemma") for suffix in ("", "Fast")) | {
+    "CohereTokenizerFast"
+}
+ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class Tokenizer:
+    """Text to token ids and back, with the chat template that belongs to the model.
+
+    chat: the template, None when the folder has none; special_tokens: name -> text, such as {"eos_token": "<|im_end|>"};
+    bos_token_id: None when the model has no BOS; vocab_size: added tokens included.
+    """
+
+    __slots__ = ("_rust", "bos_token_id", "chat", "special_tokens", "vocab_size")
+
+    def __init__(self, rust: RustTokenizer, chat: ChatTemplate | None, special_tokens: Mapping[str, str]) -> None:
+        self._rust = rust
+        self.chat = chat
+        self.special_tokens = dict(special_tokens)
+        self.bos_token_id: int | None = rust.token_to_id(special_tokens["bos_token"]) if "bos_token" in special_tokens else None
+        self.vocab_size: int = rust.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of `text`; `add_special_tokens` adds what the model's post-processor puts around it."""
+        # The batch call is a third faster than `encode`: it keeps no character offsets.
+        encoding = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        ids: list[int] = encoding.ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of `token_ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        text: str = self._rust.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def plain_words(self) -> list[str]:
+        """Return every lowercase ASCII word w of two or more letters whose " w" is an entry of the vocabulary, sorted."""
+        entries = (self._rust.decode([token_id]) for token_id in range(self._rust.get_vocab_size(with_added_tokens=False)))
+        return sorted({entry[1:] for entry in entries if re.fullmatch(" [a-z]{2,}", entry)})
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Read a tokenizer. `path`: a folder with `tokenizer.json`, or that file itself (then its folder is read too).
+
+    Raises ConfigError: nothing there, broken JSON, a file that the `tokenizers` library refuses, a broken chat template.
+    """
+    given = Path(path)
+    file = given / "tokenizer.json" if given.is_dir() else given
+    if not file.is_file():
+        raise ConfigError(f"tokenizer path {path!r}: {file} is not a file; give a folder that holds tokenizer.json, or that file")
+    # One shard is one core: the library's own thread pool would only take time from the other shards.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        rust = RustTokenizer.from_buffer(file.read_bytes())
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"tokenizer file {file}: not a tokenizer.json of Hugging Face `tokenizers`: {error}") from error
+    config = _read_config(file.parent / "tokenizer_config.json")
+    if rust.padding is not None:
+        config.setdefault("pad_token", rust.padding["pad_token"])
+    # The engine asks for neither, whatever the file says.
+    rust.no_padding()
+    rust.no_truncation()
+    special_tokens = {name: text for name in SPECIAL_TOKEN_NAMES if (text := _token_text(config.get(name))) is not None}
+    _add_tokens(rust, config, special_tokens)
+    _set_post_processor(rust, config, special_tokens)
+    return Tokenizer(rust, _read_template(file.parent, config, special_tokens), special_tokens)
+
+
+def single_token_words(tokenizer: Tokenizer) -> list[str]:
+    """Return the words w, sorted, for which " w" is one token and " w v" is two for every other v of the list.
+
+    Joining n of them with a leading space each gives exactly n tokens: what a load generator needs to write a prompt of a
+    given length. Holds for tokenizers that split text before spaces, as all byte-level BPE ones do; checked here on the
+    whole list at once, in both directions.
+    """
+    words = [word for word in tokenizer.plain_words() if len(tokenizer.encode(" " + word, False)) == 1]
+    ids = [tokenizer.encode(" " + word, False)[0] for word in words]
+    for step in (1, -1):
+        if tokenizer.encode("".join(" " + word for word in words[::step]), False) != ids[::step]:
+            raise ConfigError("this tokenizer merges words across spaces: no prompt of an exact length can be written")
+    return words
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"tokenizer file {file}: broken JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"tokenizer file {file}: must be a JSON object, is a {type(config).__name__}")
+    return config
+
+
+def _token_text(value: object) -> str | None:
+    """Return the text of a token that is written as a string or as {"content": ..., flags}; None when it is not set."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _added_token(value: object, special: bool) -> AddedToken | None:
+    text = _token_text(value)
+    if text is None:
+        return None
+    flags = {"special": special}
+    if isinstance(value, dict):
+        flags.update((flag, bool(value[flag])) for flag in ADDED_TOKEN_FLAGS if flag in value)
+    return AddedToken(text, **flags)
+
+
+def _add_tokens(rust: RustTokenizer, config: dict[str, Any], special_tokens: Mapping[str, str]) -> None:
+    """Add the tokens that only tokenizer_config.json knows, in the order in which transformers adds them."""
+    by_id = config.get("added_tokens_decoder")
+    if isinstance(by_id, dict) and all(token_id.isdecimal() for token_id in by_id):
+        known = {repr(token) for token in rust.get_added_tokens_decoder().values()}
+        tokens = (_added_token(by_id[token_id], False) for token_id in sorted(by_id, key=int))
+        rust.add_tokens([token for token in tokens if token is not None and repr(token) not in known])
+    named: list[object] = [config[name] for name in special_tokens]
+    for key in ("extra_special_tokens", "additional_special_tokens"):
+        extra = config.get(key)
+        if isinstance(extra, list):
+            named.extend(extra)
+    # One that is an ordinary entry of the vocabulary keeps its id, but from now on is never split or merged.
+    added = {token.content for token in rust.get_added_tokens_decoder().values()}
+    wanted = (_added_token(value, True) for value in named)
+    rust.add_special_tokens([token for token in wanted if token is not None and token.content not in added])
+
+
+def _set_post_processor(rust: RustTokenizer, config: dict[str, Any], special_tokens: Mapping[str, str]) -> None:
+    """Make a tokenizer of a BOS_FLAG_CLASSES class put its BOS before a text, unless the config says it must not."""
+    bos = special_tokens.get("bos_token")
+    if bos is None or config.get("tokenizer_class") not in BOS_FLAG_CLASSES or config.get("add_bos_token") is False:
+        return
+    rust.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, rust.token_to_id(bos))])
+
+
+def _read_template(folder: Path, config: dict[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    """Build the chat template: chat_template.jinja wins over `chat_template` of the config, which may hold named ones."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return ChatTemplate(file.read_text("utf-8"), special_tokens)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"chat template {file}: must be UTF-8: {error}") from error
+    source = config.get("chat_template")
+    if source is None:
+        return None
+    if isinstance(source, str):
+        return ChatTemplate(source, special_tokens)
+    where = f"tokenizer file {folder / 'tokenizer_config.json'}: chat_template"
+    if not isinstance(source, list):
+        raise ConfigError(f"{where} must be a string or a list of named templates, is a {type(source).__name__}")
+    entries = [entry for entry in source if isinstance(entry, dict)]
+    named = [entry["template"] for entry in entries if isinstance(entry.get("template"), str)]
+    if not named:
+        raise ConfigError(f"{where} is a list without a template; each entry must hold a name and a template")
+    # SGLang takes the first one whatever the request holds (transformers would take "tool_use" for tools).
+    return ChatTemplate(named[0], special_tokens)

@@ -1,0 +1,101 @@
+"""Reference models of the compiled modules: the smallest Python that is obviously right.
+
+The compiled modules are compared with these by property tests; nothing at run time imports them.
+"""
+
+import hashlib
+import itertools
+
+# ---- sglfast._radix ----
+
+
+class RadixCacheModel:
+    """What sglfast._radix.RadixCache does, with a real tree: every block knows its parent, users and last use."""
+
+    def __init__(self, capacity_blocks: int) -> None:
+        self.capacity_blocks = capacity_blocks
+        self.parent: dict[int, int | None] = {}
+        self.users: dict[int, int] = {}
+        self.last_use: dict[int, int] = {}
+        self.clock = 0
+        self.evicted_blocks = 0
+
+    def _use(self, chain: list[int]) -> None:
+        """Renew a prefix, deepest block first: a parent is never older than its child."""
+        for key in reversed(chain):
+            self.clock += 1
+            self.last_use[key] = self.clock
+
+    def _leaves(self) -> list[int]:
+        parents = set(self.parent.values())
+        return [key for key in self.parent if key not in parents]
+
+    def match(self, chain: list[int]) -> int:
+        cached = 0
+        while cached < len(chain) and chain[cached] in self.parent:
+            cached += 1
+        self._use(chain[:cached])
+        return cached
+
+    def insert(self, chain: list[int]) -> tuple[int, int, list[int]]:
+        evicted = []
+        start = self.match(chain)
+        stop = start
+        for key in chain[start:]:
+            if len(self.parent) == self.capacity_blocks:
+                free = [leaf for leaf in self._leaves() if not self.users[leaf] and leaf not in chain[:stop]]
+                if not free:
+                    break
+                oldest = min(free, key=self.last_use.__getitem__)
+                del self.parent[oldest], self.users[oldest], self.last_use[oldest]
+                evicted.append(oldest)
+            self.parent[key] = chain[stop - 1] if stop else None
+            self.users[key] = 0
+            self._use([key])
+            stop += 1
+        self._use(chain[:stop])
+        self.evicted_blocks += len(evicted)
+        return start, stop, evicted
+
+    def lock(self, chain: list[int]) -> None:
+        if any(key not in self.parent for key in chain):
+            raise ValueError("not cached")
+        for key in chain:
+            self.users[key] += 1
+
+    def unlock(self, chain: list[int]) -> None:
+        if any(not self.users.get(key) for key in chain):
+            raise ValueError("not locked")
+        for key in chain:
+            self.users[key] -= 1
+        self._use([key for key in chain if not self.users[key]])
+
+    def clear(self) -> None:
+        if any(self.users.values()):
+            raise ValueError("in use")
+        self.parent.clear()
+        self.users.clear()
+        self.last_use.clear()
+
+
+# ---- sglfast._blockhash ----
+
+
+def page_hashes(
+    token_ids: list[int], page_size: int, *, bigram: bool = False, max_pages: int = -1, cache_salt: bytes = b""
+) -> list[int]:
+    """Block keys of a prompt, as spec/kv_events.md 2.1-2.3 tells it: units, pages, chained digests."""
+    units: list[tuple[int, ...]] = list(itertools.pairwise(token_ids)) if bigram else [(token,) for token in token_ids]
+    digest = hashlib.sha256(b"sglang-cache-salt-v1\0" + cache_salt).digest() if cache_salt else b""
+    keys: list[int] = []
+    for start in range(0, len(units) - page_size + 1, page_size):
+        if len(keys) == max_pages:
+            break
+        ids = [token for unit in units[start : start + page_size] for token in unit]
+        if max(ids) < 2**32:
+            page = b"".join(token.to_bytes(4, "little") for token in ids)
+        else:
+            page = b"\xff" + b"".join(token.to_bytes(8, "little") for token in ids)
+        digest = hashlib.sha256(digest + page).digest()
+        keys.append(int.from_bytes(digest[:8], "big"))
+    return keys

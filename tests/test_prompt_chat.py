@@ -1,0 +1,88 @@
+"""sglfast.prompt.chat against what SGLang 0.5.23's own code makes of the same bodies."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sglfast.prompt.chat import UnkeyableError, chat_input, function_schemas
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "prompt" / "sglang_chat_0.5.23.json").read_bytes())["cases"]
+USER = {"role": "user", "content": "hi"}
+
+
+def in_order(value: Any) -> str:
+    """As JSON, since the order of keys is part of the prompt."""
+    return json.dumps(value)
+
+
+def test_golden_is_worth_something() -> None:
+    kept = [case for case in GOLDEN if not case["refused"]]
+    assert len(kept) > 100
+    assert sum(bool(case["tools"]) for case in kept) > 20
+    assert sum(bool(case["continuation"]) for case in kept) > 5
+    assert sum("thinking" in case["kwargs"] for case in kept) > 20
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
+def test_golden(case: dict[str, Any]) -> None:
+    body = copy.deepcopy(case["body"])
+    if case["refused"]:
+        with pytest.raises(UnkeyableError):
+            chat_input(body, case["content_format"])
+        return
+    given = chat_input(body, case["content_format"])
+    assert in_order(given.messages) == in_order(case["messages"])
+    assert in_order(given.tools) == in_order(case["tools"])
+    assert given.kwargs == case["kwargs"]
+    assert given.continuation == case["continuation"]
+    assert body == case["body"], "the body was changed"
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("body", "reason"),
+        [
+            ({}, "malformed"),
+            ({"messages": []}, "malformed"),
+            ({"messages": "hi"}, "malformed"),
+            ({"messages": ["hi"]}, "malformed"),
+            ({"messages": [{"content": "hi"}]}, "malformed"),
+            ({"messages": [{"role": "wizard", "content": "hi"}]}, "malformed"),
+            ({"messages": [{"role": "user"}]}, "malformed"),
+            ({"messages": [{"role": "user", "content": 5}]}, "malformed"),
+            ({"messages": [{"role": "user", "content": [5]}]}, "malformed"),
+            ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "malformed"),
+            ({"messages": [{"role": "user", "content": [{"type": "thinking", "text": "x"}]}]}, "malformed"),
+            ({"messages": [USER], "tools": {}}, "malformed"),
+            ({"messages": [USER], "tools": [{"function": {}}]}, "malformed"),
+            ({"messages": [USER], "chat_template_kwargs": []}, "malformed"),
+            ({"messages": [USER], "reasoning_effort": "huge"}, "malformed"),
+            ({"messages": [USER], "reasoning_effort": True}, "malformed"),
+            ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "malformed"),
+            ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]}, "malformed"),
+            ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "[]"}}]}]}, "malformed"),
+            ({"messages": [{"role": "assistant", "content": "x"}], "continue_final_message": True}, "malformed"),
+        ],
+    )
+    def test_malformed(self, body: dict[str, Any], reason: str) -> None:
+        for content_format in ("string", "openai"):
+            with pytest.raises(UnkeyableError) as caught:
+                chat_input(body, content_format)
+            assert caught.value.reason == reason
+            assert str(caught.value)
+
+    @pytest.mark.parametrize("kind", ["image_url", "video_url", "audio_url", "input_audio"])
+    def test_media(self, kind: str) -> None:
+        content = [{"type": "text", "text": "what is it?"}, {"type": kind, kind: {"url": "data:,"}}]
+        for content_format in ("string", "openai"):
+            with pytest.raises(UnkeyableError, match=kind) as caught:
+                chat_input({"messages": [{"role": "user", "content": content}]}, content_format)
+            assert caught.value.reason == "media"
+
+
+def test_function_schemas() -> None:
+    tools: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f"}}, {"name": "g"}]
+    assert function_schemas(tools) == [{"name": "f"}, {"name": "g"}]

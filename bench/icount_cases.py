@@ -11,6 +11,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglfast._segment import Segment
 
 Call = Callable[[], object]
 
@@ -57,7 +61,136 @@ def decode_batch_of_64_stores_by_256_tokens() -> Call:
 
 # ---- the hash tree in shared memory: match, apply ----
 
+
+@case
+def tree_match_of_128_blocks_over_64_ranks() -> Call:
+    """A shard's question for a prompt of 128 blocks that 64 ranks own to different depths."""
+    from sglfast._hashtree import TreeReader, TreeWriter
+
+    _, segment = small_segment()
+    writer, keys = TreeWriter(segment), block_keys(128)
+    for rank in range(64):
+        writer.store(rank, 0, keys[: 8 * (2 * rank + 2)])
+    return partial(TreeReader(segment).match, keys)
+
+
+@case
+def tree_store_and_remove_of_128_blocks() -> Call:
+    """What index does with a BlockStored of 128 pages and the BlockRemoved of the same."""
+    from sglfast._hashtree import TreeWriter
+
+    _, segment = small_segment()
+    writer, keys = TreeWriter(segment), block_keys(128)
+
+    def store_and_remove() -> None:
+        writer.store(3, 0, keys)
+        writer.remove(3, 7, keys)
+
+    return store_and_remove
+
+
 # ---- HTTP heads: request, response ----
+
+CHAT_BODY = b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % (b"hello world " * 160)
+CHAT_HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:30000\r\nAccept-Encoding: gzip, deflate\r\nConnection: keep-alive\r\n"
+    b"Accept: application/json\r\nContent-Type: application/json\r\nUser-Agent: OpenAI/Python 2.8.0\r\nX-Stainless-Lang: python\r\n"
+    b"X-Stainless-Package-Version: 2.8.0\r\nX-Stainless-OS: Linux\r\nX-Stainless-Arch: x64\r\nX-Stainless-Runtime: CPython\r\n"
+    b"X-Stainless-Runtime-Version: 3.11.7\r\nAuthorization: Bearer sk-0123456789\r\nX-Stainless-Async: false\r\n"
+    b"x-stainless-retry-count: 0\r\nContent-Length: %d\r\n\r\n" % len(CHAT_BODY)
+)
+ANSWER_BODY = b'{"id":"chatcmpl-1","choices":[{"index":0,"message":{"role":"assistant","content":"%b"}}]}' % (b"hello " * 60)
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\ndate: Sat, 21 Nov 2026 09:00:00 GMT\r\nserver: uvicorn\r\ncontent-length: %d\r\n"
+    b"content-type: application/json\r\n\r\n%b" % (len(ANSWER_BODY), ANSWER_BODY)
+)
+
+
+@case
+def scan_request_with_the_headers_of_the_openai_client() -> Call:
+    from sglfast._httphead import scan_request
+
+    return partial(scan_request, CHAT_HEAD + CHAT_BODY, 65536)
+
+
+@case
+def scan_response_of_uvicorn() -> Call:
+    from sglfast._httphead import scan_response
+
+    return partial(scan_response, ANSWER, 65536)
+
+
+# ---- the whole request path without the kernel: what a relayed request costs in our own code ----
+
+
+class Wire:
+    """A transport that takes everything and sends nothing."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def writelines(self, parts: tuple[bytes, ...]) -> None: ...
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+@case
+def relay_of_a_2_kb_chat_round_robin() -> Call:
+    """Bytes of a request in, bytes of the answer out, over connections that exist already."""
+    import asyncio
+    import logging
+
+    from sglfast._workers import READY, WorkerTable
+    from sglfast.boot import Boot
+    from sglfast.config import ServeConfig
+    from sglfast.edge.server import ClientConnection
+    from sglfast.edge.shard import Shard
+    from sglfast.edge.upstream import UpstreamConnection
+    from sglfast.shm import WorkerRecord, WorkerView, put_worker
+
+    _, segment = small_segment()
+    table = WorkerTable(segment)
+    urls = tuple(f"http://127.0.0.1:{9001 + i}" for i in range(4))
+    for i, url in enumerate(urls):
+        record = WorkerRecord(url=url, model="m")
+        view = WorkerView(worker_idx=i, generation=0, state=READY, rank_base=i, dp_size=1, block_size=0, bigram=False, record=record)
+        put_worker(table, view, is_new=True)
+    config = ServeConfig(worker_urls=urls, policy="round_robin", shards=1)
+    boot = Boot(config=config, segment=segment, control=None, shard=0, listener=None, control_address="")  # type: ignore[arg-type]
+    shard = Shard(boot, asyncio.new_event_loop(), None, logging.getLogger("icount"))
+    shard.router.refresh()
+    connections = []
+    for upstream in shard.router.pools["m"].upstreams:
+        connection = UpstreamConnection(upstream)
+        connection.connection_made(Wire())  # type: ignore[arg-type]
+        upstream.give_back(connection)
+        connections.append(connection)
+    client = ClientConnection(shard)
+    client.connection_made(Wire())  # type: ignore[arg-type]
+    request = CHAT_HEAD + CHAT_BODY
+
+    def relay() -> None:
+        client.data_received(request)
+        assert client.exchange is not None
+        assert client.exchange.connection is not None
+        client.exchange.connection.data_received(ANSWER)
+
+    return relay
+
+
+def small_segment() -> tuple[int, "Segment"]:
+    """A shared-memory segment for one shard and 64 ranks; its file descriptor keeps it."""
+    from sglfast.shm import create
+
+    return create(max_workers=64, max_ranks=64, max_shards=1, capacity_blocks=1 << 16)
+
+
+def block_keys(n: int) -> bytes:
+    """n block keys, 8 bytes each, the same on every run."""
+    return b"".join((i * 0x9E3779B97F4A7C15 & (1 << 64) - 1).to_bytes(8, "little") for i in range(1, n + 1))
 
 
 def main() -> None:

@@ -38,12 +38,8 @@ class ServeConfig:
     header_timeout_secs: float = _setting(10.0, "a request head must arrive within this time", group="server", low=0.1)
     body_timeout_secs: float = _setting(30.0, "longest pause inside a request body", group="server", low=0.1)
     idle_timeout_secs: float = _setting(75.0, "an idle client connection is closed after this time", group="server", low=0.1)
-    send_timeout_secs: float = _setting(
-        120.0, "a client that takes nothing of its answer for this long is cut", group="server", low=0.1
-    )
-    shutdown_grace_secs: float = _setting(
-        30.0, "at SIGTERM, time for requests in flight to finish", group="server", low=0.0, high=3600.0
-    )
+    send_timeout_secs: float = _setting(120.0, "a client that takes nothing of its answer for this long is cut", group="server", low=0.1)
+    shutdown_grace_secs: float = _setting(30.0, "at SIGTERM, time for requests in flight to finish", group="server", low=0.0, high=3600.0)
     policy: str = _setting(
         "auto", "how a worker is chosen; auto = cache_aware as soon as a worker publishes KV events, else least_load",
         group="routing", choices=POLICIES,
@@ -53,6 +49,10 @@ class ServeConfig:
         "folder with tokenizer.json and tokenizer_config.json of the model (cache_aware needs it)",
         group="routing",
     )
+    prompt_cache_bytes: int = _setting(
+        32 << 20, "memory of each shard for tokenized pieces of prompts, so that a conversation pays for its newest message only; "
+        "0 = none", group="routing", low=0,
+    )  # fmt: skip
     cache_threshold: float = _setting(
         0.5, "share of the prompt's blocks that a worker must hold for its cache to decide alone", group="routing",
         low=0.0, high=1.0,
@@ -60,9 +60,7 @@ class ServeConfig:
     balance_abs_threshold: int = _setting(
         32, "cache is ignored when in-flight requests of workers differ by more than this ...", group="routing", low=0
     )
-    balance_rel_threshold: float = _setting(
-        1.1, "... and the busiest has more than this times the idlest", group="routing", low=1.0
-    )
+    balance_rel_threshold: float = _setting(1.1, "... and the busiest has more than this times the idlest", group="routing", low=1.0)
     kv_index_blocks: int = _setting(
         2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", group="routing",
         low=1024, high=1 << 32,

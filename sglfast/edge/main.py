@@ -27,7 +27,7 @@ def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | No
     from sglfast.prompt.keys import PromptReader, RequestKind
     from sglfast.prompt.tokenizer import load_tokenizer
 
-    return PromptKeyer(PromptReader(load_tokenizer(boot.config.tokenizer_path)), RequestKind, loop)
+    return PromptKeyer(PromptReader(load_tokenizer(boot.config.tokenizer_path), boot.config.prompt_cache_bytes), RequestKind, loop)
 
 
 async def _wait_for_stop(control: socket.socket) -> str:

@@ -10,6 +10,7 @@ Why a request has at most (n - 1) // block_size keys: SGLang computes at least t
 """
 
 import enum
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from sglfast._blockhash import page_keys
 from sglfast.errors import PromptError
 from sglfast.prompt.chat import Reason, UnkeyableError, chat_input, function_schemas
+from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.tokenizer import Tokenizer
 
 
@@ -48,12 +50,16 @@ class PromptText:
 
 
 class PromptReader:
-    """Reads prompts with one model's tokenizer; without one, only prompts that are token ids already."""
+    """Reads prompts with one model's tokenizer; without one, only prompts that are token ids already.
 
-    __slots__ = ("_tokenizer",)
+    cache_bytes: what the cache of tokenized pieces may take (prompt/pieces.py); 0 = none. Any thread may use it.
+    """
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
+    __slots__ = ("_pieces", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer | None, cache_bytes: int = 0) -> None:
         self._tokenizer = tokenizer
+        self._pieces = PieceTokenizer(tokenizer, cache_bytes) if tokenizer is not None and cache_bytes else None
 
     def text_of(self, kind: RequestKind, body: Mapping[str, Any]) -> PromptText:
         """Return the prompt of a decoded JSON body, in the form in which the engine hands it to its tokenizer."""
@@ -73,7 +79,7 @@ class PromptReader:
         except RecursionError:
             return PromptText(reason="malformed", detail="the body is nested too deeply")
 
-    def tokens_of(self, prompt: PromptText) -> list[int]:
+    def tokens_of(self, prompt: PromptText) -> "list[int] | array[int]":
         """Return the token ids; raises PromptError for a prompt without text and ids, or text that is no valid Unicode."""
         if prompt.token_ids is not None:
             return prompt.token_ids
@@ -81,11 +87,12 @@ class PromptReader:
         if prompt.text is None or tokenizer is None:
             raise PromptError(prompt.detail or "this prompt has no text and no token ids")
         try:
-            ids = tokenizer.encode(prompt.text, prompt.add_special_tokens)
+            encode = self._pieces.encode if self._pieces is not None else tokenizer.encode
+            ids = encode(prompt.text, prompt.add_special_tokens)
             if prompt.continuation:
                 # SGLang encodes it as a text of its own and drops a BOS.
                 tail = tokenizer.encode(prompt.continuation, True)
-                ids += tail[1:] if tail and tail[0] == tokenizer.bos_token_id else tail
+                ids.extend(tail[1:] if tail and tail[0] == tokenizer.bos_token_id else tail)
         except (TypeError, UnicodeError) as error:  # half of a surrogate pair
             raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
         return ids

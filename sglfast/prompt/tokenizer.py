@@ -64,6 +64,16 @@ class Tokenizer:
         text: str = self._rust.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    @property
+    def has_pre_tokenizer(self) -> bool:
+        """Whether text is cut into words before it is tokenized; without it a token may span any two characters."""
+        return self._rust.pre_tokenizer is not None
+
+    def added_tokens(self) -> dict[str, bool]:
+        """Texts that are taken out before all else -> whether the token stands alone (strips no spaces, needs no word border)."""
+        tokens = self._rust.get_added_tokens_decoder().values()
+        return {token.content: not (token.lstrip or token.rstrip or token.single_word) for token in tokens}
+
     def plain_words(self) -> list[str]:
         """Return every lowercase ASCII word w of two or more letters whose " w" is an entry of the vocabulary, sorted."""
         entries = (self._rust.decode([token_id]) for token_id in range(self._rust.get_vocab_size(with_added_tokens=False)))

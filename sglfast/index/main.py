@@ -1,0 +1,224 @@
+"""The index process: one per router. Follows the worker table, keeps a subscriber per rank, owns the only tree writer.
+
+Runs in: index (`python -m sglfast.index.main`, started by control with inherited descriptors, see sglfast.boot).
+Contract: it starts from an empty tree, because it cannot know what it missed, and says so when there was an index before it. Of a
+    worker that goes, or comes back with other endpoints, ranks or blocks, all ranks are cleared before their numbers are used
+    again. It ends on SIGTERM and when control is gone.
+"""
+
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+
+import zmq
+
+from sglfast import _counters as words
+from sglfast._counters import RANK_BLIND, RankTable
+from sglfast._hashtree import TreeReader, TreeWriter
+from sglfast._segment import Segment
+from sglfast._workers import WorkerTable
+from sglfast.boot import Boot, boot_child
+from sglfast.index.rank import RankIndex, TreeLock
+from sglfast.index.stream import Limits
+from sglfast.index.subscriber import Endpoints, Subscriber
+from sglfast.logs import setup_logs
+from sglfast.shm import WorkerView, read_workers
+from sglfast.wire.server_info import KvEndpoint
+
+INDEX_SLOT = 0
+_PUBLISHES_NO_EVENTS = 1  # position in sglfast.shm.RANK_REASONS
+_TICK_S = 0.05
+_HEARTBEAT_S = 0.5
+_STOP_S = 1.0
+# A rank has at most a SUB, a DEALER and the two ends of a monitor, each with a descriptor or two.
+_SOCKETS_A_RANK = 4
+
+
+class Index:
+    """Everything the index process owns. `sync` follows the worker table, `close` lets go of all."""
+
+    def __init__(self, segment: Segment, log: logging.Logger, limits: Limits | None = None) -> None:
+        self._segment = segment
+        self._log = log
+        self._limits = limits
+        self._table = WorkerTable(segment)
+        self._ranks = RankTable(segment)
+        self._tree = TreeLock(TreeWriter(segment))
+        self._followed: dict[int, tuple[WorkerView, list[Subscriber]]] = {}
+        self._version = -1
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.max_sockets = 64 + _SOCKETS_A_RANK * segment.max_ranks
+        was_there = TreeReader(segment).stats()["generation"] > 0
+        self._tree.writer.reset()
+        for rank in range(segment.max_ranks):
+            self._ranks.clear(rank)
+        if was_there:
+            log.warning("the KV index was lost: it starts from an empty tree, overlap comes back with the event streams")
+
+    def sync(self) -> bool:
+        """Follow the worker table; True when it had changed. Cheap when it had not."""
+        version = self._table.version()
+        if version == self._version:
+            return False
+        views = {view.worker_idx: view for view in read_workers(self._table)}
+        gone = [idx for idx, (view, _) in self._followed.items() if idx not in views or _stream_of(views[idx]) != _stream_of(view)]
+        self._drop(gone)
+        for idx, view in views.items():
+            if idx in self._followed:
+                self._followed[idx] = (view, self._followed[idx][1])
+            else:
+                self._followed[idx] = (view, self._follow(view))
+        self._version = version
+        return True
+
+    def publish_sizes(self) -> None:
+        """Owned blocks of all ranks: eviction changes them without an event of the rank's own."""
+        for _, subscribers in self._followed.values():
+            for subscriber in subscribers:
+                subscriber.publish_size()
+
+    def close(self) -> None:
+        """Stop all threads and close all sockets."""
+        if self._drop(list(self._followed)):
+            self._context.term()
+
+    def _follow(self, view: WorkerView) -> list[Subscriber]:
+        endpoint = _endpoint_of(view)
+        subscribers = []
+        for worker_rank in range(view.dp_size):
+            rank = view.rank_base + worker_rank
+            live = endpoint.live_endpoint(worker_rank) if endpoint else None
+            if endpoint is None or live is None:
+                self._ranks.clear(rank)
+                self._ranks.set(rank, words.R_GENERATION, view.generation)
+                self._ranks.set(rank, words.R_REASON, _PUBLISHES_NO_EVENTS)
+                self._ranks.set(rank, words.R_STATE, RANK_BLIND)
+                if endpoint is not None:
+                    self._log.error("rank %d of %s would publish on port %d: not followed", worker_rank, view.record.url,
+                                    endpoint.port_base + worker_rank)  # fmt: skip
+                continue
+            log = logging.LoggerAdapter(self._log, {"fields": {"worker": view.record.url, "rank": worker_rank}})
+            index = RankIndex(self._tree, rank, block_size=view.block_size, is_bigram=view.bigram, log=log)
+            endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode())
+            subscriber = Subscriber(self._context, endpoints, index, self._ranks, generation=view.generation, log=log, limits=self._limits)
+            subscriber.start()
+            subscribers.append(subscriber)
+            log.info("following KV events")
+        return subscribers
+
+    def _drop(self, worker_idxs: list[int]) -> bool:
+        """Stop following workers and clear their ranks; False when a thread did not end in time."""
+        dropped = [self._followed.pop(idx) for idx in worker_idxs]
+        for _, subscribers in dropped:
+            for subscriber in subscribers:
+                subscriber.stop()
+        deadline_s = time.monotonic() + _STOP_S
+        all_ended = True
+        for view, subscribers in dropped:
+            for subscriber in subscribers:
+                all_ended &= subscriber.join(max(0.0, deadline_s - time.monotonic()))
+            for worker_rank in range(view.dp_size):
+                self._ranks.clear(view.rank_base + worker_rank)
+        if not all_ended:
+            self._log.error("a KV event thread did not end within %g s; it has no access to the tree any more", _STOP_S)
+        return all_ended
+
+
+def _endpoint_of(view: WorkerView) -> KvEndpoint | None:
+    """Where a worker publishes, None when it does not."""
+    record = view.record
+    if record.kv_host is None or view.block_size < 1:
+        return None
+    return KvEndpoint(
+        publisher="zmq",
+        host=record.kv_host,
+        port_base=record.kv_port_base,
+        topic=record.kv_topic,
+        block_size=view.block_size,
+        dp_size=view.dp_size,
+        replay_port_base=record.kv_replay_port_base,
+    )
+
+
+def _stream_of(view: WorkerView) -> tuple[object, ...]:
+    """What makes a worker's event streams the ones we follow; another start time is another engine process."""
+    return view.generation, view.rank_base, view.bigram, view.record.startup_time, view.dp_size, _endpoint_of(view)
+
+
+def serve(boot: Boot, log: logging.Logger) -> None:
+    """Run until SIGTERM, or until control closes its end of the socket."""
+    segment = boot.segment
+    stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    previous = signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(stop_fd, 1))
+    segment.process_start(INDEX_SLOT, os.getpid(), _now_ms())
+    index = Index(segment, log)
+    try:
+        index_loop(index, boot, stop_fd, log)
+    finally:
+        segment.process_ready(INDEX_SLOT, False)
+        index.close()
+        signal.signal(signal.SIGTERM, previous)
+        os.close(stop_fd)
+
+
+def index_loop(index: Index, boot: Boot, stop_fd: int, log: logging.Logger) -> None:
+    """Follow the worker table and keep the heartbeat."""
+    segment = boot.segment
+    poller = select.poll()
+    poller.register(stop_fd, select.POLLIN)
+    poller.register(boot.control, select.POLLIN)
+    is_ready = False
+    beat_at_s = 0.0
+    while True:
+        try:
+            index.sync()
+        except RuntimeError as error:
+            log.warning("the worker table cannot be read now: %s", error)
+        else:
+            if not is_ready:
+                segment.process_ready(INDEX_SLOT)
+                is_ready = True
+        if time.monotonic() >= beat_at_s:
+            beat_at_s = time.monotonic() + _HEARTBEAT_S
+            segment.process_heartbeat(INDEX_SLOT, _now_ms())
+            index.publish_sizes()
+        for fd, _ in poller.poll(_TICK_S * 1000):
+            if fd == stop_fd:
+                log.info("the index stops")
+                return
+            if _is_gone(boot.control):
+                log.info("control is gone, the index stops")
+                return
+
+
+def _is_gone(control: socket.socket) -> bool:
+    try:
+        return not control.recv(4096)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def main(argv: list[str]) -> int:
+    """Entry of the process; returns its exit code."""
+    boot = boot_child(argv)
+    log = setup_logs("index", boot.config.log_level, boot.config.log_format)
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with boot.control:
+        serve(boot, log)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

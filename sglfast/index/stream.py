@@ -1,0 +1,376 @@
+"""One rank's event stream: which batch is applied when, and when the rank's blocks have to be forgotten.
+
+Runs in: index, inside the rank's subscriber thread. Pure: no I/O, no thread, no clock; the time comes in as `now_s` (monotonic
+    seconds) and what is to be done goes out as calls on a `Sink`.
+
+The law. Batches of one engine process carry dense numbers from 0. Applied in order and without a hole they give the rank's blocks
+exactly; a missing store costs one cold prefill, a missing removal leaves an owner that owns nothing, so a hole that nobody
+can fill means: forget the rank.
+
+    live batch                with replay                                      without replay
+    --------------------      ---------------------------------------------    -----------------------------------
+    first, number 0           apply                                            apply
+    first, number > 0         hold, replay from 0                              apply; what came before is unknown
+    next in line              apply                                            apply
+    beyond (gap)              hold, replay from the last applied one           clear, apply
+    behind, a known copy      drop                                             drop
+    behind, otherwise         restart: clear, then as the first                restart: clear, then as the first
+    (new connection)          replay from the last applied one                 a low number is a restart
+
+A replay begins at the last batch applied, which is compared: a restarted engine counts from 0 again and may just now stand at the
+number that we wait for; its time stamps give it away, and so does an answer that does not reach that number.
+The end marker of a replay proves nothing (engines drop what their send queue does not hold): what counts is that no hole is left.
+A hole is asked for again as long as each answer brings the front forward, `max_tries` times when it does not.
+Batches held back are bounded; one that finds no room is dropped and comes back by replay, because its number was noted.
+Source: spec/kv_events.md 1.6, 6.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
+
+# Positions in sglfast.shm.RANK_REASONS.
+NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY, LOST, HASH_MISMATCH, DISCONNECTED = 2, 3, 4, 5, 6, 7
+
+# A restarted engine has published at most some dozens of batches by the time the subscription reaches it.
+_LOW_SEQ = 64
+# A send queue of fewer batches than this loses nothing; a longer answer may have lost its tail unseen.
+_CONFIRM_ABOVE_BATCHES = 256
+# Live batches that a replay overtook and that are still on their way: as many as one round of the subscriber reads, at most.
+_REPLAYED_MEMORY_BATCHES = 1024
+
+Print = tuple[int, bytes, bytes]
+
+
+def _print_of(payload: bytes) -> Print:
+    """Enough of a batch to know it again: its length, its head (with the time of publishing) and its tail."""
+    return len(payload), payload[:32], payload[-32:]
+
+
+class Sink(Protocol):
+    """Who does what the stream decides."""
+
+    def apply(self, payload: bytes) -> "Outcome":
+        """Apply one batch to the rank's blocks."""
+
+    def clear(self, why: str) -> None:
+        """Forget all blocks of the rank."""
+
+    def ask_replay(self, start_seq: int) -> None:
+        """Ask for all batches from `start_seq` on; answers to earlier requests must not be handed in any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a batch did to the certainty about the rank: it emptied the rank, or a part of it could not be read."""
+
+    is_cleared: bool = False
+    is_lossy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one stream."""
+
+    replay_timeout_s: float = 3.0
+    max_tries: int = 3
+    max_held_batches: int = 20_000
+    max_held_bytes: int = 64 << 20
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the stream began. batches: applied; replays: requests sent."""
+
+    batches: int = 0
+    gaps: int = 0
+    duplicates: int = 0
+    restarts: int = 0
+    replays: int = 0
+    give_ups: int = 0
+
+
+@dataclass(slots=True)
+class _Request:
+    """A replay under way. front: `next_seq` when it was asked; is_verified: the engine is known to be the one we followed."""
+
+    front: int | None
+    deadline_s: float
+    is_verified: bool
+    n_batches: int = 0
+
+
+class RankStream:
+    """State of one rank's stream. Feed it with the `on_*` methods; call `on_time` when `deadline_s` has passed."""
+
+    def __init__(self, sink: Sink, *, has_replay: bool, limits: Limits | None = None) -> None:
+        self.counters = Counters()
+        self.next_seq: int | None = None  # number of the batch that comes next; None = nothing is known yet
+        self._sink = sink
+        self._limits = limits or Limits()
+        self._has_replay = has_replay
+        self._can_replay = has_replay  # False while the replay socket is known to be mute
+        self._was_lost = False  # disconnected, and not heard of since
+        self._is_suspect = False  # reconnected, and nobody can tell whether to the same engine process
+        self._loss = NO_EVENT_YET  # 0: every batch since the rank was empty has been applied
+        self._last_print: Print | None = None  # of batch next_seq - 1
+        self._last_live = -1  # live numbers only grow while one engine process speaks
+        self._highest = -1  # highest number seen anywhere
+        self._held: dict[int, bytes] = {}
+        self._held_bytes = 0
+        self._replayed: dict[int, Print] = {}  # replayed batches that may still come live
+        self._request: _Request | None = None
+        self._tries = 0
+
+    @property
+    def deadline_s(self) -> float | None:
+        """When `on_time` must be called at the latest; None = no need."""
+        return self._request.deadline_s if self._request else None
+
+    @property
+    def held_batches(self) -> int:
+        """Batches held back behind a hole."""
+        return len(self._held)
+
+    def status(self) -> tuple[int, int]:
+        """(RANK_* state, position in RANK_REASONS)."""
+        if self._request is not None:
+            return RANK_SYNCING, REPLAYING
+        if self._was_lost:
+            return RANK_DEGRADED, DISCONNECTED
+        if self._loss == 0:
+            return RANK_EXACT, 0
+        return (RANK_SYNCING if self._loss == NO_EVENT_YET else RANK_DEGRADED), self._loss
+
+    # ---- what happens ----
+
+    def on_connected(self, now_s: float) -> None:
+        """The subscription reached an engine, for the first time or again."""
+        if self._was_lost:
+            self._reconnected(now_s)
+        elif self._can_replay and self.next_seq is None and self._request is None:
+            self._tries = 0
+            self._ask(now_s)
+
+    def on_disconnected(self) -> None:
+        """The connection is gone; the index stays a hint until the stream speaks again."""
+        self._was_lost = True
+
+    def on_live(self, seq: int, payload: bytes, now_s: float) -> None:
+        """A batch came on the live socket."""
+        if self._was_lost:
+            self._reconnected(now_s)  # the notice is still on its way
+        expected = self.next_seq
+        if seq <= self._last_live or (expected is not None and seq < expected):
+            if self._is_copy(seq, payload):
+                self.counters.duplicates += 1
+                self._last_live = max(self._last_live, seq)
+                return
+            self._restart("its sequence went back", now_s)
+            expected = None
+        elif self._is_suspect and seq == expected and seq < _LOW_SEQ:
+            self._restart("its connection was lost and its sequence is low", now_s)
+            expected = None
+        self._is_suspect = False
+        self._last_live = seq
+        self._highest = max(self._highest, seq)
+        if self._request is not None:
+            self._hold(seq, payload)
+            if self._request.is_verified:
+                self._drain()
+        elif seq == expected or seq == 0:
+            self._loss = 0 if expected is None else self._loss
+            self._replayed.clear()
+            self._apply(seq, payload)
+        elif expected is None:
+            self._begin_late(seq, payload, now_s)
+        else:
+            self.counters.gaps += 1
+            if self._can_replay:
+                self._hold(seq, payload)
+                self._tries = 0
+                self._ask(now_s)
+            else:
+                self._sink.clear(f"batches {expected}..{seq - 1} were lost and there is no replay")
+                self._loss = LOST
+                self._apply(seq, payload)
+
+    def on_replay(self, seq: int, payload: bytes, now_s: float) -> None:
+        """A batch came as part of the answer to the last `ask_replay`."""
+        request = self._request
+        if request is None:
+            return
+        request.deadline_s = now_s + self._limits.replay_timeout_s
+        expected = self.next_seq
+        if expected is None:
+            # The answer to "from 0": it begins at 0 or at the oldest batch that the engine still has.
+            self._loss = 0 if seq == 0 else UNKNOWN_HISTORY
+            self._drop_held(below=seq)
+            expected = self.next_seq = seq
+            request.is_verified = True
+        elif not request.is_verified:
+            if seq == expected - 1 and _print_of(payload) == self._last_print:
+                request.is_verified = True
+                return
+            if seq < expected:
+                self._restart("another engine process answers", now_s)
+                return
+            # The engine does not show our last batch any more: a hole, even if `expected` itself is there.
+        request.n_batches += 1
+        self._highest = max(self._highest, seq)
+        if seq < expected:
+            self.counters.duplicates += 1
+        elif seq > expected or not request.is_verified:
+            self._hold(seq, payload)
+        else:
+            self._apply(seq, payload)
+            self._replayed[seq] = _print_of(payload)
+            if len(self._replayed) > _REPLAYED_MEMORY_BATCHES:
+                del self._replayed[next(iter(self._replayed))]
+            self._drain()
+
+    def on_replay_end(self, now_s: float) -> None:
+        """The end marker of the answer."""
+        request = self._request
+        if request is None:
+            return
+        if self.next_seq is None:
+            # Nothing was ever published: the rank is empty, and 0 comes next.
+            self.next_seq = 0
+            self._loss = 0
+        elif not request.is_verified and not request.n_batches:
+            self._restart("its sequence does not reach the last batch seen", now_s)
+            return
+        self._after_answer(now_s, is_ended=True)
+
+    def on_time(self, now_s: float) -> None:
+        """Time passed; a replay that has gone silent counts as answered without an end marker."""
+        if self._request is not None and now_s >= self._request.deadline_s:
+            self._after_answer(now_s, is_ended=False)
+
+    # ---- steps ----
+
+    def _reconnected(self, now_s: float) -> None:
+        """Is it the engine process that was left? Replay tells; without it the next number is looked at twice."""
+        self._was_lost = False
+        self._can_replay = self._has_replay
+        if not self._has_replay:
+            self._is_suspect = True
+            return
+        # What is held may come from another process than the one that answers now; it comes back if it is the same.
+        self._drop_held()
+        self._highest = (self.next_seq or 0) - 1
+        if self.next_seq is None:
+            self._last_live = -1
+        self._tries = 0
+        self._ask(now_s)
+
+    def _is_copy(self, seq: int, payload: bytes) -> bool:
+        """Is this batch, behind the front, one that we have already? Then the engine has not restarted."""
+        if seq in self._held:
+            return self._held[seq] == payload
+        known = self._last_print if self.next_seq is not None and seq == self.next_seq - 1 else self._replayed.get(seq)
+        return known == _print_of(payload)
+
+    def _begin_late(self, seq: int, payload: bytes, now_s: float) -> None:
+        if self._can_replay:
+            self._hold(seq, payload)
+            self._tries = 0
+            self._ask(now_s)
+        else:
+            self._loss = UNKNOWN_HISTORY
+            self._apply(seq, payload)
+
+    def _restart(self, why: str, now_s: float) -> None:
+        """Another engine process speaks: nothing of the old one holds. A replay under way is asked for anew."""
+        self.counters.restarts += 1
+        self._sink.clear(f"the engine restarted: {why}")
+        self._drop_held()
+        self._replayed.clear()
+        self.next_seq = None
+        self._last_live = self._highest = -1
+        self._loss = NO_EVENT_YET
+        if self._request is not None:
+            self._request = None
+            self._tries = 0
+            self._ask(now_s)
+
+    def _ask(self, now_s: float) -> None:
+        front = self.next_seq
+        self.counters.replays += 1
+        self._request = _Request(front, now_s + self._limits.replay_timeout_s, is_verified=front == 0)
+        self._sink.ask_replay(max((front or 0) - 1, 0))
+
+    def _after_answer(self, now_s: float, *, is_ended: bool) -> None:
+        """Is the stream whole now? If not, ask again or give up."""
+        request = self._request
+        assert request is not None
+        self._request = None
+        is_behind = self.next_seq is None or self.next_seq <= self._highest
+        if is_ended and not is_behind and request.n_batches <= _CONFIRM_ABOVE_BATCHES:
+            return
+        if self.next_seq == request.front and (is_behind or not is_ended):
+            self._tries += 1
+            if self._tries >= self._limits.max_tries:
+                self._give_up(now_s, is_mute=request.n_batches == 0 and not is_ended)
+                return
+        else:
+            self._tries = 0
+        self._ask(now_s)
+
+    def _give_up(self, now_s: float, *, is_mute: bool) -> None:
+        self.counters.give_ups += 1
+        self._can_replay = self._has_replay and not is_mute
+        if self._held:
+            first = last = max(self._held)
+            while first - 1 in self._held:
+                first -= 1
+            hole = f"batches {self.next_seq or 0}..{first - 1}"
+            self._sink.clear(f"{hole} were lost and replay does not bring them (asked {self._limits.max_tries} times)")
+            run = [(seq, self._held[seq]) for seq in range(first, last + 1)]
+            self._drop_held()
+            self._loss = LOST if self.next_seq is not None else UNKNOWN_HISTORY if first else 0
+            self.next_seq = first
+            for seq, payload in run:
+                self._apply(seq, payload)
+            if last < self._highest and self._can_replay:
+                self._tries = 0
+                self._ask(now_s)
+            elif last < self._highest:
+                self._highest = last
+                self._loss = LOST
+        elif self.next_seq is not None:
+            # Nobody can say whether this is still the engine whose blocks we know; the next number will tell.
+            self._is_suspect = True
+            self._loss = self._loss or LOST
+            self._highest = self.next_seq - 1
+
+    def _apply(self, seq: int, payload: bytes) -> None:
+        copy = self._held.pop(seq, None)
+        if copy is not None:
+            self._held_bytes -= len(copy)
+        outcome = self._sink.apply(payload)
+        self.counters.batches += 1
+        self.next_seq = seq + 1
+        self._last_print = _print_of(payload)
+        if outcome.is_cleared:
+            self._loss = 0
+        if outcome.is_lossy:
+            self._loss = LOST
+
+    def _drain(self) -> None:
+        while self._held and self.next_seq in self._held:
+            self._apply(self.next_seq, self._held[self.next_seq])
+
+    def _hold(self, seq: int, payload: bytes) -> None:
+        limits = self._limits
+        if seq in self._held:
+            self.counters.duplicates += 1
+        elif len(self._held) < limits.max_held_batches and self._held_bytes + len(payload) <= limits.max_held_bytes:
+            self._held[seq] = payload
+            self._held_bytes += len(payload)
+
+    def _drop_held(self, below: int | None = None) -> None:
+        for seq in [seq for seq in self._held if below is None or seq < below]:
+            self._held_bytes -= len(self._held.pop(seq))

@@ -1,0 +1,272 @@
+"""The sockets of one rank: a thread that reads the live stream, asks for replays and lets `stream` decide.
+
+Runs in: index, one thread a rank; started and stopped by `main`.
+Contract: the thread owns its sockets and closes them itself; `stop` makes it leave its poll at once. A rank that is slow, mute or dead
+    holds up no other: they share the ZMQ context and, for the time of one batch, the tree's lock. Reconnecting is ZMQ's own
+    work; the socket monitor tells about it. Live messages are read to the end before a notice of the monitor is acted upon,
+    so that nothing of an old connection is taken for the new one's.
+    Each replay request has a DEALER of its own: answers to an earlier request die with its socket.
+Source: spec/kv_events.md 1.1, 1.2, 1.6.
+"""
+
+import logging
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from sglfast import _counters as words
+from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RankTable
+from sglfast.errors import KvEventError
+from sglfast.index.rank import RankIndex
+from sglfast.index.stream import HASH_MISMATCH, Limits, Outcome, RankStream
+from sglfast.wire.frames import parse_live, parse_replay, replay_request
+
+_ROUND_MESSAGES = 1000
+_RESTART_DELAY_S = 1.0
+# A batch of 65,536 blocks of 1024 tokens would be 256 MiB; nothing real comes near.
+_MAX_MESSAGE_BYTES = 256 << 20
+_NOTICES = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where a rank publishes: ZMQ endpoints (`tcp://host:port`), replay None when it is not offered, and the topic prefix."""
+
+    live: str
+    replay: str | None
+    topic: bytes
+
+
+def connect(source: zmq.Socket[bytes], endpoint: str) -> None:
+    """Connect a SUB or DEALER to an engine, with the options that both need."""
+    source.setsockopt(zmq.LINGER, 0)
+    source.setsockopt(zmq.RCVHWM, 0)  # a burst must wait in our memory, the publisher would drop it
+    source.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
+    source.setsockopt(zmq.RECONNECT_IVL, 100)
+    source.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    # A host that died without a word is noticed after 30 + 3 * 10 s.
+    source.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    source.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
+    source.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
+    source.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    if endpoint.startswith("tcp://["):
+        source.setsockopt(zmq.IPV6, 1)
+    source.connect(endpoint)
+
+
+class Subscriber:
+    """Follows one rank. Applies to `index`, publishes state and counters in the rank's row of shared memory."""
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        endpoints: Endpoints,
+        index: RankIndex,
+        ranks: RankTable,
+        *,
+        generation: int,
+        log: logging.LoggerAdapter[logging.Logger],
+        limits: Limits | None = None,
+    ) -> None:
+        self._context = context
+        self._endpoints = endpoints
+        self._index = index
+        self._ranks = ranks
+        self._log = log
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._is_stopping = threading.Event()
+        self._dealer: zmq.Socket[bytes] | None = None
+        self._poller = zmq.Poller()
+        self._published: dict[int, int] = {}
+        self._stream = RankStream(self, has_replay=endpoints.replay is not None, limits=limits)
+        self._limits = limits
+        self._thread = threading.Thread(target=self._run, name=f"kv-rank-{index.rank}", daemon=True)
+        ranks.clear(index.rank)
+        ranks.set(index.rank, words.R_GENERATION, generation)
+        self.publish()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Tell the thread to leave; returns at once. Nothing of this rank reaches the tree after this call."""
+        self._is_stopping.set()
+        self._index.retire()
+        os.eventfd_write(self._stop_fd, 1)
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread's end and release its descriptor; False when it did not end in time (it stays harmless)."""
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        os.close(self._stop_fd)
+        return True
+
+    def publish(self) -> None:
+        """Bring the rank's row of shared memory up to date."""
+        if self._is_stopping.is_set():
+            return
+        stream, index = self._stream, self._index
+        state, reason = stream.status()
+        if index.mismatch and state in (RANK_EXACT, RANK_DEGRADED):
+            state, reason = RANK_DEGRADED, HASH_MISMATCH
+        row = {
+            words.R_BATCHES: stream.counters.batches,
+            words.R_EVENTS: index.counters.events,
+            words.R_BLOCKS_STORED: index.counters.blocks_stored,
+            words.R_BLOCKS_REMOVED: index.counters.blocks_removed,
+            words.R_GAPS: stream.counters.gaps,
+            words.R_DUPLICATES: stream.counters.duplicates,
+            words.R_RESTARTS: stream.counters.restarts,
+            words.R_UNDECODED: index.counters.undecoded,
+            words.R_REPLAYS: stream.counters.replays,
+            words.R_GIVE_UPS: stream.counters.give_ups,
+            words.R_OWNED_BLOCKS: index.owned_blocks,
+            words.R_LAST_EVENT_MS: index.last_event_ms,
+            words.R_LAST_SEQ: stream.next_seq or 0,
+            words.R_REASON: reason,
+            words.R_STATE: state,
+        }
+        for word, value in row.items():
+            if self._published.get(word) != value:
+                self._ranks.set(index.rank, word, value)
+        self._published = row
+
+    def publish_size(self) -> None:
+        """Bring the number of owned blocks up to date, from another thread: eviction changes it without an event of this rank."""
+        if not self._is_stopping.is_set():
+            self._ranks.set(self._index.rank, words.R_OWNED_BLOCKS, self._index.owned_blocks)
+
+    # ---- what the stream asks for (Sink) ----
+
+    def apply(self, payload: bytes) -> Outcome:
+        """Apply one batch to the tree."""
+        return self._index.apply(payload)
+
+    def clear(self, why: str) -> None:
+        """Forget the rank's blocks and say why."""
+        n_blocks = self._index.clear()
+        self._log.warning("KV events: %s; %d blocks of this rank are forgotten", why, n_blocks)
+
+    def ask_replay(self, start_seq: int) -> None:
+        """Send a replay request on a new socket."""
+        self._close_dealer()
+        assert self._endpoints.replay is not None
+        dealer = self._context.socket(zmq.DEALER)
+        self._dealer = dealer
+        connect(dealer, self._endpoints.replay)
+        dealer.send_multipart(replay_request(start_seq), zmq.NOBLOCK)
+        self._poller.register(dealer, zmq.POLLIN)
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        while not self._is_stopping.is_set():
+            try:
+                self._follow()
+            except Exception:
+                self._log.exception("the KV event stream failed; it starts again in %g s with no blocks known", _RESTART_DELAY_S)
+                self._index.clear()
+                counters = self._stream.counters
+                self._stream = RankStream(self, has_replay=self._endpoints.replay is not None, limits=self._limits)
+                self._stream.counters = counters
+                self.publish()
+                self._is_stopping.wait(_RESTART_DELAY_S)
+
+    def _follow(self) -> None:
+        """Poll until `stop`; all sockets are closed on the way out."""
+        self._poller = poller = zmq.Poller()
+        live = self._context.socket(zmq.SUB)
+        monitor = live.get_monitor_socket(_NOTICES)
+        try:
+            live.setsockopt(zmq.SUBSCRIBE, self._endpoints.topic)
+            connect(live, self._endpoints.live)
+            for source in (self._stop_fd, monitor, live):
+                poller.register(source, zmq.POLLIN)
+            notices: list[int] = []
+            while True:
+                ready = dict(poller.poll(self._poll_timeout_ms()))
+                if self._is_stopping.is_set():
+                    return
+                if monitor in ready:
+                    notices += self._read_notices(monitor)
+                is_drained = self._read_live(live) if live in ready or notices else True
+                if is_drained:
+                    self._tell(notices)
+                    notices = []
+                if self._dealer is not None and self._dealer in ready:
+                    self._read_replay(self._dealer)
+                self._stream.on_time(time.monotonic())
+                if self._stream.deadline_s is None:
+                    self._close_dealer()
+                self.publish()
+        finally:
+            self._close_dealer()
+            live.disable_monitor()
+            monitor.close(linger=0)
+            live.close(linger=0)
+
+    def _poll_timeout_ms(self) -> int | None:
+        deadline_s = self._stream.deadline_s
+        return None if deadline_s is None else max(0, int((deadline_s - time.monotonic()) * 1000) + 1)
+
+    def _read_live(self, live: zmq.Socket[bytes]) -> bool:
+        """Read what is there, a round at most; True when nothing is left."""
+        for _ in range(_ROUND_MESSAGES):
+            if self._is_stopping.is_set():
+                break
+            try:
+                frames = live.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return True
+            try:
+                seq, payload = parse_live(frames)
+            except KvEventError as error:
+                self._index.note_undecoded(str(error))
+                continue
+            self._stream.on_live(seq, payload, time.monotonic())
+        return False
+
+    def _read_replay(self, dealer: zmq.Socket[bytes]) -> None:
+        for _ in range(_ROUND_MESSAGES):
+            if dealer is not self._dealer or self._is_stopping.is_set():
+                return  # what was just read made the stream ask anew
+            try:
+                frames = dealer.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                item = parse_replay(frames)
+            except KvEventError as error:
+                self._index.note_undecoded(str(error))
+                continue
+            if item is None:
+                self._stream.on_replay_end(time.monotonic())
+            else:
+                self._stream.on_replay(*item, time.monotonic())
+
+    def _read_notices(self, monitor: zmq.Socket[bytes]) -> list[int]:
+        events = []
+        while monitor.poll(0):
+            events.append(int(recv_monitor_message(monitor)["event"]))
+        return events
+
+    def _tell(self, notices: list[int]) -> None:
+        for event in notices:
+            if event == zmq.EVENT_DISCONNECTED:
+                self._log.info("KV event stream disconnected")
+                self._stream.on_disconnected()
+            else:
+                self._log.info("KV event stream connected")
+                self._stream.on_connected(time.monotonic())
+
+    def _close_dealer(self) -> None:
+        if self._dealer is not None:
+            self._poller.unregister(self._dealer)
+            self._dealer.close(linger=0)
+            self._dealer = None

@@ -1,0 +1,276 @@
+"""What a worker says about itself: `/server_info`, its `kv_events` descriptor, `/model_info`, `/v1/models`.
+
+Runs in: control (parse), sim (produce the descriptor). No I/O.
+Contract: `/server_info` carries api_key, admin_api_key, ssl_keyfile_password and launch_command in clear. Only the fields named
+    below are ever decoded (the rest stays an undecoded view of the body), and no error text quotes the body. A field of a wrong
+    type counts as absent. block_size and dp_size come from the descriptor, which is right under DCP and DP attention where the
+    top level is not.
+Source: spec/kv_events.md 3; spec/router.md 3.4.
+"""
+
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import msgspec
+
+from sglfast.errors import WorkerInfoError
+
+_WILDCARD_HOSTS = frozenset({"*", "0.0.0.0", "::", "[::]"})
+# Their draft models key pairs of tokens; NEXTN is resolved to EAGLE by the engine, but older ones may still show it.
+_BIGRAM_ALGORITHMS = frozenset({"EAGLE", "EAGLE3", "NEXTN", "FROZEN_KV_MTP"})
+_PORT_LIMIT = 65_535
+
+T = TypeVar("T")
+
+
+class KvEndpoint(msgspec.Struct, frozen=True):
+    """Where a worker publishes KV events. Rank r uses port_base + r (and replay_port_base + r, None = no replay).
+
+    host: name or address without brackets; topic: prefix of the first frame; block_size: tokens a block; dp_size: ranks.
+    """
+
+    publisher: str
+    host: str
+    port_base: int
+    topic: str
+    block_size: int
+    dp_size: int
+    replay_port_base: int | None
+
+    def live_endpoint(self, rank: int) -> str | None:
+        """ZMQ endpoint of a rank's PUB socket, None when its port does not exist."""
+        return zmq_endpoint(self.host, self.port_base + rank)
+
+    def replay_endpoint(self, rank: int) -> str | None:
+        """ZMQ endpoint of a rank's ROUTER socket, None when there is none."""
+        return None if self.replay_port_base is None else zmq_endpoint(self.host, self.replay_port_base + rank)
+
+
+class WorkerFacts(msgspec.Struct, frozen=True):
+    """What we keep of `/server_info`. kv: None when the worker publishes no KV events over ZMQ; startup_time: unix seconds."""
+
+    model: str | None
+    kv: KvEndpoint | None
+    dp_size: int
+    disaggregation_mode: str | None
+    disaggregation_bootstrap_port: int | None
+    bigram: bool
+    version: str | None
+    startup_time: float | None
+    page_size: int | None
+
+
+def zmq_endpoint(host: str, port: int) -> str | None:
+    """`tcp://host:port`, an IPv6 address in brackets; None when the port is outside 1..65535."""
+    if not 1 <= port <= _PORT_LIMIT:
+        return None
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
+    """Facts of a worker from the body of its `/server_info`; a wildcard event host becomes the host of `worker_url`.
+
+    Raises: WorkerInfoError when the body is no JSON object.
+    """
+    fields = _object_of(body, "/server_info")
+    kv = _parse_descriptor(fields, worker_url)
+    dp_size = kv.dp_size if kv else (_positive(fields, "dp_size") or 1) * (_positive(fields, "attn_dp_size") or 1)
+    algorithm = _take(fields, "speculative_algorithm", str) or ""
+    return WorkerFacts(
+        model=_take(fields, "served_model_name", str) or None,
+        kv=kv,
+        dp_size=dp_size,
+        disaggregation_mode=_take(fields, "disaggregation_mode", str) or None,
+        disaggregation_bootstrap_port=_port(fields, "disaggregation_bootstrap_port"),
+        bigram=algorithm.upper() in _BIGRAM_ALGORITHMS,
+        version=_take(fields, "version", str) or None,
+        startup_time=_take(fields, "startup_time", float),
+        page_size=_positive(fields, "page_size"),
+    )
+
+
+def parse_model_info(body: bytes) -> str | None:
+    """Model name in the body of `/model_info` (sglang 0.5.23 and later has one), else None.
+
+    `model_path` is not taken for it: a worker may serve under another name, and `/v1/models` tells that one.
+    Raises: WorkerInfoError when the body is no JSON object.
+    """
+    return _take(_object_of(body, "/model_info"), "served_model_name", str) or None
+
+
+def parse_models(body: bytes) -> str | None:
+    """Id of the first entry of `/v1/models` whose object is "model", else None.
+
+    Raises: WorkerInfoError when the body is no JSON object.
+    """
+    for raw in _take(_object_of(body, "/v1/models"), "data", list[msgspec.Raw]) or []:
+        try:
+            entry = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        except (msgspec.DecodeError, RecursionError):
+            continue
+        name = _take(entry, "id", str)
+        if _take(entry, "object", str) == "model" and name:
+            return name
+    return None
+
+
+def _object_of(body: bytes, path: str) -> dict[str, msgspec.Raw]:
+    try:
+        return msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError):
+        pass
+    # Outside the except block: the decoder's error knows the body, ours must not.
+    raise WorkerInfoError(f"the answer to {path} is no JSON object ({len(body)} bytes)")
+
+
+def _take(fields: dict[str, msgspec.Raw], name: str, type_: type[T]) -> T | None:
+    raw = fields.get(name)
+    if raw is None:
+        return None
+    try:
+        return msgspec.json.decode(raw, type=type_)
+    except (msgspec.DecodeError, RecursionError):
+        return None
+
+
+def _positive(fields: dict[str, msgspec.Raw], name: str) -> int | None:
+    value = _take(fields, name, int)
+    return value if value is not None and value > 0 else None
+
+
+def _port(fields: dict[str, msgspec.Raw], name: str) -> int | None:
+    value = _positive(fields, name)
+    return value if value is not None and value <= _PORT_LIMIT else None
+
+
+def _parse_descriptor(fields: dict[str, msgspec.Raw], worker_url: str) -> KvEndpoint | None:
+    described = _take(fields, "kv_events", dict[str, msgspec.Raw])
+    if described is None:
+        return None
+    publisher = _take(described, "publisher", str)
+    host = _take(described, "endpoint_host", str)
+    port_base = _port(described, "endpoint_port_base")
+    block_size = _positive(described, "block_size")
+    if publisher != "zmq" or not host or port_base is None or block_size is None:
+        return None
+    if host in _WILDCARD_HOSTS:
+        host = _host_of(worker_url)
+        if host is None:
+            return None
+    return KvEndpoint(
+        publisher=publisher,
+        host=host.removeprefix("[").removesuffix("]"),
+        port_base=port_base,
+        topic=_take(described, "topic", str) or "",
+        block_size=block_size,
+        dp_size=_positive(described, "dp_size") or 1,
+        replay_port_base=_port(described, "replay_endpoint_port_base"),
+    )
+
+
+def _host_of(worker_url: str) -> str | None:
+    try:
+        return urlsplit(worker_url if "://" in worker_url else f"http://{worker_url}").hostname
+    except ValueError:
+        return None
+
+
+# ---- the producer's side ----
+
+
+def kv_events_descriptor(
+    config_json: str | None,
+    *,
+    page_size: int | None,
+    dp_size: int,
+    dcp_size: int = 1,
+    attn_dp_size: int = 1,
+    load_publish_endpoint: str | None = None,
+) -> dict[str, Any] | None:
+    """The `kv_events` value of `/server_info` as sglang 0.5.23 builds it, None where it publishes null.
+
+    config_json: value of `--kv-events-config`; load_publish_endpoint: None, "off", "auto" or an endpoint.
+    """
+    config = _load_config(config_json)
+    if config is None or config.publisher == "null" or not page_size or page_size < 0:
+        return None
+    live = _split_tcp(config.endpoint)
+    if live is None:
+        return None
+    host, port_base = live
+    ranks = dp_size * attn_dp_size
+    descriptor: dict[str, Any] = {
+        "publisher": config.publisher,
+        "endpoint_host": host,
+        "endpoint_port_base": port_base,
+        "topic": config.topic,
+        "block_size": page_size * dcp_size,
+        "dp_size": ranks,
+    }
+    replay = _split_tcp(config.replay_endpoint or "")
+    load_port_base = _load_port_base(load_publish_endpoint, host, port_base, replay, ranks)
+    if load_port_base is not None:
+        descriptor.update(load_endpoint_port_base=load_port_base, load_topic="load")
+    if replay is not None:
+        descriptor["replay_endpoint_port_base"] = replay[1]
+    return descriptor
+
+
+class _KvEventsConfig(msgspec.Struct):
+    publisher: str = "null"
+    endpoint: str = "tcp://*:5557"
+    replay_endpoint: str | None = None
+    buffer_steps: int = 10_000
+    hwm: int = 100_000
+    max_queue_size: int = 100_000
+    topic: str = ""
+    format: str = "default"
+    bind: bool | None = None
+
+
+def _load_config(config_json: str | None) -> _KvEventsConfig | None:
+    if not config_json:
+        return None
+    try:
+        raw = msgspec.json.decode(config_json, type=dict[str, Any])
+        # The engine's validation is as lenient with numbers in strings, and as strict with strings.
+        for name in ("buffer_steps", "hwm", "max_queue_size"):
+            if isinstance(raw.get(name), str):
+                raw[name] = int(raw[name])
+        config = msgspec.convert(raw, _KvEventsConfig)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    return config if config.format in ("default", "dynamo") else None
+
+
+def _split_tcp(endpoint: str) -> tuple[str, int] | None:
+    """(host, port) of `tcp://host:port`, None for whatever SGLang does not advertise."""
+    host, colon, port_text = endpoint.removeprefix("tcp://").rpartition(":")
+    if not endpoint.startswith("tcp://") or not colon or not host:
+        return None
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if ":" in host and not is_bracketed:
+        return None
+    try:
+        port = int(port_text)
+    except ValueError:
+        return None
+    return (host, port) if 1 <= port <= _PORT_LIMIT else None
+
+
+def _load_port_base(endpoint: str | None, host: str, port_base: int, replay: tuple[str, int] | None, ranks: int) -> int | None:
+    """First port of the load publishers; they may not share a port with the KV or the replay range."""
+    taken = [port_base] if replay is None else [port_base, replay[1]]
+
+    def is_free(candidate: int) -> bool:
+        return all(abs(candidate - base) >= ranks for base in taken)
+
+    if endpoint == "auto":
+        if host not in _WILDCARD_HOSTS:
+            return None  # such an engine dials out, and "auto" has nobody to dial
+        after_kv = port_base + ranks
+        if is_free(after_kv):
+            return after_kv
+        return replay[1] + ranks if replay else None
+    explicit = _split_tcp(endpoint or "")
+    return explicit[1] if explicit is not None and is_free(explicit[1]) else None

@@ -1,0 +1,332 @@
+"""The index process: it follows the worker table, clears what goes, says what it lost, and ends when it should."""
+
+import contextlib
+import fcntl
+import logging
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+from kv_publisher import BLOCK_SIZE, WAIT_S, Publisher, keys_of, stored, two_in_a_row, wait_until
+
+from sglfast import _counters as words
+from sglfast import shm
+from sglfast._counters import RANK_BLIND, RANK_EXACT, RankTable
+from sglfast._hashtree import TreeReader
+from sglfast._segment import Segment, segment_bytes
+from sglfast._workers import FREE, READY, UNHEALTHY, WorkerTable
+from sglfast.config import ServeConfig, to_json
+from sglfast.index.main import Index
+from sglfast.shm import RANK_REASONS, WorkerRecord, WorkerView
+
+ROOT = Path(__file__).parent.parent
+SIZES = {"max_workers": 4, "max_ranks": 64, "max_shards": 1, "capacity_blocks": 4096}
+BLIND = (RANK_BLIND, RANK_REASONS.index("publishes no KV events"))
+EXACT = (RANK_EXACT, 0)
+
+
+class Control:
+    """Control's side: the segment, the worker table, and a look at what index makes of them."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.table = WorkerTable(segment)
+        self.ranks = RankTable(segment)
+        self.reader = TreeReader(segment)
+
+    def put(
+        self,
+        worker_idx: int,
+        publisher: Publisher | None,
+        *,
+        rank_base: int,
+        dp_size: int = 1,
+        state: int = READY,
+        startup_time: float = 1.0,
+        is_new: bool = True,
+    ) -> None:
+        record = WorkerRecord(url=f"http://worker-{worker_idx}:1", startup_time=startup_time)
+        if publisher is not None:
+            record = WorkerRecord(
+                url=record.url,
+                startup_time=startup_time,
+                kv_host="127.0.0.1",
+                kv_port_base=publisher.port,
+                kv_replay_port_base=publisher.replay_port or None,
+            )
+        view = WorkerView(worker_idx, 0, state, rank_base, dp_size, BLOCK_SIZE if publisher else 0, False, record)
+        shm.put_worker(self.table, view, is_new=is_new)
+
+    def state(self, rank: int) -> tuple[int, int]:
+        return self.ranks.get(rank, words.R_STATE), self.ranks.get(rank, words.R_REASON)
+
+    def overlap(self, rank: int, conversation: int) -> int:
+        self.reader.match(keys_of(conversation, 4))
+        return self.reader.overlap(rank)
+
+
+class House:
+    """Control, an index in this process, and engines."""
+
+    def __init__(self) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.control = Control(Segment.format(mmap.mmap(-1, segment_bytes(**SIZES)), **SIZES))
+        self.index = Index(self.control.segment, logging.getLogger("test.index"))
+        self.publishers: list[Publisher] = []
+
+    def publisher(self) -> Publisher:
+        self.publishers.append(Publisher(self.context, has_replay=True))
+        return self.publishers[-1]
+
+    def wait_exact(self, rank: int, conversation: int, *publishers: Publisher) -> None:
+        control = self.control
+        wait_until(lambda: control.state(rank) == EXACT and control.overlap(rank, conversation) == 4, *publishers)
+
+    def close(self) -> None:
+        self.index.close()
+        for publisher in self.publishers:
+            publisher.close()
+        self.context.term()
+
+
+@pytest.fixture
+def house() -> Iterator[House]:
+    house = House()
+    yield house
+    house.close()
+
+
+def test_follows_workers_as_they_come_and_go(house: House) -> None:
+    control, index = house.control, house.index
+    assert index.sync()
+    assert not index.sync()
+    one, two = house.publisher(), house.publisher()
+    one.publish(stored(1, 4))
+    two.publish(stored(2, 4))
+    control.put(0, one, rank_base=0)
+    control.put(2, two, rank_base=7)
+    assert index.sync()
+    house.wait_exact(0, 1, one, two)
+    house.wait_exact(7, 2, one, two)
+    assert (control.overlap(0, 2), control.overlap(7, 1)) == (0, 0)
+    assert control.ranks.get(7, words.R_GENERATION) == 1
+
+    control.table.set_state(0, FREE)
+    assert index.sync()
+    assert (control.overlap(0, 1), control.overlap(7, 2)) == (0, 4)
+    assert control.ranks.row(0) == [0] * 16
+    house.wait_exact(7, 2, two)
+
+
+def test_state_of_a_worker_does_not_touch_its_stream(house: House) -> None:
+    control, index = house.control, house.index
+    engine = house.publisher()
+    engine.publish(stored(1, 4))
+    control.put(0, engine, rank_base=0)
+    index.sync()
+    house.wait_exact(0, 1, engine)
+    control.put(0, engine, rank_base=0, state=UNHEALTHY, is_new=False)
+    assert index.sync()
+    assert control.overlap(0, 1) == 4
+    assert engine.requests == [0]
+
+
+@pytest.mark.parametrize("change", ["generation", "startup_time", "endpoint", "ranks"])
+def test_changed_worker_is_followed_anew(house: House, change: str) -> None:
+    control, index = house.control, house.index
+    old, new = house.publisher(), house.publisher()
+    old.publish(stored(1, 4))
+    new.publish(stored(2, 4))
+    control.put(0, old, rank_base=0)
+    index.sync()
+    house.wait_exact(0, 1, old)
+    engine, rank = (new, 0) if change == "endpoint" else (old, 9 if change == "ranks" else 0)
+    if engine is old:  # what it had is gone, so that the old index would be wrong
+        old.buffer.clear()
+        old.seq = 0
+        old.publish(stored(2, 4))
+    control.put(0, engine, rank_base=rank, startup_time=2.0 if change == "startup_time" else 1.0, is_new=change == "generation")
+    assert index.sync()
+    assert control.overlap(0, 1) == 0
+    house.wait_exact(rank, 2, old, new)
+    assert control.overlap(0, 1) == 0
+    assert control.reader.stats()["live_blocks"] == 4
+
+
+def test_ranks_may_change_hands_in_one_step(house: House) -> None:
+    """Two workers swap their ranks between two looks at the table: nothing of the one is left with the other."""
+    control, index = house.control, house.index
+    one, two = house.publisher(), house.publisher()
+    one.publish(stored(1, 4))
+    two.publish(stored(2, 4))
+    control.put(0, one, rank_base=0)
+    control.put(1, two, rank_base=1)
+    index.sync()
+    house.wait_exact(0, 1, one, two)
+    house.wait_exact(1, 2, one, two)
+    control.put(0, one, rank_base=1)
+    control.put(1, two, rank_base=0)
+    index.sync()
+    house.wait_exact(1, 1, one, two)
+    house.wait_exact(0, 2, one, two)
+    assert (control.overlap(0, 1), control.overlap(1, 2)) == (0, 0)
+
+
+def test_each_rank_has_its_own_port(house: House) -> None:
+    control, index = house.control, house.index
+    pair = two_in_a_row(house.context)
+    house.publishers += pair
+    control.put(0, pair[0], rank_base=4, dp_size=2)
+    index.sync()
+    for number, engine in enumerate(pair):
+        wait_until(lambda engine=engine: engine.n_subscriptions == 1, *pair)  # type: ignore[misc]
+        engine.publish(stored(number, 4))
+    house.wait_exact(4, 0, *pair)
+    house.wait_exact(5, 1, *pair)
+    assert (control.overlap(4, 1), control.overlap(5, 0)) == (0, 0)
+
+
+def test_workers_that_cannot_be_followed_are_blind(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    control, index = house.control, house.index
+    edge = house.publisher()
+    control.put(0, None, rank_base=0, dp_size=2)
+    edge.port, port = 65535, edge.port
+    control.put(1, edge, rank_base=2, dp_size=2)
+    edge.port = port
+    index.sync()
+    assert [control.state(rank) for rank in (0, 1, 3)] == [BLIND] * 3
+    assert control.state(2) != BLIND
+    assert "65536" in caplog.text
+
+
+def test_sizes_follow_eviction(house: House) -> None:
+    control, index = house.control, house.index
+    engine = house.publisher()
+    engine.publish(stored(1, 4))
+    control.put(0, engine, rank_base=0)
+    index.sync()
+    house.wait_exact(0, 1, engine)
+    control.ranks.set(0, words.R_OWNED_BLOCKS, 99)
+    index.publish_sizes()
+    assert control.ranks.get(0, words.R_OWNED_BLOCKS) == 4
+
+
+def test_close_leaves_nothing_in_the_tree(house: House) -> None:
+    engine = house.publisher()
+    engine.publish(stored(1, 4))
+    house.control.put(0, engine, rank_base=0)
+    house.index.sync()
+    house.wait_exact(0, 1, engine)
+    house.index.close()
+    assert house.control.reader.stats()["live_blocks"] == 0
+
+
+# ---- as a process ----
+
+
+class Process:
+    """`python -m sglfast.index.main` as control starts it; `log` is its standard error."""
+
+    def __init__(self, shm_fd: int) -> None:
+        config_fd = os.memfd_create("config", 0)
+        os.write(config_fd, to_json(ServeConfig()))
+        self.control, child = socket.socketpair()
+        fds = (shm_fd, config_fd, child.fileno())
+        flags = [f"--{name}-fd={fd}" for name, fd in zip(("shm", "config", "control"), fds, strict=True)]
+        argv = [sys.executable, "-W", "error", "-m", "sglfast.index.main", *flags, f"--parent-pid={os.getpid()}"]
+        self.popen = subprocess.Popen(argv, cwd=ROOT, pass_fds=fds, stderr=subprocess.PIPE)
+        child.close()
+        os.close(config_fd)
+
+    def end(self, timeout_s: float = WAIT_S) -> tuple[int, str]:
+        """Wait for its end; exit code and log."""
+        _, log = self.popen.communicate(timeout=timeout_s)
+        self.control.close()
+        return self.popen.returncode, log.decode()
+
+
+@contextlib.contextmanager
+def started(shm_fd: int) -> Iterator[Process]:
+    process = Process(shm_fd)
+    try:
+        yield process
+    finally:
+        if process.popen.returncode is None:
+            process.popen.kill()
+            process.end()
+
+
+@pytest.fixture
+def shared() -> Iterator[tuple[int, Control, Publisher]]:
+    fd, segment = shm.create(**SIZES)
+    fcntl.fcntl(fd, fcntl.F_SETFD, 0)
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    engine = Publisher(context, has_replay=True)
+    yield fd, Control(segment), engine
+    engine.close()
+    context.term()
+    os.close(fd)
+
+
+def test_killed_index_comes_back_exact(shared: tuple[int, Control, Publisher]) -> None:
+    fd, control, engine = shared
+    engine.publish(stored(1, 4))
+    control.put(0, engine, rank_base=0)
+
+    def is_exact() -> bool:
+        pid, _, _, _, is_ready = control.segment.process_info(0)
+        return is_ready and pid == process.popen.pid and control.state(0) == EXACT and control.overlap(0, 1) == 4
+
+    with started(fd) as process:
+        wait_until(is_exact, engine)
+        assert control.reader.stats()["generation"] == 1
+        before_ms = control.segment.process_info(0)[2]
+        wait_until(lambda: control.segment.process_info(0)[2] > before_ms, engine, what="the heartbeat")
+        process.popen.kill()
+        _, log = process.end()
+    assert "lost" not in log
+    assert control.overlap(0, 1) == 4  # shards go on with the last tree
+    with started(fd) as process:
+        wait_until(is_exact, engine)
+        assert control.reader.stats()["generation"] == 2
+        assert control.reader.stats()["live_blocks"] == 4
+        process.popen.send_signal(signal.SIGTERM)
+        code, log = process.end()
+    assert code == 0
+    assert "the KV index was lost: it starts from an empty tree" in log
+    assert "Traceback" not in log
+    assert not control.segment.process_info(0)[4]
+
+
+def test_follows_changes_of_the_table(shared: tuple[int, Control, Publisher]) -> None:
+    fd, control, engine = shared
+    engine.publish(stored(1, 4))
+    with started(fd) as process:
+        wait_until(lambda: control.segment.process_info(0)[4], engine)
+        control.put(3, engine, rank_base=5)
+        wait_until(lambda: control.state(5) == EXACT and control.overlap(5, 1) == 4, engine)
+        control.table.set_state(3, FREE)
+        wait_until(lambda: control.overlap(5, 1) == 0, engine)
+        assert process.popen.poll() is None
+
+
+def test_ends_with_control(shared: tuple[int, Control, Publisher]) -> None:
+    fd, control, engine = shared
+    control.put(0, engine, rank_base=0)
+    with started(fd) as process:
+        wait_until(lambda: control.segment.process_info(0)[4], engine)
+        process.popen.send_signal(signal.SIGINT)  # a terminal sends it to all; control decides
+        time.sleep(0.2)
+        assert process.popen.poll() is None
+        process.control.close()
+        code, log = process.end()
+    assert code == 0
+    assert "control is gone" in log

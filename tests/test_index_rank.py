@@ -1,0 +1,209 @@
+"""One rank's blocks in the tree: tiers, what cannot be read, and the check that shards will find the blocks."""
+
+import logging
+import mmap
+from typing import Any
+
+import msgspec
+import pytest
+from conftest import GOLDEN
+
+from sglfast._blockhash import page_keys
+from sglfast._hashtree import TreeReader, TreeWriter
+from sglfast._segment import Segment, segment_bytes
+from sglfast.index.rank import RankIndex, TreeLock
+from sglfast.wire import kv_events
+from sglfast.wire.kv_events import EventOut
+
+SIZES = {"max_workers": 2, "max_ranks": 64, "max_shards": 1, "capacity_blocks": 4096}
+TOKENS = list(range(100, 116))
+P = 4
+
+
+class House:
+    """A tree of its own and one rank in it."""
+
+    def __init__(self) -> None:
+        self.segment = Segment.format(mmap.mmap(-1, segment_bytes(**SIZES)), **SIZES)
+        self.tree = TreeLock(TreeWriter(self.segment))
+        self.reader = TreeReader(self.segment)
+        self.index = self.rank(3)
+
+    def rank(self, rank: int, *, is_bigram: bool = False, block_size: int = P) -> RankIndex:
+        log = logging.LoggerAdapter(logging.getLogger("test.rank"), {})
+        return RankIndex(self.tree, rank, block_size=block_size, is_bigram=is_bigram, log=log)
+
+    def overlap(self, keys: bytes, tiers: int = 7) -> int:
+        self.reader.match(keys, tiers)
+        return self.reader.overlap(3)
+
+
+@pytest.fixture
+def house() -> House:
+    return House()
+
+
+def u64s(keys: bytes) -> list[int]:
+    return [int.from_bytes(keys[at : at + 8], "little") for at in range(0, len(keys), 8)]
+
+
+def batch(*events: EventOut) -> bytes:
+    return kv_events.encode_batch(1.0, events, 0)
+
+
+def root(tokens: list[int] = TOKENS, *, medium: str | None = "GPU", cache_salt: str | None = None) -> EventOut:
+    keys = page_keys(tokens, P, cache_salt=(cache_salt or "").encode())
+    return kv_events.stored(
+        block_hashes=u64s(keys), parent_block_hash=None, token_ids=tokens, block_size=P, medium=medium, cache_salt=cache_salt
+    )
+
+
+def removed(keys: bytes, medium: str | None) -> EventOut:
+    return kv_events.removed(block_hashes=u64s(keys), medium=medium)
+
+
+def test_store_and_remove(house: House) -> None:
+    keys = page_keys(TOKENS, P)
+    outcome = house.index.apply(batch(root()))
+    assert (outcome.is_cleared, outcome.is_lossy) == (False, False)
+    assert house.overlap(keys) == 4
+    assert house.index.owned_blocks == 4
+    house.index.apply(batch(removed(keys[16:24], "GPU")))
+    assert house.overlap(keys) == 2
+    counters = house.index.counters
+    assert (counters.events, counters.blocks_stored, counters.blocks_removed, counters.undecoded) == (2, 4, 1, 0)
+    assert house.index.last_event_ms > 1_600_000_000_000
+
+
+def test_tiers_are_bits(house: House) -> None:
+    """The steps of HiCache: on the device, copied to the host, gone from the device, gone from the host."""
+    keys = page_keys(TOKENS, P)
+    for event, device, host, any_tier in (
+        (root(medium="GPU"), 4, 0, 4),
+        (root(medium="CPU_PINNED"), 4, 4, 4),
+        (removed(keys, "GPU"), 0, 4, 4),
+        (root(medium="EXTERNAL"), 0, 4, 4),
+        (removed(keys, "EXTERNAL"), 0, 4, 4),
+        (removed(keys, "CPU_PINNED"), 0, 0, 0),
+        (root(medium=None), 4, 0, 4),
+        (root(medium="DISK"), 4, 0, 4),
+        (removed(keys, None), 0, 0, 0),
+        (root(medium="HOLOGRAM"), 0, 0, 0),
+        (root(), 4, 0, 4),
+        (removed(keys, "HOLOGRAM"), 0, 0, 0),
+    ):
+        house.index.apply(batch(event))
+        assert (house.overlap(keys, 1), house.overlap(keys, 2), house.overlap(keys)) == (device, host, any_tier), event
+
+
+def test_all_blocks_cleared_is_one_ranks_matter(house: House) -> None:
+    other = house.rank(5)
+    for index in (house.index, other):
+        index.apply(batch(root()))
+    outcome = house.index.apply(batch(kv_events.cleared(), root(TOKENS[:8])))
+    assert outcome.is_cleared
+    assert house.overlap(page_keys(TOKENS, P)) == 2
+    assert house.reader.overlap(5) == 4
+
+
+def test_unreadable_batch_is_counted(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(3):
+        assert house.index.apply(b"\xc1 rubbish").is_lossy
+    assert house.index.counters.undecoded == 3
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # said once, counted thrice
+    assert "undecodable" in caplog.text
+
+
+def test_unreadable_event_is_counted_and_its_siblings_applied(house: House) -> None:
+    good = msgspec.msgpack.decode(batch(root()))[1]
+    payload = msgspec.msgpack.encode([1.0, [*good, ["BlockTeleported", 1]], 0])
+    assert house.index.apply(payload).is_lossy
+    assert house.index.counters.undecoded == 1
+    assert house.overlap(page_keys(TOKENS, P)) == 4
+
+
+def test_retired_rank_touches_nothing(house: House) -> None:
+    house.index.apply(batch(root()))
+    house.index.retire()
+    assert house.index.owned_blocks == 0
+    successor = house.rank(3)
+    successor.apply(batch(root()))
+    house.index.apply(batch(removed(page_keys(TOKENS, P), None)))
+    house.index.clear()
+    house.index.retire()
+    assert successor.owned_blocks == 4
+
+
+# ---- the check of root blocks ----
+
+
+def test_agreeing_roots(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    house.index.apply(batch(root()))
+    assert house.index.mismatch == ""
+    salted = house.rank(4)
+    salted.apply(batch(root(cache_salt="tenant")))
+    assert salted.mismatch == ""
+    golden = house.rank(6, is_bigram=True)
+    golden.apply((GOLDEN / "kv_events/sglang_batches/0.5.23/stored_bigram.msgpack").read_bytes())
+    assert golden.mismatch == ""
+    assert not caplog.records
+
+
+def bigram_root(tokens: list[int]) -> EventOut:
+    keys = page_keys(tokens, P, bigram=True)
+    n = len(keys) // 8 * P
+    pairs = [[tokens[i], tokens[i + 1]] for i in range(n)]
+    return kv_events.stored(block_hashes=u64s(keys), parent_block_hash=None, token_ids=pairs, block_size=P)
+
+
+@pytest.mark.parametrize("n_tokens", [5, 9, 17, 18, 41])
+def test_agreeing_bigram_roots_of_all_lengths(house: House, n_tokens: int, caplog: pytest.LogCaptureFixture) -> None:
+    index = house.rank(7, is_bigram=True)
+    index.apply(batch(bigram_root(list(range(n_tokens)))))
+    assert index.mismatch == ""
+    assert index.has_agreed
+    assert not caplog.records
+
+
+def test_mismatches_are_told(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = kv_events.stored(block_hashes=[1, 2, 3, 4], parent_block_hash=None, token_ids=TOKENS, block_size=P)
+    text: Any = ["a"]
+    text_tokens = kv_events.stored(block_hashes=[1], parent_block_hash=None, token_ids=text, block_size=P)
+    for index, event, words in (
+        (house.rank(8), wrong, "SHA-256"),
+        (house.rank(9), bigram_root(TOKENS), "holds pairs of tokens (EAGLE), /server_info says single tokens"),
+        (house.rank(10, is_bigram=True), root(), "single tokens, /server_info says pairs"),
+        (house.rank(11, block_size=64), root(), "4 tokens, /server_info says 64"),
+        (house.rank(12), text_tokens, "neither"),
+    ):
+        caplog.clear()
+        index.apply(batch(event))
+        index.apply(batch(event))
+        assert words.removeprefix("holds ") in index.mismatch
+        assert [record.levelname for record in caplog.records] == ["ERROR"]  # told once
+        assert index.owned_blocks > 0  # and indexed all the same
+
+
+def test_a_root_that_agrees_ends_the_mismatch(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = kv_events.stored(block_hashes=[1], parent_block_hash=None, token_ids=TOKENS[:4], block_size=P)
+    for _ in range(20):
+        house.index.apply(batch(wrong))
+    assert house.index.mismatch
+    for _ in range(16):
+        house.index.apply(batch(root()))
+    assert house.index.mismatch == ""
+    assert [record.levelname for record in caplog.records] == ["ERROR"] or caplog.records[-1].levelname == "INFO"
+
+
+def test_roots_that_cannot_tell(house: House) -> None:
+    """LoRA keys are not recomputable, a store without tokens has nothing to compute from, a child needs its parent's digest."""
+    tokens = TOKENS[:4]
+    for event in (
+        kv_events.stored(block_hashes=[1], parent_block_hash=None, token_ids=tokens, block_size=P, lora_name="ad"),
+        kv_events.stored(block_hashes=[1], parent_block_hash=None, token_ids=tokens, block_size=P, lora_id=3),
+        kv_events.stored(block_hashes=[1], parent_block_hash=None, token_ids=[], block_size=0, medium="CPU"),
+        kv_events.stored(block_hashes=[1], parent_block_hash=7, token_ids=tokens, block_size=P),
+    ):
+        house.index.apply(batch(event))
+        assert house.index.mismatch == ""
+        assert not house.index.has_agreed

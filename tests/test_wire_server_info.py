@@ -1,0 +1,198 @@
+"""`/server_info` and its kv_events descriptor, from both sides, against 63 recorded configurations."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from sglfast.errors import WorkerInfoError
+from sglfast.wire import server_info
+
+GOLDEN = Path(__file__).parent / "golden" / "kv_events" / "server_info" / "kv_events_descriptor.json"
+CASES: list[dict[str, Any]] = json.loads(GOLDEN.read_text())
+DESCRIPTOR = {
+    "publisher": "zmq",
+    "endpoint_host": "*",
+    "endpoint_port_base": 5557,
+    "topic": "kv",
+    "block_size": 64,
+    "dp_size": 2,
+    "replay_endpoint_port_base": 5657,
+}
+SECRETS = {
+    "api_key": "sk-very-secret-1",
+    "admin_api_key": "sk-very-secret-2",
+    "ssl_keyfile_password": "very-secret-3",
+    "launch_command": "sglang --api-key very-secret-4",
+}
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+def test_all_cases_are_here() -> None:
+    assert len(CASES) == 63
+
+
+@pytest.mark.parametrize("case", CASES, ids=range(63))
+def test_producer(case: dict[str, Any]) -> None:
+    given = case["input"]
+    descriptor = server_info.kv_events_descriptor(
+        given["kv_events_config"],
+        page_size=given["page_size"],
+        dp_size=given["dp_size"],
+        dcp_size=given["dcp_size"],
+        attn_dp_size=given["attn_dp_size"],
+        load_publish_endpoint=given["load_publish_endpoint"],
+    )
+    assert descriptor == case["expected"]["0.5.23"]
+    if descriptor is not None:  # the order of keys is what a reader sees
+        assert list(descriptor) == list(case["expected"]["0.5.23"])
+
+
+@pytest.mark.parametrize("version", ["0.5.13", "0.5.18", "0.5.23"])
+@pytest.mark.parametrize("case", CASES, ids=range(63))
+def test_consumer(case: dict[str, Any], version: str) -> None:
+    described = case["expected"][version]
+    facts = server_info.parse_server_info(body(kv_events=described, dp_size=9, page_size=9), "http://worker-3:30000")
+    if described is None or described["publisher"] != "zmq":
+        assert facts.kv is None
+        assert facts.dp_size == 9
+        return
+    host = described["endpoint_host"]
+    is_wildcard = host in ("*", "0.0.0.0", "::", "[::]")
+    assert facts.kv == server_info.KvEndpoint(
+        publisher="zmq",
+        host="worker-3" if is_wildcard else host.strip("[]"),
+        port_base=described["endpoint_port_base"],
+        topic=described["topic"],
+        block_size=described["block_size"],
+        dp_size=described["dp_size"],
+        replay_port_base=described.get("replay_endpoint_port_base"),
+    )
+    assert facts.dp_size == described["dp_size"]
+
+
+def test_endpoints() -> None:
+    facts = server_info.parse_server_info(body(kv_events=DESCRIPTOR), "http://[fd00::7]:30000")
+    assert facts.kv is not None
+    assert facts.kv.host == "fd00::7"
+    assert facts.kv.live_endpoint(1) == "tcp://[fd00::7]:5558"
+    assert facts.kv.replay_endpoint(1) == "tcp://[fd00::7]:5658"
+    high = msgspec.structs.replace(facts.kv, port_base=65535, replay_port_base=None, host="h")
+    assert high.live_endpoint(0) == "tcp://h:65535"
+    assert high.live_endpoint(1) is None
+    assert high.replay_endpoint(0) is None
+
+
+def test_facts() -> None:
+    facts = server_info.parse_server_info(
+        body(
+            served_model_name="m",
+            kv_events=DESCRIPTOR,
+            disaggregation_mode="prefill",
+            disaggregation_bootstrap_port=8998,
+            speculative_algorithm="EAGLE3",
+            version="0.5.23",
+            startup_time=1700000000,
+            page_size=64,
+            dp_size=1,
+            **SECRETS,
+        ),
+        "http://10.0.0.5:30000",
+    )
+    assert facts.model == "m"
+    assert facts.kv is not None
+    assert facts.kv.host == "10.0.0.5"
+    assert (facts.dp_size, facts.page_size) == (2, 64)
+    assert (facts.disaggregation_mode, facts.disaggregation_bootstrap_port) == ("prefill", 8998)
+    assert facts.bigram
+    assert (facts.version, facts.startup_time) == ("0.5.23", 1700000000.0)
+    assert "secret" not in repr(facts)
+
+
+def test_wrong_types_cost_only_their_field() -> None:
+    facts = server_info.parse_server_info(
+        body(
+            served_model_name="",
+            kv_events=[1],
+            disaggregation_mode=5,
+            disaggregation_bootstrap_port=70000,
+            speculative_algorithm=None,
+            version={"a": 1},
+            startup_time="late",
+            page_size=-1,
+            dp_size="4",
+            attn_dp_size=4,
+        ),
+        "http://h:1",
+    )
+    assert facts == server_info.WorkerFacts(None, None, 4, None, None, False, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("publisher", "other"),
+        ("publisher", None),
+        ("endpoint_host", ""),
+        ("endpoint_host", 5),
+        ("endpoint_port_base", 0),
+        ("endpoint_port_base", 65536),
+        ("endpoint_port_base", "5557"),
+        ("block_size", 0),
+        ("block_size", None),
+    ],
+)
+def test_descriptor_that_cannot_be_used(field: str, value: Any) -> None:
+    facts = server_info.parse_server_info(body(kv_events=DESCRIPTOR | {field: value}), "http://h:1")
+    assert facts.kv is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "expected"),
+    [
+        ("topic", None, "topic", ""),
+        ("dp_size", 0, "dp_size", 1),
+        ("replay_endpoint_port_base", "x", "replay_port_base", None),
+        ("replay_endpoint_port_base", 99999, "replay_port_base", None),
+    ],
+)
+def test_descriptor_with_an_odd_extra(field: str, value: Any, name: str, expected: Any) -> None:
+    facts = server_info.parse_server_info(body(kv_events=DESCRIPTOR | {field: value}), "http://h:1")
+    assert getattr(facts.kv, name) == expected
+
+
+@pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "eagle", "FROZEN_KV_MTP", "NEXTN"])
+def test_bigram_algorithms(algorithm: str) -> None:
+    assert server_info.parse_server_info(body(speculative_algorithm=algorithm), "http://h:1").bigram
+
+
+@pytest.mark.parametrize("algorithm", ["", "NGRAM", "STANDALONE", "DFLASH", None])
+def test_unigram_algorithms(algorithm: str | None) -> None:
+    assert not server_info.parse_server_info(body(speculative_algorithm=algorithm), "http://h:1").bigram
+
+
+@pytest.mark.parametrize("bad", [b"", b"[]", b"null", b"<html>", b'{"api_key":"very-secret"', b"\xff{}", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "parse",
+    [lambda text: server_info.parse_server_info(text, "http://h:1"), server_info.parse_model_info, server_info.parse_models],
+)
+def test_body_that_is_no_object(bad: bytes, parse: Callable[[bytes], object]) -> None:
+    with pytest.raises(WorkerInfoError) as caught:
+        parse(bad)
+    assert "secret" not in str(caught.value)
+    assert caught.value.__context__ is None  # the decoder's error, which may know the body, is not carried along
+
+
+def test_model_names() -> None:
+    assert server_info.parse_model_info(body(model_path="/m", served_model_name="name")) == "name"
+    assert server_info.parse_model_info(body(model_path="/m")) is None
+    models = [{"id": "ad", "object": "adapter"}, 5, {"id": 7, "object": "model"}, {"id": "m", "object": "model"}, {"id": "n"}]
+    assert server_info.parse_models(body(object="list", data=models)) == "m"
+    assert server_info.parse_models(body(object="list", data=[])) is None
+    assert server_info.parse_models(body(object="list")) is None

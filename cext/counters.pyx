@@ -3,8 +3,8 @@
 Runs in: shards (`Column` writes, `Loads` reads on the request path), control (`Totals` reads, `retire` folds a dead shard's column
     away), index (`RankTable` writes).
 Contract: a word is written by the one process that owns its column; totals are sums over all columns, so a reader may see a
-    request in the middle of its begin, never a lost one. Gauges are the words listed in GAUGES: they vanish with their
-    shard, all other words move into the retired column. Sums of gauges below zero (read in the middle of a change) count as 0.
+    request in the middle of its begin, never a lost one. Gauges are the words listed in GAUGES_*: they vanish with their
+    shard, all other words move into the retired column. Loads counts a sum below zero as 0; Totals shows it as it is.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -70,6 +70,7 @@ cdef enum:
     c_W_BYTES_OUT = 9
     c_S_INFLIGHT = 1
     c_S_REQUESTS = 3
+    c_S_BYTES_IN = 4
     c_S_BYTES_OUT = 5
     c_S_RESPONSES_2XX = 11
     c_S_DECISIONS = 32
@@ -102,14 +103,15 @@ cdef class Column:
             raise IndexError(f"worker {worker_idx} is outside 0..{self.max_workers - 1}")
         return sf_column_worker(self.words, worker_idx)
 
-    def begin(self, unsigned int worker_idx, unsigned long long tokens, unsigned int decision):
-        """A request was given to the worker with `tokens` uncached prompt tokens (0 = unknown), for a policy's `decision`."""
+    def begin(self, unsigned int worker_idx, unsigned long long tokens, unsigned int decision, unsigned long long bytes_in=0):
+        """A request of `bytes_in` body bytes was given to the worker with `tokens` uncached prompt tokens (0 = unknown)."""
         cdef uint64_t *words = self.worker(worker_idx)
         _sf_add(words + c_W_INFLIGHT_REQUESTS, 1)
         _sf_add(words + c_W_INFLIGHT_TOKENS, tokens)
         _sf_add(words + c_W_REQUESTS, 1)
         _sf_add(self.words + c_S_INFLIGHT, 1)
         _sf_add(self.words + c_S_REQUESTS, 1)
+        _sf_add(self.words + c_S_BYTES_IN, bytes_in)
         if decision < 16:
             _sf_add(self.words + c_S_DECISIONS + decision, 1)
 
@@ -171,7 +173,8 @@ cdef class Column:
 cdef class Loads:
     """What policies compare: in-flight requests and tokens of a worker, summed over all shards.
 
-    A pool is a contiguous int32 array of worker indexes. Cost of a pick: pool size x shards words; power_of_two reads two workers.
+    A pool is a contiguous int32 array of worker indexes; ValueError when it is not or is empty, IndexError for an index outside
+    the table. Cost of a pick: pool size x shards words; power_of_two reads two workers.
     Ties are broken at random (reservoir), never by index: equal workers must share the load.
     """
 
@@ -203,12 +206,24 @@ cdef class Loads:
         return (self.c_random() >> 32) * n >> 32
 
     cdef int64_t c_load(self, uint64_t worker_idx, uint64_t word) noexcept nogil:
-        cdef uint64_t *words = self.first + SF_SHARD_WORDS + worker_idx * SF_WORKER_WORDS + word
+        # -1: no such worker (a negative index is one of these: it became huge).
+        cdef uint64_t *words
         cdef int64_t total = 0
         cdef uint64_t shard
+        if worker_idx >= self.max_workers:
+            return -1
+        words = self.first + SF_SHARD_WORDS + worker_idx * SF_WORKER_WORDS + word
         for shard in range(self.n_shards):
             total += <int64_t>_sf_load(words + shard * self.stride_words)
         return total if total > 0 else 0
+
+    cdef int open_pool(self, pool, Py_buffer *view) except -1:
+        PyObject_GetBuffer(pool, view, PyBUF_SIMPLE)
+        if view.itemsize != sizeof(int32_t) or view.len == 0:
+            kind = f"items of {view.itemsize} bytes" if view.len else "none"
+            PyBuffer_Release(view)
+            raise ValueError(f"a pool is int32 worker indexes, at least one; this one has {kind}")
+        return 0
 
     def requests(self, unsigned int worker_idx):
         """In-flight requests of a worker over all shards."""
@@ -223,22 +238,26 @@ cdef class Loads:
         return self.c_load(worker_idx, c_W_INFLIGHT_TOKENS)
 
     def random_below(self, unsigned long long n):
-        """A random number 0..n-1 (n < 2^32)."""
+        """A random number 0..n-1. Raises ValueError unless 1 <= n < 2^32."""
+        if n - 1 >= 0xffffffff:
+            raise ValueError(f"n must be 1..2^32 - 1, not {n}")
         return self.c_below(n)
 
     def least(self, pool, unsigned int word=0):
         """(position in the pool, load) of the least loaded worker; ties at random. word: 0 requests, 1 tokens."""
         cdef Py_buffer view
         cdef const int32_t *workers
-        cdef int64_t load, best = -1
+        cdef int64_t load = -1, best = -1
         cdef uint64_t i, n, ties = 0, choice = 0
-        PyObject_GetBuffer(pool, &view, PyBUF_SIMPLE)
+        if word >= SF_WORKER_WORDS:
+            raise IndexError(f"no worker word {word}")
+        self.open_pool(pool, &view)
         workers = <const int32_t *>view.buf
         n = view.len // sizeof(int32_t)
         for i in range(n):
-            if <uint64_t>workers[i] >= self.max_workers:
-                continue
-            load = self.c_load(workers[i], word)
+            load = self.c_load(<uint64_t>workers[i], word)
+            if load < 0:
+                break
             if best < 0 or load < best:
                 best = load
                 ties = 1
@@ -248,27 +267,31 @@ cdef class Loads:
                 if self.c_below(ties) == 0:
                     choice = i
         PyBuffer_Release(&view)
-        if best < 0:
-            raise ValueError("the pool is empty")
+        if load < 0:
+            raise IndexError(f"the pool names a worker outside 0..{self.max_workers - 1}")
         return choice, best
 
     def span(self, pool, unsigned int word=0):
         """(smallest, largest) load in the pool."""
         cdef Py_buffer view
         cdef const int32_t *workers
-        cdef int64_t load, low = -1, high = -1
+        cdef int64_t load = -1, low = -1, high = -1
         cdef uint64_t i
-        PyObject_GetBuffer(pool, &view, PyBUF_SIMPLE)
+        if word >= SF_WORKER_WORDS:
+            raise IndexError(f"no worker word {word}")
+        self.open_pool(pool, &view)
         workers = <const int32_t *>view.buf
         for i in range(view.len // sizeof(int32_t)):
-            if <uint64_t>workers[i] >= self.max_workers:
-                continue
-            load = self.c_load(workers[i], word)
+            load = self.c_load(<uint64_t>workers[i], word)
+            if load < 0:
+                break
             if low < 0 or load < low:
                 low = load
             if load > high:
                 high = load
         PyBuffer_Release(&view)
+        if load < 0:
+            raise IndexError(f"the pool names a worker outside 0..{self.max_workers - 1}")
         return low, high
 
     def lighter_of_two(self, pool):
@@ -276,21 +299,21 @@ cdef class Loads:
         cdef Py_buffer view
         cdef const int32_t *workers
         cdef uint64_t n, a, b
-        PyObject_GetBuffer(pool, &view, PyBUF_SIMPLE)
+        cdef int64_t load_a, load_b
+        self.open_pool(pool, &view)
         workers = <const int32_t *>view.buf
         n = view.len // sizeof(int32_t)
-        if n == 0:
-            PyBuffer_Release(&view)
-            raise ValueError("the pool is empty")
         a = self.c_below(n)
+        b = a
         if n > 1:
             b = self.c_below(n - 1)
             b += b >= a
-            if <uint64_t>workers[a] < self.max_workers and <uint64_t>workers[b] < self.max_workers:
-                if self.c_load(workers[b], c_W_INFLIGHT_REQUESTS) < self.c_load(workers[a], c_W_INFLIGHT_REQUESTS):
-                    a = b
+        load_a = self.c_load(<uint64_t>workers[a], c_W_INFLIGHT_REQUESTS)
+        load_b = self.c_load(<uint64_t>workers[b], c_W_INFLIGHT_REQUESTS)
         PyBuffer_Release(&view)
-        return a
+        if load_a < 0 or load_b < 0:
+            raise IndexError(f"the pool names a worker outside 0..{self.max_workers - 1}")
+        return b if load_b < load_a else a
 
 
 @cython.final

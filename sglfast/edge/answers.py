@@ -7,6 +7,7 @@ Runs in: shards, event loop. Contract: errors are OpenAI error objects with the 
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import TYPE_CHECKING
 
 import orjson
@@ -48,8 +49,11 @@ _ERROR_BODIES = {reason.code: error_body(reason) for reason in errors.REASONS}
 
 
 def error_event(reason: errors.Reason) -> bytes:
-    """The same as an SSE event: the last thing that the reader of a broken stream gets."""
-    return b"data: " + _ERROR_BODIES[reason.code] + b"\n\n"
+    """The same as an SSE event: the last thing that the reader of a broken stream gets.
+
+    The empty line before it ends an event that was cut in the middle; without one it says nothing.
+    """
+    return b"\n\ndata: " + _ERROR_BODIES[reason.code] + b"\n\n"
 
 
 def head(status: int, content_type: bytes, size: int, extra: bytes = b"") -> bytes:
@@ -112,8 +116,15 @@ async def ask_control(address: str, path: bytes) -> tuple[int, bytes, bytes]:
     address: `@name` is an abstract Unix socket, which no file system holds.
     """
     async with asyncio.timeout(_METRICS_TIMEOUT_SECS):
-        name = "\0" + address[1:] if address.startswith("@") else address
-        reader, writer = await asyncio.open_unix_connection(name, limit=1 << 20)
+        # libuv takes no abstract name, so the socket is connected first.
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            peer.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(peer, "\0" + address[1:])
+            reader, writer = await asyncio.open_unix_connection(sock=peer)
+        except BaseException:
+            peer.close()
+            raise
         try:
             writer.write(b"GET %b HTTP/1.1\r\nhost: control\r\nconnection: close\r\n\r\n" % path)
             opening = await reader.readuntil(b"\r\n\r\n")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sglfast import _counters, errors
 from sglfast._httphead import RequestHead, ResponseHead
 from sglfast.edge.answers import error_event
+from sglfast.edge.upstream import UNTIL_CLOSE
 
 if TYPE_CHECKING:
     from sglfast.edge.request import Endpoint
@@ -98,7 +99,7 @@ class Exchange:
         self.route = route
         self.tokens = route.uncached_tokens
         upstream = route.upstream
-        self.shard.column.begin(upstream.worker_idx, self.tokens, route.decision)
+        self.shard.column.begin(upstream.worker_idx, self.tokens, route.decision, len(self.body))
         self.deadline_s = self.started_s + self.shard.config.request_timeout_secs
         connection = upstream.take_idle()
         if connection is None:
@@ -210,7 +211,7 @@ class Exchange:
         self.connection = None
         route = self.route
         assert route is not None
-        if not self.has_answer and connection.uses > 1 and not self.is_resent:
+        if not connection.has_spoken and connection.uses > 1 and not self.is_resent:
             # It had been idle: the worker closed it while our request was on its way. A fresh connection tells for sure.
             self.is_resent = True
             self.shard.column.add(_counters.S_RESENDS)
@@ -285,12 +286,12 @@ class Exchange:
         self.shard.column.add(_counters.S_STREAMS_CUT)
         self.shard.count_error(reason)
         if self.is_event_stream and connection is not None:
-            chunks = connection.chunks
-            if self.decodes_chunks or chunks is None:
-                client.write(error_event(reason))
-            elif chunks.is_between:
-                event = error_event(reason)
+            event = error_event(reason)
+            if self.decodes_chunks or connection.state == UNTIL_CLOSE:
+                client.write(event)
+            elif connection.chunks is not None and connection.chunks.is_between:
                 client.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
+            # else in the middle of a chunk or of a counted length, where it would be taken for data
         self._finish()
         client.close_after_write()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -46,6 +47,10 @@ async def serve(boot: Boot) -> None:
     boot.segment.process_start(boot.process_slot, os.getpid(), int(time.time() * 1000))
     shard.router.refresh()
     server = await loop.create_server(lambda: ClientConnection(shard), sock=boot.listener, backlog=4096)
+    # What is here now stays; what comes is freed by reference count. A full collection over thousands of connections would stall all.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 100)
     boot.segment.process_ready(boot.process_slot)
     shard.tick()
     log.debug("serving")

@@ -57,7 +57,9 @@ class Pool:
         self.policy = policy
         self.view = PoolView(array("i", [worker.worker_idx for worker in workers]))
         # Routes without a prompt are alike for every request of a policy: made once.
-        self.plain_routes = [Route(self, upstream, policy.plain_decision) for upstream in upstreams]
+        self.plain_routes = [
+            Route(self, upstream, policy.plain_decision, rank=worker.rank_base) for worker, upstream in zip(workers, upstreams, strict=True)
+        ]
         # How the workers cut prompts into blocks; one way in a pool of equals.
         self.variants = tuple(sorted({(worker.block_size, worker.bigram) for worker in workers if worker.block_size}))
         self.by_rank: dict[int, tuple[int, tuple[int, bool]]] = {
@@ -94,7 +96,7 @@ class Router:
         self._version = -1
         self._upstreams: dict[tuple[int, int], Upstream] = {}  # (slot, generation)
         self.pools: dict[str | None, Pool] = {}
-        self.only: Pool | None = None  # the one pool, when there is one
+        self.only: Pool | None = None  # the one pool, when no worker, also of those that are down, has another model
         self.models: list[str] = []
 
     def refresh(self) -> None:
@@ -122,8 +124,9 @@ class Router:
             fresh = make_policy(config.policy, config, self._shard.loads, has_events=any(worker.block_size for worker in workers))
             kept = policies.get(model)
             self.pools[model] = Pool(model, workers, upstreams, kept if type(kept) is type(fresh) and kept else fresh)
-        self.only = next(iter(self.pools.values())) if len(self.pools) == 1 else None
         self.models = sorted({view.record.model for view in views if view.record.model is not None})
+        is_alone = len(self.pools) == 1 and len(self.models) <= 1
+        self.only = next(iter(self.pools.values())) if is_alone else None
 
     def sweep(self, before_s: float) -> None:
         """Close connections to workers that have been idle since before `before_s`."""
@@ -136,9 +139,11 @@ class Router:
         pool = self.only
         if pool is None:
             # Several models: the body must say which. A pool that does not know its model takes any name.
-            pool = self.pools.get(model_of(body)) or self.pools.get(None)
+            model = model_of(body)
+            pool = self.pools.get(model) or self.pools.get(None)
             if pool is None:
-                then(errors.MODEL_NOT_FOUND if self.pools else errors.NO_HEALTHY_WORKERS)
+                is_down = model in self.models or not self.pools
+                then(errors.NO_HEALTHY_WORKERS if is_down else errors.MODEL_NOT_FOUND)
                 return
         if not pool.policy.needs_prompt:
             position, decision = pool.policy.choose(pool.view, self._shard.loads, _NO_PROMPT)
@@ -221,8 +226,9 @@ class Router:
         untried = array("i", [idx for idx in pool.view.worker_idxs if idx not in tried])
         if not untried:
             return None
-        worker_idx = untried[self._shard.loads.least(untried)[0]]
-        return Route(pool, pool.upstreams[pool.view.worker_idxs.index(worker_idx)], FAILOVER, failed.uncached_tokens)
+        position = pool.view.worker_idxs.index(untried[self._shard.loads.least(untried)[0]])
+        rank = pool.workers[position].rank_base
+        return Route(pool, pool.upstreams[position], FAILOVER, failed.uncached_tokens, rank=rank)
 
     def describe(self, route: Route) -> bytes:
         """Value of the answer header `x-sglfast-kv`: what was predicted for this request."""

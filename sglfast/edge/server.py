@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HEAD, BODY, CHUNKED, BUSY, UNUSUAL, CLOSED = range(6)
 _PIPELINE_BYTES = 65536  # waiting bytes of further requests above which the connection is not read
+_LINGER_SECS = 2.0  # after a refusal, what the client still sends is read and dropped for so long
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -37,6 +38,7 @@ class ClientConnection(asyncio.Protocol):
         "head",
         "is_http10",
         "is_write_paused",
+        "lingers",
         "pending",
         "pieces",
         "quiet_since_s",
@@ -66,6 +68,7 @@ class ClientConnection(asyncio.Protocol):
         self.closes = False
         self.is_http10 = False
         self.is_write_paused = False
+        self.lingers = False
 
     # ---- the transport's calls ----
 
@@ -110,13 +113,15 @@ class ClientConnection(asyncio.Protocol):
         state = self.state
         if state == HEAD:
             if self.pending:
-                data = self.pending + data
+                data = self.pending + data  # what waits is older, also when its turn is only queued
                 self.pending = b""
+            else:
+                self.quiet_since_s = self.shard.now_s  # a head begins
             self._read(data)
         elif state == BODY:
-            self._read_body(data)
+            self._read_rest(self._read_body(data))
         elif state == CHUNKED:
-            self._read_chunks(data)
+            self._read_rest(self._read_chunks(data))
         elif state == BUSY:
             self._wait_with(data)
         elif state == UNUSUAL:
@@ -130,6 +135,9 @@ class ClientConnection(asyncio.Protocol):
         while data:
             head = scan_request(data, config.max_header_bytes)
             if type(head) is not RequestHead:
+                if data[0] in b"\r\n":
+                    data = data.lstrip(b"\r\n")  # empty lines before a request are ignored (RFC 9112 2.2)
+                    continue
                 self._read_no_head(head, data)
                 return
             self.is_http10 = head.is_http10
@@ -144,38 +152,42 @@ class ClientConnection(asyncio.Protocol):
                 return
             start = head.head_bytes
             if size <= 0 and not head.is_chunked:
-                body = b""
                 data = data[start:]
+                self._dispatch(head, b"")
             elif head.is_chunked or len(data) < start + size:
-                self._begin_body(head, data[start:])
-                return
+                data = self._begin_body(head, data[start:])
             else:
                 end = start + size
                 body = data[start:end]
                 data = data[end:] if len(data) > end else b""
-            self._dispatch(head, body)
+                self._dispatch(head, body)
             if self.state != HEAD:
                 if data and self.state == BUSY:
                     self._wait_with(data)
                 return
+            self.quiet_since_s = self.shard.now_s
 
     def _read_no_head(self, code: int, data: bytes) -> None:
         if code == MORE:
-            if not self.pending:
-                self.quiet_since_s = self.shard.now_s
             self.pending = data
         elif code == TOO_LARGE:
             self._refuse(errors.HEADERS_TOO_LARGE)
-        elif data[0] in b"\r\n" and data.lstrip(b"\r\n") != data:
-            # Empty lines before a request are ignored (RFC 9112 2.2)
-            self._read(data.lstrip(b"\r\n"))
         else:
             self.shard.column.add(_counters.S_UNUSUAL_HEADS)
             self.unusual = UnusualRequest(self.shard.config.max_header_bytes, self.shard.config.max_payload_size)
             self.state = UNUSUAL
             self._read_unusual(data)
 
-    def _begin_body(self, head: RequestHead, data: bytes) -> None:
+    def _read_rest(self, data: bytes) -> None:
+        """What came behind the body of a request."""
+        if data and self.state == HEAD:
+            self._read(data)
+        elif data and self.state == BUSY:
+            self._wait_with(data)
+
+    # These return what came behind the body, b"" while it goes on: reading on in a loop, a pipeline is no recursion.
+
+    def _begin_body(self, head: RequestHead, data: bytes) -> bytes:
         self.head = head
         self.pieces = []
         if head.expects_continue and not data:
@@ -184,40 +196,42 @@ class ClientConnection(asyncio.Protocol):
             self.state = CHUNKED
             self.chunks = Chunks()
             self.body_size = 0
-            if data:
-                self._read_chunks(data)
-        else:
-            self.state = BODY
-            self.body_left = head.content_length
-            if data:
-                self._read_body(data)
+            return self._read_chunks(data) if data else b""
+        self.state = BODY
+        self.body_left = head.content_length
+        return self._read_body(data) if data else b""
 
-    def _read_body(self, data: bytes) -> None:
+    def _read_body(self, data: bytes) -> bytes:
         left = self.body_left - len(data)
         self.body_left = left
         if left > 0:
             self.pieces.append(data)
-            return
+            return b""
         rest = b""
         if left < 0:
             rest = data[left:]
             data = data[:left]
         self.pieces.append(data)
-        self._end_body(rest)
+        self._end_body()
+        return rest
 
-    def _read_chunks(self, data: bytes) -> None:
+    def _read_chunks(self, data: bytes) -> bytes:
         assert self.chunks is not None
-        had = len(self.pieces)
-        end = self.chunks.decode(data, 0, self.pieces)
-        self.body_size += sum(len(piece) for piece in self.pieces[had:])
+        pieces: list[bytes] = []
+        end = self.chunks.decode(data, 0, pieces)
+        piece = b"".join(pieces)  # one object for many small chunks, else they cost many times their size
+        self.pieces.append(piece)
+        self.body_size += len(piece)
         if end == -2:
             self._refuse(errors.BAD_REQUEST)
         elif self.body_size > self.shard.config.max_payload_size:
             self._refuse(errors.PAYLOAD_TOO_LARGE)
         elif end >= 0:
-            self._end_body(data[end:])
+            self._end_body()
+            return data[end:]
+        return b""
 
-    def _end_body(self, rest: bytes) -> None:
+    def _end_body(self) -> None:
         head, body = self.head, b"".join(self.pieces)
         assert head is not None
         self.head = None
@@ -225,8 +239,6 @@ class ClientConnection(asyncio.Protocol):
         self.pieces = []
         self.state = HEAD
         self._dispatch(head, body)
-        if rest:
-            self.data_received(rest)
 
     def _read_unusual(self, data: bytes) -> None:
         assert self.unusual is not None
@@ -239,7 +251,10 @@ class ClientConnection(asyncio.Protocol):
             self.unusual = None
             self.is_http10 = head.is_http10
             self.state = HEAD
-            self._dispatch(head, body)
+            if head.expects_other:
+                self._refuse(errors.EXPECTATION_FAILED)
+            else:
+                self._dispatch(head, body)
         elif self.unusual.wants_continue:
             self.unusual.wants_continue = False
             self.write(_CONTINUE)
@@ -293,8 +308,12 @@ class ClientConnection(asyncio.Protocol):
         self.on_exchange_end()
 
     def _refuse(self, reason: errors.Reason) -> None:
-        """The request cannot be read: answer and close, because nobody knows where the next one would begin."""
+        """The request cannot be read: answer and close, because nobody knows where the next one would begin.
+
+        Only our side is closed at first: a client that is still sending would lose the answer to a reset (RFC 9112 9.6).
+        """
         self.closes = True
+        self.lingers = True
         self.pieces = []
         self.answer_error(reason, None)
         self.close_after_write()
@@ -343,21 +362,29 @@ class ClientConnection(asyncio.Protocol):
         self.state = HEAD
         self.quiet_since_s = self.shard.now_s
         if self.pending:
-            data, self.pending = self.pending, b""
             if self.transport is not None:
                 self.transport.resume_reading()
-            # From the loop, so that a long pipeline of quick answers is no recursion.
-            self.shard.loop.call_soon(self._go_on_with, data)
+            # From the loop, so that a long pipeline of quick answers is no recursion. Until then the bytes stay where they are:
+            # more may be received before.
+            self.shard.loop.call_soon(self._go_on)
 
-    def _go_on_with(self, data: bytes) -> None:
-        if self.state == HEAD:
-            self.data_received(data)
+    def _go_on(self) -> None:
+        if self.state == HEAD and self.pending:
+            data, self.pending = self.pending, b""
+            self._read(data)
 
     def close_after_write(self) -> None:
         """Close when what was written has been sent."""
+        if self.state == CLOSED:
+            return
         self.state = CLOSED
+        self.quiet_since_s = self.shard.now_s
         self.pending = b""
-        if self.transport is not None:
+        if self.transport is None:
+            return
+        if self.lingers:
+            self.transport.write_eof()
+        else:
             self.transport.close()
 
     # ---- time ----
@@ -378,17 +405,19 @@ class ClientConnection(asyncio.Protocol):
                 self.quiet_since_s = now_s
             elif now_s - self.quiet_since_s > config.idle_timeout_secs or self.shard.is_draining:
                 self.close_after_write()
-        elif state in (HEAD, UNUSUAL):
+        elif state == HEAD or (state == UNUSUAL and self.unusual is not None and not self.unusual.has_head):
             # The whole head counts, not the pause: a byte a second is no progress.
             if now_s - self.quiet_since_s > config.header_timeout_secs:
                 self._refuse(errors.REQUEST_TIMEOUT)
-        elif state in (BODY, CHUNKED):
+        elif state in (BODY, CHUNKED, UNUSUAL):
             if was_active:
                 self.quiet_since_s = now_s
             elif now_s - self.quiet_since_s > config.body_timeout_secs:
                 self._refuse(errors.REQUEST_TIMEOUT)
-        elif state == CLOSED and self.transport is not None and now_s - self.quiet_since_s > config.send_timeout_secs:
-            self.transport.abort()
+        elif state == CLOSED and self.transport is not None:
+            is_sent = self.lingers and not self.transport.get_write_buffer_size()
+            if now_s - self.quiet_since_s > (_LINGER_SECS if is_sent else config.send_timeout_secs):
+                self.transport.abort()
 
     def drop_if_idle(self) -> None:
         """Draining: a connection between two requests is of no more use."""

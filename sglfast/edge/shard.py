@@ -72,6 +72,7 @@ class Shard:
 
     def tick(self) -> None:
         """Move the coarse clock, follow the program's state, now and then sweep."""
+        self.loop.call_later(_TICK_SECS, self.tick)  # first: an error below must not stop the clock
         now_s = self.now_s = self.loop.time()
         self._ticks += 1
         if not self.is_draining and self.segment.state >= _segment.DRAINING:
@@ -84,4 +85,3 @@ class Shard:
             self.router.refresh()
             self.router.sweep(now_s - self.config.upstream_keepalive_secs)
             self.segment.process_heartbeat(self.process_slot, int(time.time() * 1000))
-        self.loop.call_later(_TICK_SECS, self.tick)

@@ -21,12 +21,14 @@ class UnusualRequest:
         self._parser = httptools.HttpRequestParser(self)
         self._limit_head_bytes = limit_head_bytes
         self._limit_body_bytes = limit_body_bytes
+        self._method = b""
+        self._version = b""
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._pieces: list[bytes] = []
         self._fed_bytes = 0
         self._body_bytes = 0
-        self._has_head = False
+        self.has_head = False
         self._is_complete = False
         self.wants_continue = False
 
@@ -35,12 +37,16 @@ class UnusualRequest:
         self._fed_bytes += len(data)
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        except httptools.HttpParserUpgrade:
+            # httptools stops behind the head then: a body, if there is one, would be lost without a word
+            if any(name.lower() in (b"content-length", b"transfer-encoding") for name, _ in self._headers):
+                return errors.BAD_REQUEST
+        except httptools.HttpParserError:
             if not self._is_complete:
                 return errors.BAD_REQUEST
         if self._is_complete:
             return self._plain()
-        if not self._has_head and self._fed_bytes > self._limit_head_bytes:
+        if not self.has_head and self._fed_bytes > self._limit_head_bytes:
             return errors.HEADERS_TOO_LARGE
         if self._body_bytes > self._limit_body_bytes:
             return errors.PAYLOAD_TOO_LARGE
@@ -49,17 +55,21 @@ class UnusualRequest:
     # ---- llhttp's calls ----
 
     def on_url(self, piece: bytes) -> None:
-        if not self._has_head:
+        if not self.has_head:
             self._target += piece
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._is_complete:
+        if not self.has_head:  # else a trailer, which nobody may read as a header (RFC 9110 6.5.1)
             self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        self._has_head = True
-        names = [name.lower() for name, _ in self._headers]
-        self.wants_continue = b"expect" in names and not self._is_complete
+        if self.has_head:
+            return  # a further request in the same bytes
+        self.has_head = True
+        self._method = self._parser.get_method()
+        self._version = self._parser.get_http_version().encode()
+        expects = [value.lower() for name, value in self._headers if name.lower() == b"expect"]
+        self.wants_continue = expects == [b"100-continue"] and self._version == b"1.1"
 
     def on_body(self, piece: bytes) -> None:
         if not self._is_complete:
@@ -71,9 +81,7 @@ class UnusualRequest:
 
     def _plain(self) -> tuple[RequestHead, bytes] | errors.Reason:
         """The request in the one form that the fast scanner reads: origin target, framing by length."""
-        method = self._parser.get_method()
-        version = self._parser.get_http_version().encode()
-        target = self._target
+        method, target = self._method, self._target
         if not target.startswith((b"/", b"*")):
             parts = urlsplit(target)
             if parts.scheme.lower() not in (b"http", b"https"):
@@ -82,11 +90,14 @@ class UnusualRequest:
         target = target.partition(b"#")[0]
         if method not in (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS"):
             method = b"DELETE"  # some method that no path takes: answered 404 or 405
-        kept = [(n, v) for n, v in self._headers if n.lower() not in (b"content-length", b"transfer-encoding", b"expect")]
+        kept = [(n, v) for n, v in self._headers if n.lower() not in (b"content-length", b"transfer-encoding")]
+        codings = [value.strip(b" \t").lower() for name, value in self._headers if name.lower() == b"transfer-encoding"]
+        if codings not in ([], [b"chunked"]):
+            return errors.BAD_REQUEST  # the body is still coded in a way that the worker would not be told of
         if len([name for name, _ in kept if name.lower() == b"host"]) > 1:
             return errors.BAD_REQUEST
         body = b"".join(self._pieces)
-        lines = [b"%b %b HTTP/%b" % (method, target, version), *(b"%b: %b" % pair for pair in kept)]
+        lines = [b"%b %b HTTP/%b" % (method, target, self._version), *(b"%b: %b" % pair for pair in kept)]
         lines.append(b"content-length: %d\r\n\r\n" % len(body))
         head = scan_request(b"\r\n".join(lines), self._limit_head_bytes + 4096)
         return (head, body) if isinstance(head, RequestHead) else errors.BAD_REQUEST

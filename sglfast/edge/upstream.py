@@ -25,7 +25,7 @@ IDLE, HEAD, LENGTH, CHUNKED, UNTIL_CLOSE = range(5)
 class UpstreamConnection(asyncio.Protocol):
     """One connection to a worker."""
 
-    __slots__ = ("chunks", "exchange", "idle_since_s", "left", "partial", "state", "transport", "upstream", "uses")
+    __slots__ = ("chunks", "exchange", "has_spoken", "idle_since_s", "left", "partial", "state", "transport", "upstream", "uses")
 
     def __init__(self, upstream: Upstream) -> None:
         self.upstream = upstream
@@ -36,6 +36,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.state = IDLE
         self.left = 0
         self.uses = 0
+        self.has_spoken = False  # a byte came since the present request was sent
         self.idle_since_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -59,6 +60,7 @@ class UpstreamConnection(asyncio.Protocol):
         assert self.transport is not None
         self.exchange = exchange
         self.state = HEAD
+        self.has_spoken = False
         self.uses += 1
         if len(body) < 16384:
             self.transport.write(head + body)
@@ -82,25 +84,25 @@ class UpstreamConnection(asyncio.Protocol):
             exchange.on_body(data)
 
     def _head(self, exchange: Exchange, data: bytes) -> None:
+        self.has_spoken = True
         if self.partial:
             data = self.partial + data
             self.partial = b""
-        head = scan_response(data, self.upstream.shard.config.max_header_bytes)
-        if type(head) is not ResponseHead:
-            if head == MORE:
-                self.partial = data
-            else:
-                self.fail(exchange)
-            return
-        if head.status < 200:
+        while True:
+            head = scan_response(data, self.upstream.shard.config.max_header_bytes)
+            if type(head) is not ResponseHead:
+                if head == MORE:
+                    self.partial = data
+                else:
+                    self.fail(exchange)
+                return
+            if head.status >= 200:
+                break
             if head.status == 101:
                 self.fail(exchange)
                 return
             # 100 and 103 are between the worker and us; the client's own 100 was ours
-            rest = data[head.head_bytes :]
-            if rest:
-                self._head(exchange, rest)
-            return
+            data = data[head.head_bytes :]
         start = head.head_bytes
         payload = data[start:] if len(data) > start else b""
         left = head.content_length
@@ -228,7 +230,7 @@ class Upstream:
         try:
             async with asyncio.timeout(shard.config.connect_timeout_secs):
                 _, connection = await shard.loop.create_connection(lambda: UpstreamConnection(self), self.host, self.port)
-        except (OSError, TimeoutError) as error:
+        except (OSError, TimeoutError, ValueError) as error:  # ValueError: a host that is no name
             shard.column.add_worker(self.worker_idx, _counters.W_CONNECT_ERRORS)
             exchange.on_unreachable(error)
             return
@@ -236,6 +238,7 @@ class Upstream:
         if connection.transport is None:
             exchange.on_unreachable(ConnectionResetError("closed while it was being opened"))
         elif exchange.is_over:
+            connection.uses = 1  # it will have been idle when it is used
             self.give_back(connection)
         else:
             exchange.on_connected(connection)

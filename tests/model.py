@@ -81,9 +81,7 @@ class RadixCacheModel:
 # ---- sglfast._blockhash ----
 
 
-def page_hashes(
-    token_ids: list[int], page_size: int, *, bigram: bool = False, max_pages: int = -1, cache_salt: bytes = b""
-) -> list[int]:
+def page_hashes(token_ids: list[int], page_size: int, *, bigram: bool = False, max_pages: int = -1, cache_salt: bytes = b"") -> list[int]:
     """Block keys of a prompt, as spec/kv_events.md 2.1-2.3 tells it: units, pages, chained digests."""
     units: list[tuple[int, ...]] = list(itertools.pairwise(token_ids)) if bigram else [(token,) for token in token_ids]
     digest = hashlib.sha256(b"sglang-cache-salt-v1\0" + cache_salt).digest() if cache_salt else b""
@@ -99,3 +97,61 @@ def page_hashes(
         digest = hashlib.sha256(digest + page).digest()
         keys.append(int.from_bytes(digest[:8], "big"))
     return keys
+
+
+# ---- sglfast._hashtree ----
+
+
+class HashTreeModel:
+    """What TreeWriter and TreeReader do, with a dict: key -> set of (rank, tier), in the order in which keys came to life."""
+
+    def __init__(self, capacity_blocks: int) -> None:
+        self.capacity_blocks = capacity_blocks
+        self.owners: dict[int, set[tuple[int, int]]] = {}
+        self.stored_total = self.removed_total = self.evicted_total = self.generation = 0
+
+    def _owns(self, rank: int, key: int, tiers: int = 7) -> bool:
+        return any(owner == rank and tiers >> tier & 1 for owner, tier in self.owners.get(key, ()))
+
+    def reset(self) -> None:
+        self.owners.clear()
+        self.generation += 1
+
+    def store(self, rank: int, tier: int, keys: list[int]) -> int:
+        added = 0
+        for key in keys:
+            if key not in self.owners:
+                if len(self.owners) == self.capacity_blocks:
+                    del self.owners[next(iter(self.owners))]
+                    self.evicted_total += 1
+                self.owners[key] = set()
+            added += not self._owns(rank, key)
+            self.owners[key].add((rank, tier))
+        self.stored_total += added
+        return added
+
+    def remove(self, rank: int, tiers: int, keys: list[int]) -> int:
+        gone = 0
+        for key in keys:
+            if self._owns(rank, key):
+                self.owners[key] -= {(rank, tier) for tier in range(3) if tiers >> tier & 1}
+                gone += not self._owns(rank, key)
+                if not self.owners[key]:
+                    del self.owners[key]
+        self.removed_total += gone
+        return gone
+
+    def clear(self, rank: int) -> int:
+        return self.remove(rank, 7, list(self.owners))
+
+    def match(self, keys: list[int], tiers: int) -> dict[int, int]:
+        """Overlap in blocks of each rank that has one."""
+        overlaps: dict[int, int] = {}
+        alive = {rank for owners in self.owners.values() for rank, _ in owners}
+        for depth, key in enumerate(keys, 1):
+            alive = {rank for rank in alive if self._owns(rank, key, tiers)}
+            overlaps |= dict.fromkeys(alive, depth)
+        return overlaps
+
+    def owned_blocks(self, rank: int) -> int:
+        return sum(self._owns(rank, key) for key in self.owners)

@@ -1,0 +1,219 @@
+"""Requests for tokens: from the parsed HTTP request to the rank that works on it, and out again when it ends.
+
+Runs in: sim, on the event loop; long prompts are tokenized in a thread pool. Contract: every request that is let in ends in
+    exactly one way, counted: answered, refused (4xx), or aborted (the client left, or /abort_request). A client that leaves
+    takes its request out of the engine at once.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from sglfast.errors import PromptError
+from sglfast.prompt.keys import RequestKind
+from sglfast.sim.answers import ANSWERS, Answer
+from sglfast.sim.engine import Engine, Generation
+from sglfast.sim.http import Connection, Request
+from sglfast.sim.output import OutputText
+from sglfast.sim.pacer import Pacer
+from sglfast.sim.prompts import LONG_PROMPT_CHARS, Prompt, Prompts
+from sglfast.sim.requests import Asked, RequestError, parse_body, read
+from sglfast.sim.settings import SimSettings
+
+# Without a tokenizer run (--instant) a prompt is taken to have this many bytes of body a token.
+INSTANT_BYTES_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all workers of one process use together. executor: for long prompts."""
+
+    prompts: Prompts
+    output: OutputText
+    executor: Executor
+
+
+@dataclass(slots=True)
+class Rank:
+    """One data-parallel rank that runs."""
+
+    engine: Engine
+    pacer: Pacer
+
+
+@dataclass(slots=True)
+class InferenceTotals:
+    """Requests let in, and those of them that were refused or aborted; the rest were or will be answered."""
+
+    requests: int = 0
+    refused: int = 0
+    aborted: int = 0
+
+
+class _Job:
+    """A request between its arrival and its end. generation: None while its prompt is being tokenized.
+
+    is_gone: there is nobody left to answer; is_cut: /abort_request wants the answer to end.
+    """
+
+    __slots__ = ("_desk", "answer", "generation", "is_cut", "is_gone", "rank")
+
+    def __init__(self, desk: "Inference", answer: Answer, rank: Rank) -> None:
+        self._desk = desk
+        self.answer = answer
+        self.rank = rank
+        self.generation: Generation | None = None
+        self.is_gone = False
+        self.is_cut = False
+
+    def progress(self) -> None:
+        """Pass the engine's news on, and let go after the last."""
+        assert self.generation is not None
+        if self.generation.is_finished:
+            self._desk.forget(self)
+        self.answer.progress()
+
+    def leave(self) -> None:
+        """The client is gone."""
+        self.is_gone = True
+        self._desk.forget(self)
+        self._desk.totals.aborted += 1
+        if self.generation is not None:
+            self.rank.engine.abort(self.generation)
+
+    def cut(self) -> None:
+        """End the answer where it is."""
+        self.is_cut = True
+        if self.generation is None:
+            return  # the end of tokenizing comes back here
+        self._desk.forget(self)
+        self._desk.totals.aborted += 1
+        self.rank.engine.abort(self.generation)
+        self.answer.progress()
+
+
+class Inference:
+    """The inference routes of one worker. ranks: replaced when the worker restarts."""
+
+    def __init__(self, settings: SimSettings, shared: Shared) -> None:
+        self._settings = settings
+        self._shared = shared
+        self._jobs: dict[str, _Job] = {}
+        self._last_rank = -1
+        self.ranks: list[Rank] = []
+        self.totals = InferenceTotals()
+
+    def handle(self, kind: RequestKind, request: Request, connection: Connection) -> None:
+        """Answer a request, now or later."""
+        self.totals.requests += 1
+        try:
+            body = parse_body(request.body, request.content_type, kind)
+            asked = read(kind, body, request.rank, self._settings.model)
+            rank = self._rank_of(asked)
+            if asked.request_id in self._jobs:
+                raise RequestError(400, f"Duplicate request ID detected: {asked.request_id}")
+            if self._settings.instant:
+                self._answer_instantly(asked, request, connection)
+                return
+            prompt = self._shared.prompts.reader.text_of(kind, body)
+            if prompt.text is None and prompt.token_ids is None:
+                raise RequestError(400, f"The simulator cannot read this prompt: {prompt.detail}")
+        except RequestError as error:
+            self._refuse(kind, connection, error)
+            return
+        job = _Job(self, ANSWERS[kind](asked, connection, self._shared.output), rank)
+        self._jobs[asked.request_id] = job
+        connection.on_gone = job.leave
+        if prompt.text is not None and len(prompt.text) > LONG_PROMPT_CHARS:
+            loop = asyncio.get_running_loop()
+            reading = loop.run_in_executor(self._shared.executor, self._shared.prompts.read, prompt)
+            reading.add_done_callback(lambda done: None if done.cancelled() else self._was_read(job, done.result))
+        else:
+            self._was_read(job, lambda: self._shared.prompts.read(prompt))
+
+    def abort(self, request_id: str, *, is_all: bool) -> None:
+        """End one request, or all; an unknown id is no error."""
+        jobs = list(self._jobs.values()) if is_all else [job for key, job in self._jobs.items() if key == request_id]
+        for job in jobs:
+            job.cut()
+
+    def drop_all(self) -> None:
+        """Forget every request without a word, as a killed process does; its connections are reset by the owner."""
+        for job in list(self._jobs.values()):
+            job.is_gone = True
+            self.totals.aborted += 1
+            self.forget(job)
+
+    def forget(self, job: _Job) -> None:
+        """Take a request out of the register."""
+        self._jobs.pop(job.answer.asked.request_id, None)
+        job.answer.connection.on_gone = None
+
+    def _rank_of(self, asked: Asked) -> Rank:
+        n = len(self.ranks)
+        if asked.rank is None:
+            self._last_rank = (self._last_rank + 1) % n
+            return self.ranks[self._last_rank]
+        if not 0 <= asked.rank < n:
+            raise RequestError(400, f"routed_dp_rank={asked.rank} out of range [0, {n})")
+        return self.ranks[asked.rank]
+
+    def _answer_tokens(self, asked: Asked, start: int) -> int:
+        natural_tokens = self._shared.output.natural_tokens(start)
+        if asked.max_tokens is None:
+            return natural_tokens
+        return asked.max_tokens if asked.ignores_eos else min(asked.max_tokens, natural_tokens)
+
+    def _was_read(self, job: _Job, result: Callable[[], Prompt]) -> None:
+        """Hand a request whose prompt was read to its rank, or refuse it when that failed."""
+        if job.is_gone:
+            return
+        try:
+            prompt = result()
+        except (RequestError, PromptError) as error:
+            self.forget(job)
+            self._refuse(job.answer.asked.kind, job.answer.connection, error)
+            return
+        job.generation = Generation(
+            token_ids=prompt.token_ids,
+            prompt_tokens=len(prompt.token_ids),
+            keys=prompt.keys,
+            max_new_tokens=self._answer_tokens(job.answer.asked, prompt.start),
+            start=prompt.start,
+            sink=job,
+            cache_salt=prompt.cache_salt,
+        )
+        job.answer.attach(job.generation)
+        if job.is_cut:
+            job.cut()
+        else:
+            job.rank.pacer.submit(job.generation)
+
+    def _refuse(self, kind: RequestKind, connection: Connection, error: RequestError | PromptError) -> None:
+        self.totals.refused += 1
+        status, name = (error.status, error.kind) if isinstance(error, RequestError) else (400, "BadRequestError")
+        connection.respond_json(status, error_body(str(error), name, status, kind))
+
+    def _answer_instantly(self, asked: Asked, request: Request, connection: Connection) -> None:
+        start = xxhash.xxh3_64_intdigest(request.body, self._settings.seed & 0xFFFF_FFFF_FFFF_FFFF)
+        answer = ANSWERS[asked.kind](asked, connection, self._shared.output)
+        n = self._answer_tokens(asked, start)
+        prompt_tokens = max(1, len(request.body) // INSTANT_BYTES_PER_TOKEN)
+        generation = Generation([], prompt_tokens, b"", n, start, answer)
+        answer.attach(generation)
+        # A stream gets one event a token all the same: that is what its reader has to cope with.
+        for tokens in range(1 if asked.is_stream and n else n, n + 1):
+            generation.generated_tokens = tokens
+            generation.is_finished = tokens == n
+            answer.progress()
+
+
+def error_body(message: str, kind: str, status: int, route: RequestKind | None = None) -> dict[str, Any]:
+    """Return the error object of a route: /generate has a shape of its own."""
+    if route == RequestKind.GENERATE and kind == "BadRequestError":
+        return {"error": {"message": message}}
+    return {"object": "error", "message": message, "type": kind, "param": None, "code": status}

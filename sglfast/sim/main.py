@@ -1,0 +1,165 @@
+"""`sglfast sim`: flags, announcement, signals.
+
+Runs in: the process of `sglfast sim`. Contract: exit code 0 after a signal or --max-seconds, 2 with a message for settings that
+    cannot work. The announcement is written once, as one line of JSON, when every worker listens: whoever started this
+    process waits for it and needs no polling.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+import orjson
+import uvloop
+
+from sglfast.errors import ConfigError
+from sglfast.logs import setup_logs
+from sglfast.sim.settings import SimSettings
+from sglfast.sim.simulator import Simulator
+
+DESCRIPTION = """\
+Play N SGLang workers in one process: HTTP, KV events over ZMQ, a radix cache, chunked prefill and continuous batching at
+the rates you choose. No GPU, no model; the answers are words.
+
+  sglfast sim                                    4 workers at http://127.0.0.1:30001 .. 30004
+  sglfast sim --workers 2 --base-port 0          2 workers at free ports, printed at start
+  sglfast sim --prefill-tokens-per-s 1e12 --decode-tokens-per-s-per-request 1e9
+                                                 the whole engine, as fast as it can
+  sglfast sim --instant                          no engine at all: HTTP answers only, for measuring a router
+"""
+
+EPILOG = """\
+what a request costs
+  Prompt tokens that are not cached take 1/--prefill-tokens-per-s each, first come first served, at most
+  --chunked-prefill-tokens a step; then every token takes 1/--decode-tokens-per-s-per-request, whatever the batch, while a
+  prefill in the same step delays all. usage.prompt_tokens_details.cached_tokens tells what was cached.
+  An answer ends by itself after 128 to 256 tokens (finish_reason stop); give max_tokens to end it earlier, and
+  "ignore_eos": true to get exactly max_tokens. It depends on the prompt and --seed alone.
+
+control, by HTTP on a worker's own port
+  curl -X POST URL/sim/fault -d '{"mode": "error_500", "count": 3}'
+      refuse, hang, error_500, busy_503, cut_headers, cut_body (both: "after_bytes"), slow_headers, none; for the next
+      "count" requests (null = until "none"); "scope": "inference" (default) or "all" to hit /health and the rest too
+  curl -X POST URL/sim/restart -d '{"down_s": 0.5}'
+      as a killed engine that comes back: connections reset, cache empty, event sequence at 0, another startup_time
+  curl -X POST URL/sim/drop_events -d '{"count": 2}'
+      the next 2 event batches get their numbers but are not sent (a replay has them)
+  curl URL/sim/stats        counters; URL/sim/stats?keys=1 lists the cached block keys too
+"""
+
+_TEXTS = {
+    "workers": "workers to play",
+    "host": "address to listen on",
+    "base_port": "worker i listens on this port + i; 0 = free ports",
+    "model": "served model name",
+    "tokenizer_path": "folder with tokenizer.json and tokenizer_config.json (default: the demo tokenizer)",
+    "page_size": "tokens a KV block",
+    "cache_tokens": "KV cache of a rank in tokens; also the longest prompt",
+    "prefill_tokens_per_s": "prefill rate of a rank",
+    "decode_tokens_per_s_per_request": "decode rate of each running request",
+    "max_running_requests": "requests in prefill or decode on a rank; more wait",
+    "chunked_prefill_tokens": "prompt tokens of one step",
+    "kv_base_port": "first port for KV events: 2 x dp-size ports a worker, live ones, then replay; 0 = free ports",
+    "dp_size": "data-parallel ranks of a worker, each with its own cache and event ports",
+    "seed": "chooses the text of the answers",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser; every field of SimSettings is a flag."""
+    parser = argparse.ArgumentParser(
+        prog="sglfast sim",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    defaults = {field.name: field.default for field in dataclasses.fields(SimSettings)}
+    for name, text in _TEXTS.items():
+        default = defaults[name]
+        shown = "" if name == "tokenizer_path" else f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+        kind = type(default)
+        metavar = {int: "N", float: "RATE", str: "TEXT"}[kind]
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, metavar=metavar, help=text + shown)
+    parser.add_argument("--replay", action=argparse.BooleanOptionalAction, default=True, help="answer KV event replays (default: yes)")
+    parser.add_argument("--event-shape", choices=("map", "array"), default="map", help="events as sglang 0.5.20+ or 0.5.18 (default: map)")
+    parser.add_argument("--instant", action="store_true", help="answer at once: no tokenizer run, no engine, no cache, no events")
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="stop after this time")
+    parser.add_argument("--announce", type=Path, metavar="FILE", help="write the announcement to this file")
+    parser.add_argument("--announce-fd", type=int, metavar="FD", help="write the announcement to this inherited descriptor and close it")
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run until a signal or --max-seconds; return the exit code."""
+    arguments = vars(build_parser().parse_args(argv))
+    max_seconds, file, descriptor = (arguments.pop(name) for name in ("max_seconds", "announce", "announce_fd"))
+    setup_logs("sim", "info", "text")
+    _raise_file_limit()
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_run(SimSettings(**arguments), max_seconds, file, descriptor))
+    except ConfigError as error:
+        print(f"sglfast sim: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+async def _run(settings: SimSettings, max_seconds: float | None, file: Path | None, descriptor: int | None) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with Simulator(settings) as simulator:
+        # What is loaded by now stays; the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        print(_summary(simulator), flush=True)
+        _announce(orjson.dumps(simulator.announcement()) + b"\n", file, descriptor)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max_seconds):
+                await stop.wait()
+
+
+def _announce(line: bytes, file: Path | None, descriptor: int | None) -> None:
+    """Write the announcement; a file appears whole. Raises ConfigError when it cannot be written."""
+    try:
+        if file is not None:
+            draft = file.with_name(f"{file.name}.{os.getpid()}.draft")
+            draft.write_bytes(line)
+            draft.replace(file)
+        if descriptor is not None:
+            with open(descriptor, "wb") as pipe:
+                pipe.write(line)
+    except OSError as error:
+        raise ConfigError(f"the announcement cannot be written: {error}") from error
+
+
+def _summary(simulator: Simulator) -> str:
+    settings, workers = simulator.settings, simulator.workers
+    urls = [worker.url for worker in workers]
+    where = ", ".join(urls) if len(urls) <= 4 else f"{urls[0]} .. {urls[-1]}"
+    speed = (
+        "instant answers"
+        if settings.instant
+        else f"prefill {settings.prefill_tokens_per_s:g} tokens/s, decode "
+        f"{settings.decode_tokens_per_s_per_request:g} tokens/s a request, cache {settings.cache_tokens} tokens"
+    )
+    return f"sglfast sim: {len(urls)} worker{'s'[: len(urls) > 1]} of {settings.model} at {where}; {speed}. Ctrl-C ends it."
+
+
+def _raise_file_limit() -> None:
+    """Have as many descriptors as we may: a thousand workers with clients need more than the usual 1024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,156 @@
+"""Request bodies of the inference routes: which answer is asked for, and which requests SGLang refuses.
+
+Runs in: sim. Contract: `parse_body` and `read` raise RequestError with status and message as the engine words it in kind (400
+    for what is malformed); prompts themselves are read by sglfast.prompt. Fields that only change how a real model thinks
+    (temperature, stop, logprobs, tools' parsers, ...) are accepted and have no effect.
+"""
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from sglfast.prompt.keys import RequestKind
+from sglfast.sim.output import MAX_OUTPUT_TOKENS
+
+# SGLang's defaults when a request names no length: 16 for completions, 128 for /generate; a chat goes on until the model
+# stops, which here is its natural length.
+COMPLETIONS_DEFAULT_TOKENS = 16
+GENERATE_DEFAULT_TOKENS = 128
+
+INFERENCE_PATHS: dict[str, RequestKind] = {
+    "/v1/chat/completions": RequestKind.CHAT,
+    "/v1/completions": RequestKind.COMPLETIONS,
+    "/generate": RequestKind.GENERATE,
+    "/v1/embeddings": RequestKind.EMBEDDINGS,
+}
+
+
+class RequestError(Exception):
+    """A request that the engine refuses. status: HTTP; kind: `type` of the OpenAI error object."""
+
+    def __init__(self, status: int, message: str, kind: str = "BadRequestError") -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a request asks for, besides its prompt.
+
+    max_tokens: longest answer, None = until the model stops; ignores_eos: never stop before that; rank: None = any.
+    """
+
+    kind: RequestKind
+    request_id: str
+    model: str
+    is_stream: bool
+    with_usage: bool
+    max_tokens: int | None
+    ignores_eos: bool
+    rank: int | None
+
+
+def parse_body(body: bytes, content_type: bytes, kind: RequestKind) -> dict[str, Any]:
+    """Return the JSON object of a body. Raises RequestError."""
+    # A router that loses this header breaks real engines, so the double refuses too; /generate does not care.
+    if kind != RequestKind.GENERATE and content_type.partition(b";")[0].strip().lower() != b"application/json":
+        raise _invalid("Unsupported Media Type: Only 'application/json' is allowed", ("header", "content-type"))
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise _invalid(f"JSON decode error: {error}", ("body", error.pos)) from None
+    if not isinstance(parsed, dict):
+        raise _invalid("Input should be a valid dictionary", ("body",))
+    return parsed
+
+
+def read(kind: RequestKind, body: dict[str, Any], rank_header: bytes, default_model: str) -> Asked:
+    """Return what a body asks for. Raises RequestError."""
+    _require_prompt(kind, body)
+    if kind == RequestKind.GENERATE:
+        params = body.get("sampling_params") or {}
+        if not isinstance(params, dict):
+            raise RequestError(400, "sampling_params must be an object: the simulator takes one prompt a request")
+        max_tokens = _count(params, "max_new_tokens", 0)
+        max_tokens = GENERATE_DEFAULT_TOKENS if max_tokens is None else max_tokens
+    else:
+        params = body
+        max_tokens = _count(body, "max_completion_tokens", 1)
+        if max_tokens is None:
+            max_tokens = _count(body, "max_tokens", 1)
+        if max_tokens is None and kind == RequestKind.COMPLETIONS:
+            max_tokens = COMPLETIONS_DEFAULT_TOKENS
+    if (_count(params, "n", 1) or 1) > 1:
+        raise RequestError(400, "n > 1 is not simulated: send the request n times")
+    stream_options = body.get("stream_options")
+    request_id, model = body.get("rid"), body.get("model")
+    return Asked(
+        kind=kind,
+        request_id=request_id if isinstance(request_id, str) and request_id else uuid.uuid4().hex,
+        model=model if isinstance(model, str) and model else default_model,
+        is_stream=_flag(body, "stream") and kind != RequestKind.EMBEDDINGS,
+        with_usage=isinstance(stream_options, dict) and stream_options.get("include_usage") is True,
+        max_tokens=0 if kind == RequestKind.EMBEDDINGS else max_tokens,
+        ignores_eos=_flag(params, "ignore_eos"),
+        rank=_rank(body, rank_header),
+    )
+
+
+def _require_prompt(kind: RequestKind, body: dict[str, Any]) -> None:
+    if kind == RequestKind.GENERATE:
+        if (body.get("text") is None) == (body.get("input_ids") is None):
+            raise RequestError(400, "Either text or input_ids must be provided, and not both.")
+        return
+    field = {RequestKind.CHAT: "messages", RequestKind.COMPLETIONS: "prompt", RequestKind.EMBEDDINGS: "input"}[kind]
+    if body.get(field) is None:
+        raise _invalid("Field required", ("body", field))
+    if kind == RequestKind.CHAT:
+        if not isinstance(body[field], list):
+            raise _invalid("Input should be a valid list", ("body", field))
+        if not body[field]:
+            raise RequestError(400, "Messages cannot be empty.")
+
+
+def _count(fields: dict[str, Any], name: str, lowest: int) -> int | None:
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _invalid("Input should be a valid integer", ("body", name))
+    if value < lowest:
+        raise RequestError(400, f"{name} must be at least {lowest}, got {value}.")
+    if value > MAX_OUTPUT_TOKENS:
+        raise RequestError(400, f"{name} is too large: {value}, the simulator writes at most {MAX_OUTPUT_TOKENS} tokens.")
+    return value
+
+
+def _flag(fields: dict[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _invalid("Input should be a valid boolean", ("body", name))
+    return value is True
+
+
+def _rank(body: dict[str, Any], header: bytes) -> int | None:
+    if header:
+        try:
+            return int(header)
+        except ValueError:
+            raise RequestError(400, f"Invalid X-Data-Parallel-Rank header: {header!r}") from None
+    rank = _signed(body, "routed_dp_rank")
+    return _signed(body, "data_parallel_rank") if rank is None else rank
+
+
+def _signed(body: dict[str, Any], name: str) -> int | None:
+    value = body.get(name)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise _invalid("Input should be a valid integer", ("body", name))
+    return value
+
+
+def _invalid(message: str, location: tuple[str | int, ...]) -> RequestError:
+    """Return the error of the engine's schema check."""
+    return RequestError(400, f"1 validation error: {{'loc': {location}, 'msg': {message!r}}}", "Bad Request")

@@ -1,0 +1,84 @@
+"""All simulated workers of one process, as an async context manager: what `sglfast sim` runs and what tests embed.
+
+Runs in: sim, or the loop of a test. Contract: after `async with Simulator(settings) as simulator` every worker listens;
+    leaving releases every socket, timer and thread. Works on asyncio's loop and on uvloop.
+"""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+
+from sglfast.prompt.tokenizer import load_tokenizer
+from sglfast.sim.inference import Shared
+from sglfast.sim.output import OutputText
+from sglfast.sim.prompts import Prompts
+from sglfast.sim.settings import SimSettings, check
+from sglfast.sim.worker import SimWorker
+
+TOKENIZER_THREADS = 2
+SWEEP_S = 1.0
+SPARE_SOCKETS = 64
+
+
+class Simulator:
+    """Owns the workers and what they share. Raises ConfigError on entry: settings, tokenizer, or a port that is taken."""
+
+    def __init__(self, settings: SimSettings) -> None:
+        self.settings = check(settings)
+        self.workers: list[SimWorker] = []
+
+    async def __aenter__(self) -> Self:
+        settings = self.settings
+        tokenizer = load_tokenizer(settings.tokenizer_path)
+        self._executor = ThreadPoolExecutor(TOKENIZER_THREADS, thread_name_prefix="sim-tokenizer")
+        output = OutputText(tokenizer, settings.seed)
+        shared = Shared(Prompts(settings, tokenizer, output), output, self._executor)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 2 * settings.workers * settings.dp_size + SPARE_SOCKETS)
+        try:
+            for index in range(settings.workers):
+                port = settings.base_port and settings.base_port + index
+                kv_port = settings.kv_base_port and settings.kv_base_port + index * 2 * settings.dp_size
+                worker = SimWorker(settings, shared, self._context, port, kv_port)
+                await worker.open()
+                self.workers.append(worker)
+        except BaseException:
+            await self._close()
+            raise
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._sweeper.cancel()
+        await self._close()
+
+    async def _close(self) -> None:
+        for worker in self.workers:
+            await worker.close()
+        self._context.destroy(linger=0)
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    async def _sweep(self) -> None:
+        """Close idle connections; once a second is exact enough for a limit of seconds."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now_s = time.monotonic()
+            for worker in self.workers:
+                worker.close_idle(now_s)
+
+    def announcement(self) -> dict[str, Any]:
+        """Return where the workers listen: {"workers": [{"url", "kv_port", "replay_port"}]}, ports of rank 0."""
+        return {
+            "workers": [
+                {
+                    "url": worker.url,
+                    "kv_port": worker.publisher.live_port,
+                    "replay_port": worker.publisher.replay_port,
+                }
+                for worker in self.workers
+            ]
+        }

@@ -31,6 +31,7 @@ from sglfast.control.children import Inheritance
 from sglfast.control.fetch import Fetcher
 from sglfast.control.listen import listen, url_of
 from sglfast.control.metrics import Metrics
+from sglfast.control.parity import ParityWatch
 from sglfast.control.pool_watch import PoolWatch
 from sglfast.control.supervisor import Commands, Supervisor
 from sglfast.control.workers import Workers
@@ -142,6 +143,8 @@ class Control:
             owned.push_async_callback(supervisor.stop)
             supervisor.start()
             watch.start()
+            parity = asyncio.create_task(ParityWatch(self._segment, self._workers, self._log).run())
+            owned.callback(parity.cancel)
             return await self._serve(supervisor)
 
     def _on_signal(self, number: signal.Signals) -> None:

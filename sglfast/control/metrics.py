@@ -21,13 +21,9 @@ from sglfast._counters import RankTable, Totals
 from sglfast._hashtree import TreeReader
 from sglfast._segment import Segment
 from sglfast.errors import REASONS
-from sglfast.shm import RANK_REASONS, WorkerView
+from sglfast.shm import DECISIONS, RANK_REASONS, WorkerView
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-# Position = word of the shard's column after S_DECISIONS, as in sglfast.edge.policy (which control must not load; a test compares).
-DECISIONS = (
-    "round_robin", "random", "power_of_two", "least_load", "cache_hit", "cache_miss", "imbalanced", "unkeyed", "failover",
-)  # fmt: skip
 _RESTING = 10  # a text is served for this many times its rendering time
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -57,11 +53,11 @@ _OUTCOMES = {
     "ok": words.W_OK, "client_error": words.W_CLIENT_ERRORS, "busy": words.W_BUSY, "error": words.W_ERRORS,
     "cancelled": words.W_CANCELLED,
 }  # fmt: skip
+_PARITY = {"exact": words.W_PARITY_EXACT, "too_high": words.W_PARITY_HIGH, "too_low": words.W_PARITY_LOW}
 _WORKER_COUNTERS = {
     words.W_REQUESTS: ("worker_selected_requests", "Requests handed to the worker."),
     words.W_BYTES_OUT: ("worker_sent_bytes", "Bytes of the worker's answers sent to clients."),
     words.W_CONNECT_ERRORS: ("worker_connect_errors", "Connections that the worker did not take."),
-    words.W_RESENDS: ("worker_resends", "Requests sent to the worker again after a pooled connection died."),
     words.W_PROMPT_BLOCKS: ("worker_prompt_blocks", "KV blocks of the prompts given to the worker."),
     words.W_OVERLAP_BLOCKS: ("worker_overlap_blocks", "Those of them that the KV index believed to be in the worker's cache."),
 }
@@ -158,6 +154,10 @@ class RouterCollector(Collector):
             for outcome, word in _OUTCOMES.items()
         ]
         yield _counter("worker_requests", "Requests that have left the worker, by outcome (busy: 429 and 503).", requests)
+        samples = [
+            ({**label, "result": result}, row[word]) for label, row in zip(labels, totals, strict=True) for result, word in _PARITY.items()
+        ]
+        yield _counter("worker_kv_predictions", "Answers by how the predicted cached tokens compare with those reported.", samples)
         for word, (name, text) in _WORKER_GAUGES.items():
             yield _gauge(name, text, [(label, max(0, row[word])) for label, row in zip(labels, totals, strict=True)])
         for word, (name, text) in _WORKER_COUNTERS.items():

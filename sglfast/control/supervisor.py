@@ -14,9 +14,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sglfast._counters import Totals
+from sglfast._counters import R_REASON, R_STATE, RANK_DEGRADED, RANK_EXACT, RANK_SYNCING, RankTable, Totals
 from sglfast._segment import Segment
 from sglfast.control.children import Child, Inheritance
+from sglfast.shm import RANK_REASONS
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 2.0
 _LONG_LIFE_S, _SHORT_LIFE_S = 30.0, 10.0
@@ -88,6 +89,7 @@ class Supervisor:
     ) -> None:
         self._segment = segment
         self._totals = Totals(segment)
+        self._ranks = RankTable(segment)
         self._inheritance = inheritance
         self._log = log
         self._loop = asyncio.get_running_loop()
@@ -151,6 +153,13 @@ class Supervisor:
         else:
             self._log.debug("started", extra={"fields": {"process": post.name, "pid": post.child.pid}})
 
+    def _distrust_ranks(self) -> None:
+        """Index is dead: what it said of its streams holds no longer. Its successor writes all of it anew."""
+        for rank in range(self._segment.max_ranks):
+            if self._ranks.get(rank, R_STATE) in (RANK_EXACT, RANK_DEGRADED):
+                self._ranks.set(rank, R_REASON, RANK_REASONS.index("the index is being started again"))
+                self._ranks.set(rank, R_STATE, RANK_SYNCING)
+
     def _exited(self, post: _Post, child: Child) -> None:
         post.child = None
         self._lost(post, self._loop.time() - child.started_s, child.describe_end())
@@ -159,6 +168,8 @@ class Supervisor:
         was_ready = self._segment.process_info(post.slot)[4]
         if post.shard >= 0:
             self._totals.retire(post.shard)
+        else:
+            self._distrust_ranks()
         self._segment.process_died(post.slot)
         if self._is_stopping:
             self._note_if_none_left()

@@ -95,6 +95,11 @@ class Workers:
             self._views[worker_idx] = msgspec.structs.replace(self._views[worker_idx], state=state)
             self._table.set_state(worker_idx, state)
 
+    def set_parity(self, worker_idx: int, parity: int) -> None:
+        """Change whether the worker's reports agree with the predictions. parity: shm.PARITY_*."""
+        self._views[worker_idx] = msgspec.structs.replace(self._views[worker_idx], parity=parity)
+        put_worker(self._table, self._views[worker_idx], is_new=False)
+
     def learn(self, worker_idx: int, findings: Findings) -> bool:
         """Take over what an introspection found; returns whether the table changed.
 

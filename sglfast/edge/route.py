@@ -20,7 +20,7 @@ from sglfast.edge.policy.random import Random
 from sglfast.edge.policy.round_robin import RoundRobin
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
-from sglfast.shm import WorkerView, read_workers
+from sglfast.shm import PARITY_OK, WorkerView, read_workers
 
 if TYPE_CHECKING:
     from sglfast._counters import Loads
@@ -43,6 +43,8 @@ class Route:
     dp_rank: int = 0  # the same as the worker counts it
     overlap_blocks: int = 0
     prompt_blocks: int = 0
+    predicted_tokens: int = -1  # of the prompt, in the worker's cache; -1 = nobody looked
+    is_trusted: bool = True  # the worker's reports agree with the predictions
 
 
 class Pool:
@@ -193,6 +195,8 @@ class Router:
             dp_rank=hit.rank - worker.rank_base,
             overlap_blocks=hit.overlap_blocks,
             prompt_blocks=prompt_blocks,
+            predicted_tokens=hit.overlap_tokens if worker.block_size else -1,
+            is_trusted=worker.parity == PARITY_OK,
         )
 
     def _look_up(self, pool: Pool, facts: Facts) -> Prompt:
@@ -232,7 +236,11 @@ class Router:
 
     def describe(self, route: Route) -> bytes:
         """Value of the answer header `x-sglfast-kv`: what was predicted for this request."""
-        state = _STATES[self._shard.ranks.get(route.rank, _counters.R_STATE) & 3]
+        state = "BLIND"
+        if route.rank in route.pool.by_rank:
+            state = _STATES[self._shard.ranks.get(route.rank, _counters.R_STATE) & 3]
+            if state == "EXACT" and not route.is_trusted:
+                state = "DEGRADED"
         return (
             f"worker={route.upstream.url}; rank={route.dp_rank}; overlap_blocks={route.overlap_blocks}; "
             f"prompt_blocks={route.prompt_blocks}; state={state}"

@@ -1,7 +1,7 @@
 """Policies: one small class each, `choose(pool, loads, prompt) -> (position in the pool, decision)`.
 
-Pure: facts and a view of the shared loads in, a choice out; no I/O, no clock. Ties break at random, never by index. `DECISIONS` are the
-values of the metric label `decision`; position = word in the shard's column, so append only.
+Pure: facts and a view of the shared loads in, a choice out; no I/O, no clock. Ties break at random, never by index. A decision is a
+position in shm.DECISIONS.
 """
 
 from __future__ import annotations
@@ -10,21 +10,12 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from sglfast.shm import DECISIONS
+
 if TYPE_CHECKING:
     from sglfast._counters import Loads
 
-DECISIONS: tuple[str, ...] = (
-    "round_robin",
-    "random",
-    "power_of_two",
-    "least_load",
-    "cache_hit",
-    "cache_miss",
-    "imbalanced",
-    "unkeyed",
-    "failover",
-)
-(ROUND_ROBIN, RANDOM, POWER_OF_TWO, LEAST_LOAD, CACHE_HIT, CACHE_MISS, IMBALANCED, UNKEYED, FAILOVER) = range(9)
+(ROUND_ROBIN, RANDOM, POWER_OF_TWO, LEAST_LOAD, CACHE_HIT, CACHE_MISS, IMBALANCED, UNKEYED, FAILOVER) = range(len(DECISIONS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="simulated workers (default: 4)")
     parser.add_argument("--host", default="127.0.0.1", help="address the router listens on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, metavar="P", help="port the router listens on, 0 = a free one (default: 8000)")
+    parser.add_argument("--port", type=int, default=30000, metavar="P", help="port the router listens on, 0 = a free one (default: 30000)")
     parser.add_argument("--tokenizer-path", default=DEMO_TOKENIZER_PATH, metavar="PATH", help="tokenizer (default: the demo's own)")
     parser.add_argument("--traffic", action="store_true", help="send gentle made-up conversations, so that the view moves")
     parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between two views (default: 1)")

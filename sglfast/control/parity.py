@@ -18,8 +18,8 @@ from sglfast.control.workers import Workers
 from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK
 
 WINDOW_SAMPLES = 50
-LEAST_SAMPLES = 20
-_DISTRUST_SHARE, _TRUST_SHARE = 0.5, 0.2
+LEAST_SAMPLES = 8  # so that 50 requests over a small pool are enough
+_DISTRUST_SHARE, _TRUST_SHARE = 0.6, 0.2
 _PERIOD_S = 1.0
 
 

@@ -208,7 +208,8 @@ class Exchange:
         if status < 400:
             outcome = _counters.W_OK
             self.shard.column.observe(self.ttft_us, int((monotonic() - self.started_s) * 1e6))
-            if self.cached_tokens >= 0 and self.route is not None:
+            # Nothing predicted and nothing found says nothing: every new prompt does that, whatever is wrong.
+            if self.cached_tokens >= 0 and self.cached_tokens + self.predicted_tokens > 0 and self.route is not None:
                 word = outcome_word(self.predicted_tokens, self.cached_tokens)
                 self.shard.column.add_worker(self.route.upstream.worker_idx, word)
         elif status in (429, 503):

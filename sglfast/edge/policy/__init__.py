@@ -51,8 +51,12 @@ class PoolView:
 class Policy(Protocol):
     """How a worker is chosen from a pool of at least one."""
 
+    name: str  # as the flag --policy has it
     needs_prompt: bool
     plain_decision: int  # the decision of a choice that looked at no prompt
 
     def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
         """(position in the pool, decision)."""
+
+    def score(self, requests: int, work_tokens: int) -> float | None:
+        """What the policy minimises, from requests in flight and tokens to compute first; None when it compares nothing."""

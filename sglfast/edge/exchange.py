@@ -249,10 +249,13 @@ class Exchange:
             self._refuse(errors.UPSTREAM_BAD_RESPONSE)
 
     def tick(self, now_s: float) -> None:
-        """From the shard's sweep: has the worker been silent for too long? A client that does not read stops this clock."""
+        """From the shard's sweep: has the worker been silent for too long? A client that does not read stops this clock.
+
+        Before the answer's head is complete its bytes are no progress: the whole head has to come in time.
+        """
         config = self.shard.config
-        if self.was_active or self.client.is_write_paused:
-            self.was_active = False
+        was_active, self.was_active = self.was_active, False
+        if (was_active and self.has_answer) or self.client.is_write_paused:
             if self.has_answer:
                 self.deadline_s = now_s + config.stream_idle_timeout_secs
         elif self.has_answer and self.deadline_s == math.inf:

@@ -8,6 +8,7 @@ Runs in: shards; `PromptKeyer` also in its own threads. Contract: the body is pa
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from sglfast.errors import PromptError
 
 if TYPE_CHECKING:
     from sglfast.prompt.keys import PromptReader, RequestKind
+
+_log = logging.getLogger(__name__)
 
 # A body up to this size is rendered and tokenized on the loop (about 0.2 us a byte: under a millisecond); above, in a thread.
 _INLINE_BYTES = 4096
@@ -69,7 +72,7 @@ def model_of(body: bytes) -> str | None:
     """The `model` of a JSON body; None when it has none or is no JSON object. Skips all else without making objects."""
     try:
         return _decode_model(body).model
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # no JSON, no text, nested too deeply to be skipped
         return None
 
 
@@ -97,7 +100,8 @@ class PromptKeyer:
 
     def _landed(self, done: Future[Facts], then: Callable[[Facts], None]) -> None:
         self._waiting -= 1
-        then(done.result())
+        if not done.cancelled():  # else the shard stops
+            then(done.result())
 
     def _facts(self, kind: int, body: bytes, variants: tuple[tuple[int, bool], ...]) -> Facts:
         try:
@@ -114,6 +118,9 @@ class PromptKeyer:
             return Facts(0, {}, "the body is no JSON")
         except PromptError as error:
             return Facts(0, {}, str(error))
+        except Exception as error:  # whatever it is, the request must go on; its text may quote the prompt, so only its kind is told
+            _log.error("a prompt could not be read, routed by load", extra={"fields": {"error": type(error).__name__}})
+            return Facts(0, {}, "the prompt could not be read")
         return Facts(len(tokens), keys)
 
     def close(self) -> None:

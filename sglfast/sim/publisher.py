@@ -10,6 +10,7 @@ Why no send limit on the replay socket: SGLang's loses batches there (limit 1000
 
 import asyncio
 import contextlib
+import random
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ LIVE_HWM = 100_000
 # Answers sent before the loop gets its turn again.
 REPLAY_SLICE = 500
 FREE_PORT_TRIES = 64
+SEARCHED_PORTS = (12_000, 30_000)
 REBIND_TRIES = 500
 REBIND_PAUSE_S = 0.01
 
@@ -161,13 +163,14 @@ class KvPublisher:
         """Return one bound socket a rank, on neighbouring ports from `port` on (0 = wherever there are free ones)."""
         for _ in range(tries if port else FREE_PORT_TRIES):
             sockets: list[zmq.Socket[bytes]] = []
+            # Neighbours of a port that the kernel picks are often taken by outgoing connections: look below that range.
+            first = port or (random.randrange(*SEARCHED_PORTS) if self._n > 1 else 0)
             try:
                 for rank in range(self._n):
                     sockets.append(self._context.socket(kind))
                     sockets[rank].setsockopt(zmq.SNDHWM, LIVE_HWM if kind == zmq.PUB else 0)
                     sockets[rank].setsockopt(zmq.IPV6, ":" in self._host)
-                    base = port or (_port_of(sockets[0]) if rank else 0)
-                    sockets[rank].bind(_endpoint(self._host, base and base + rank))
+                    sockets[rank].bind(_endpoint(self._host, first and first + rank))
                 return sockets
             except zmq.ZMQError as error:
                 _close(sockets)

@@ -29,7 +29,9 @@ from sglfast._counters import Totals
 from sglfast._workers import WorkerTable
 from sglfast.boot import Boot
 from sglfast.config import ServeConfig, check, to_json
+from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
+from sglfast.edge.upstream import UpstreamConnection
 from sglfast.shm import WorkerRecord, WorkerView, put_worker
 
 ROOT = Path(__file__).parent.parent
@@ -262,6 +264,24 @@ def shard_in_loop(memory: Memory, keyer: Any = None, **settings: Any) -> Shard:
     config = check(ServeConfig(worker_urls=tuple(memory.urls), shards=1, **{"policy": "round_robin", **settings}))
     boot = Boot(config, memory.segment, None, 0, None, "")  # type: ignore[arg-type]
     return Shard(boot, asyncio.get_running_loop(), keyer, logging.getLogger("test"))
+
+
+def stub_client(shard: Shard) -> tuple[ClientConnection, StubTransport]:
+    """A client connection whose network the test plays."""
+    connection, transport = ClientConnection(shard), StubTransport()
+    connection.connection_made(transport)
+    return connection, transport
+
+
+def stub_upstream(shard: Shard, position: int = 0) -> tuple[UpstreamConnection, StubTransport]:
+    """An idle connection to a worker of the only pool; the next request to that worker takes it."""
+    shard.router.refresh()
+    assert shard.router.only is not None
+    upstream = shard.router.only.upstreams[position]
+    connection, transport = UpstreamConnection(upstream), StubTransport()
+    connection.connection_made(transport)
+    upstream.give_back(connection)
+    return connection, transport
 
 
 def run(test: Coroutine[Any, Any, T]) -> T:

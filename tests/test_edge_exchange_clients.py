@@ -7,7 +7,7 @@ import pytest
 from conftest import SeededRandom
 from edge_harness import Edge, settled, wait_until
 from raw_client import chunk, many, post, request
-from scripted_worker import SSE_HEAD, Call, SilentPort, Worker, answer, answer_head, echoes, says
+from scripted_worker import SSE_HEAD, Call, SilentPort, Worker, answer, answer_head, says
 
 from sglfast import _counters as c
 
@@ -160,21 +160,6 @@ def test_stream_is_paced_too(edge: Edge, worker: Worker) -> None:
             time.sleep(0.2)
         assert sent < 16 * MB
         assert client.read_answer().body == event * 3000
-
-
-@pytest.mark.parametrize("size", [150_000, 400_000, 3 * MB, 6 * MB])
-def test_a_paused_connection_is_read_again_for_its_next_client(size: int, edge: Edge, worker: Worker) -> None:
-    """Its last bytes met a client that did not read; the next one does."""
-    body = b"z" * size
-    worker.plan(says(answer(body)), echoes)
-    with edge.client(rcvbuf_bytes=4096) as slow:
-        slow.send(post())
-        worker.wait_calls(1)
-        wait_until(lambda: worker.calls[0].sent_bytes or slow.is_silent(0.3), "the answer is on its way")
-        time.sleep(0.1)
-        with edge.client() as quick:
-            assert quick.ask(post(b"quick")).body == b"quick"
-        assert slow.read_answer().body == body
 
 
 def test_clock_of_the_worker_stops_while_the_client_does_not_read(workers: list[Worker], worker: Worker) -> None:

@@ -310,6 +310,7 @@ def test_next_worker_when_one_refuses(workers: list[Worker]) -> None:
         for number in range(6):
             assert edge.ask(post(b"%d" % number)).body == b"%d" % number
         assert len(workers[1].calls) == 6
+        wait_until(lambda: not edge.word(c.S_INFLIGHT), "the last one is counted")
         refused = edge.worker_word(0, c.W_CONNECT_ERRORS)
         assert refused >= 2
         assert edge.worker_word(0, c.W_ERRORS) == edge.worker_word(0, c.W_REQUESTS) == refused

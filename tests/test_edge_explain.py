@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import orjson
-from edge_harness import Memory, StubTransport, run, shard_in_loop
+from edge_harness import Memory, StubTransport, run, shard_in_loop, stub_client
 from raw_client import post, request
 
 from sglfast import _counters as c
 from sglfast import _workers
 from sglfast._counters import Column
 from sglfast._hashtree import DEVICE, HOST, TreeWriter
-from sglfast.edge.policy import Prompt
 from sglfast.edge.request import Facts
 from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
@@ -41,9 +40,7 @@ class FixedKeyer:
 def connected(memory: Memory, test: Callable[[Shard, ClientConnection, StubTransport], None], keyer: Any = None, **settings: Any) -> None:
     async def inside() -> None:
         shard = shard_in_loop(memory, keyer, **settings)
-        connection, transport = ClientConnection(shard), StubTransport()
-        connection.connection_made(transport)
-        test(shard, connection, transport)
+        test(shard, *stub_client(shard))
 
     run(inside())
 

@@ -275,6 +275,7 @@ def test_each_worker_is_looked_up_in_its_own_way_of_cutting() -> None:
     keyer = FixedKeyer(Facts(1300, {(64, False): KEYS, (16, True): other}))
 
     def test(router: Router, shard: Shard) -> None:
+        assert {chosen(router) for _ in range(30)} == {1}
         route = route_of(router)
         assert set(keyer.variants) == {(64, False), (16, True)}
         assert (route.upstream.worker_idx, route.overlap_blocks, route.prompt_blocks) == (1, 80, 81)

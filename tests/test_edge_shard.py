@@ -6,12 +6,11 @@ import time
 from typing import Any
 
 import pytest
-from edge_harness import Memory, StubTransport, run, shard_in_loop
+from edge_harness import Memory, run, shard_in_loop, stub_client
 
 from sglfast import _counters as c
 from sglfast import _segment, errors
 from sglfast.edge import shard as shard_module
-from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
 from sglfast.errors import REASON_INDEX
 
@@ -26,12 +25,6 @@ def with_shard(test: Any, **settings: Any) -> None:
         await test(shard_in_loop(memory, **settings), memory)
 
     run(inside())
-
-
-def connected(shard: Shard) -> tuple[ClientConnection, StubTransport]:
-    connection, transport = ClientConnection(shard), StubTransport()
-    connection.connection_made(transport)
-    return connection, transport
 
 
 def test_request_ids_are_unique_over_shards() -> None:
@@ -82,7 +75,7 @@ def test_the_sweep_looks_at_clients_and_beats(monkeypatch: pytest.MonkeyPatch) -
 
     async def test(shard: Shard, memory: Memory) -> None:
         memory.segment.process_start(1, 4711, 1000)
-        connection, transport = connected(shard)
+        connection, transport = stub_client(shard)
         shard.tick()
         await asyncio.sleep(0.1)
         heartbeat_ms = [value for value in memory.segment.process_info(1) if abs(value - time.time() * 1000) < 5000]
@@ -100,8 +93,8 @@ def test_draining_drops_idle_clients_at_once_and_keeps_busy_ones(monkeypatch: py
     monkeypatch.setattr(shard_module, "_TICK_SECS", 0.01)
 
     async def test(shard: Shard, memory: Memory) -> None:
-        _, idle = connected(shard)
-        begun, half = connected(shard)
+        _, idle = stub_client(shard)
+        begun, half = stub_client(shard)
         begun.data_received(b"GET /health HTT")
         shard.tick()
         await asyncio.sleep(0.03)

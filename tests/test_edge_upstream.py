@@ -3,11 +3,11 @@
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
-from edge_harness import Edge, settled, wait_until
-from raw_client import chunk, many, post, request
+from edge_harness import Edge, Memory, run, settled, shard_in_loop, stub_client, stub_upstream, wait_until
+from raw_client import WAIT_S, chunk, many, post, request
 from scripted_worker import SSE_HEAD, Call, Worker, answer, answer_head, echoes, says, then_closes
 
 from sglfast import _counters as c
@@ -116,6 +116,7 @@ def test_a_connection_that_the_worker_closed_while_idle_is_not_used(how: str, ed
 def test_a_connection_of_an_abandoned_request_is_kept_and_may_fail_like_an_idle_one(workers: list[Worker], worker: Worker) -> None:
     """The client left while the worker was connected to: whoever gets that connection later must be resent when it is dead."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+    listener.settimeout(WAIT_S)
     fill = [socket.socket() for _ in range(2)]
     for sock in fill:  # the queue is full: the shard's first SYN is dropped and repeated a second later
         sock.setblocking(False)
@@ -185,6 +186,79 @@ def test_another_worker_in_the_same_slot_gets_its_own_connections(workers: list[
         assert workers[1].calls[0].header("host") == [workers[1].url.removeprefix("http://").encode()]
         wait_until(lambda: workers[0].open_connections == 0, "the old connection is closed")
         workers[1].reset()
+
+
+class InLoop:
+    """A shard with one worker, its client and its pool of connections; the test plays both networks."""
+
+    def __init__(self, test: Callable[["InLoop"], None]) -> None:
+        self.memory = Memory(["http://10.0.0.1:30000"])
+
+        async def inside() -> None:
+            self.shard = shard_in_loop(self.memory)
+            self.client, self.client_side = stub_client(self.shard)
+            self.connection, self.worker_side = stub_upstream(self.shard)
+            test(self)
+
+        run(inside())
+
+
+def test_a_connection_that_was_paused_for_one_client_is_read_for_the_next() -> None:
+    def test(it: InLoop) -> None:
+        it.client.data_received(post(b"1"))
+        assert it.worker_side.take().endswith(b"1")
+        it.client.pause_writing()
+        assert it.worker_side.is_paused
+        it.connection.data_received(answer(b"last bytes"))
+        assert not it.worker_side.is_paused
+        assert it.connection.upstream.idle == [it.connection]
+        other, other_side = stub_client(it.shard)
+        other.data_received(post(b"2"))
+        assert it.worker_side.take().endswith(b"2")
+        it.client.resume_writing()  # that client has nothing to do with it any more
+        it.client.pause_writing()
+        assert not it.worker_side.is_paused
+        it.connection.data_received(answer(b"quick"))
+        assert other_side.take().endswith(b"quick")
+
+    InLoop(test)
+
+
+def test_a_client_that_is_paused_already_pauses_its_next_answer() -> None:
+    def test(it: InLoop) -> None:
+        it.client.pause_writing()
+        it.client.data_received(post(b"1"))
+        assert it.worker_side.is_paused
+        it.client.resume_writing()
+        assert not it.worker_side.is_paused
+
+    InLoop(test)
+
+
+def test_connections_that_are_closing_are_not_taken() -> None:
+    def test(it: InLoop) -> None:
+        newer, newer_side = stub_upstream(it.shard)
+        upstream = newer.upstream
+        assert upstream.idle == [it.connection, newer]
+        newer_side.abort()  # the shard's side is told of the end a turn later
+        assert upstream.take_idle() is it.connection
+        assert upstream.take_idle() is None
+
+    InLoop(test)
+
+
+def test_the_sweep_closes_the_oldest_only() -> None:
+    def test(it: InLoop) -> None:
+        it.shard.now_s += 10
+        newer, newer_side = stub_upstream(it.shard)
+        it.shard.router.sweep(it.shard.now_s - 5)
+        assert it.worker_side.is_aborted
+        assert not newer_side.is_closed
+        assert newer.upstream.idle == [newer]
+        it.connection.connection_lost(None)
+        assert it.memory.worker_word(0, c.W_CONNECTIONS) == 1
+
+    InLoop(test)
 
 
 # ---- framing of answers ----
@@ -295,14 +369,13 @@ def test_an_answer_before_the_whole_request_was_read(edge: Edge, worker: Worker)
         if call.wait_for_end():
             ended.set()
 
-    worker.plan(script)
+    worker.plan(script, echoes)
     with edge.client() as client:
         found = client.ask(post(b"x" * 20_000_000))
         assert (found.status, found.body, found.code) == (413, b"too much", None)
-        assert ended.wait(5)
-        worker.reset()
         assert client.ask(post(b"next")).body == b"next"
-    assert worker.connections == 1, "counted from the reset on"
+        assert [call.connection for call in worker.calls] == [1, 2]
+        assert ended.wait(0.5), "closed at once, not by the sweep"
 
 
 def test_a_large_request_is_sent_while_its_answer_comes(edge: Edge, worker: Worker) -> None:

@@ -97,8 +97,6 @@ class UnusualRequest:
         codings = [value.strip(b" \t").lower() for name, value in self._headers if name.lower() == b"transfer-encoding"]
         if codings not in ([], [b"chunked"]):
             return errors.BAD_REQUEST  # the body is still coded in a way that the worker would not be told of
-        if len([name for name, _ in kept if name.lower() == b"host"]) > 1:
-            return errors.BAD_REQUEST
         body = b"".join(self._pieces)
         lines = [b"%b %b HTTP/%b" % (method, target, self._version), *(b"%b: %b" % pair for pair in kept)]
         lines.append(b"content-length: %d\r\n\r\n" % len(body))

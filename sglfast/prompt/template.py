@@ -114,10 +114,26 @@ class _Generation(Extension):
         return caller()
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox with a short way to `message.content`, which else is an exception caught and two calls."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As jinja2: an attribute, else an item, else undefined. A plain dict has no attributes but those of its class."""
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            try:
+                return obj[attribute]
+            except KeyError:
+                return self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+
+
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> _Environment:
     """Return the one jinja2 environment: block trimming, extensions, filters and globals as transformers sets them."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

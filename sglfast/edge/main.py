@@ -13,6 +13,7 @@ import time
 
 import uvloop
 
+from sglfast._hashtree import TreeReader
 from sglfast.boot import Boot, boot_child
 from sglfast.edge.request import PromptKeyer
 from sglfast.edge.server import ClientConnection
@@ -26,9 +27,18 @@ def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | No
         return None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time, in our own thread
     from sglfast.prompt.keys import PromptReader, RequestKind
+    from sglfast.prompt.lazy import LazyKeyer
     from sglfast.prompt.tokenizer import load_tokenizer
 
-    return PromptKeyer(PromptReader(load_tokenizer(boot.config.tokenizer_path), boot.config.prompt_cache_bytes), RequestKind, loop)
+    tokenizer = load_tokenizer(boot.config.tokenizer_path)
+    return PromptKeyer(
+        PromptReader(tokenizer),
+        LazyKeyer(tokenizer, boot.config.prompt_cache_bytes),
+        RequestKind,
+        loop,
+        here=TreeReader(boot.segment).match,
+        there=TreeReader(boot.segment).match,
+    )
 
 
 async def _wait_for_stop(control: socket.socket) -> str:

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import orjson
@@ -20,9 +20,17 @@ from sglfast.errors import PromptError
 
 if TYPE_CHECKING:
     from sglfast.prompt.keys import PromptReader, RequestKind
+    from sglfast.prompt.lazy import Keying, LazyKeyer, Probe, Variant
+    from sglfast.prompt.tokenizer import Tokenizer
 
-# A body up to this size is rendered and tokenized on the loop (about 0.2 us a byte: under a millisecond); above, in a thread.
-_INLINE_BYTES = 4096
+T = TypeVar("T")
+
+# What the loop does itself, in about half a millisecond at worst: parse and render a body of this size (30 us) with so many objects and
+# arrays in it (2 us each), and tokenize so many characters (0.2 us each): all that a known or an unowned prompt needs. More goes to a
+# thread.
+_INLINE_BYTES = 65536
+_INLINE_OBJECTS = 150
+_INLINE_CHARS = 1500
 # Prompts that wait for a thread. Beyond it a request is routed by load: a late best choice is worse than a good one now.
 _MAX_WAITING = 256
 
@@ -50,12 +58,14 @@ ENDPOINTS: dict[bytes, Endpoint] = {
 class Facts:
     """What a policy knows of a prompt. prompt_tokens: 0 = unknown; keys: (block_size, bigram) -> block keys, 8 bytes each.
 
-    why_unkeyed: "" or why the prompt has no keys.
+    keys end where no rank's overlap goes on; is_estimated: so the rest of the prompt was not tokenized, and prompt_tokens counts it by
+    its characters; why_unkeyed: "" or why the prompt has no keys.
     """
 
     prompt_tokens: int
     keys: dict[tuple[int, bool], bytes]
     why_unkeyed: str = ""
+    is_estimated: bool = False
 
 
 class _ModelPeek(msgspec.Struct):
@@ -74,48 +84,102 @@ def model_of(body: bytes) -> str | None:
 
 
 class PromptKeyer:
-    """Turns bodies into Facts with the model's tokenizer: short ones at once, long ones in a bounded pool of threads."""
+    """Turns bodies into Facts with the model's tokenizer: short work at once, long work in a bounded pool of threads.
 
-    def __init__(self, reader: PromptReader, kinds: type[RequestKind], loop: asyncio.AbstractEventLoop) -> None:
+    here, there: what the KV index owns, asked by the loop and by the thread: each by a TreeReader of its own.
+    """
+
+    def __init__(
+        self,
+        reader: PromptReader,
+        keyer: LazyKeyer,
+        kinds: type[RequestKind],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        here: Probe,
+        there: Probe,
+    ) -> None:
         self._reader = reader
+        self._keyer = keyer
         self._kinds = kinds
         self._loop = loop
+        self._here = here
+        self._there = there
         # The tokenizer releases the GIL; one thread a shard keeps the machine's cores for all shards.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
         self._waiting = 0
 
-    def key(self, kind: int, body: bytes, variants: tuple[tuple[int, bool], ...], then: Callable[[Facts], None]) -> None:
-        """Call `then` with the facts: before this returns for a short body, later on the loop for a long one."""
-        if len(body) <= _INLINE_BYTES:
-            then(self._facts(kind, body, variants))
-        elif self._waiting >= _MAX_WAITING:
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._keyer.tokenizer
+
+    def key(self, kind: int, body: bytes, variants: tuple[Variant, ...], then: Callable[[Facts], None]) -> None:
+        """Call `then` with the facts: before this returns when that takes no time, else later on the loop."""
+        keying: Keying | None = None
+        if len(body) <= _INLINE_BYTES and body.count(b"{") + body.count(b"[") <= _INLINE_OBJECTS:
+            found = self._begin(kind, body, variants)
+            if isinstance(found, Facts):
+                then(found)
+                return
+            facts = self._run(found, self._here, _INLINE_CHARS)
+            if facts is not None:
+                then(facts)
+                return
+            keying = found
+        if not self.submit(lambda: self._finish(keying, kind, body, variants), lambda facts: then(facts or _FAILED)):
             then(Facts(0, {}, "too many prompts wait for the tokenizer"))
-        else:
-            self._waiting += 1
-            future = self._threads.submit(self._facts, kind, body, variants)
-            future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._landed, done, then))
 
-    def _landed(self, done: Future[Facts], then: Callable[[Facts], None]) -> None:
+    def submit(self, work: Callable[[], T], then: Callable[[T | None], None]) -> bool:
+        """Do `work` in the thread and call `then` on the loop with its result, None if it raised; False: too much waits already."""
+        if self._waiting >= _MAX_WAITING:
+            return False
+        self._waiting += 1
+        self._threads.submit(work).add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._landed, done, then))
+        return True
+
+    def _landed(self, done: Future[T], then: Callable[[T | None], None]) -> None:
         self._waiting -= 1
-        then(done.result())
+        if done.cancelled():
+            then(None)
+        elif error := done.exception():
+            # A fault of ours: said aloud, and the request goes its way without what the thread was to find.
+            self._loop.call_exception_handler({"message": "the tokenizer's thread failed", "exception": error})
+            then(None)
+        else:
+            then(done.result())
 
-    def _facts(self, kind: int, body: bytes, variants: tuple[tuple[int, bool], ...]) -> Facts:
+    def _begin(self, kind: int, body: bytes, variants: tuple[Variant, ...]) -> Keying | Facts:
         try:
-            parsed: Any = orjson.loads(body)
-            prompt = self._reader.text_of(self._kinds(kind), parsed)
+            prompt = self._reader.text_of(self._kinds(kind), orjson.loads(body))
             if prompt.text is None and prompt.token_ids is None:
                 return Facts(0, {}, prompt.detail or str(prompt.reason))
-            tokens = self._reader.tokens_of(prompt)
-            keys = {
-                (block_size, bigram): self._reader.keys_of(tokens, block_size, bigram=bigram, cache_salt=prompt.cache_salt)
-                for block_size, bigram in variants
-            }
+            return self._keyer.begin(prompt, variants)
         except orjson.JSONDecodeError:
             return Facts(0, {}, "the body is no JSON")
         except PromptError as error:
             return Facts(0, {}, str(error))
-        return Facts(len(tokens), keys)
+
+    def _run(self, keying: Keying, probe: Probe, budget_chars: int) -> Facts | None:
+        try:
+            if not keying.run(probe, budget_chars):
+                return None
+        except PromptError as error:
+            return Facts(0, {}, str(error))
+        keys = keying.keys
+        return Facts(keys.tokens, keys.keys, is_estimated=keys.is_estimated)
+
+    def _finish(self, keying: Keying | None, kind: int, body: bytes, variants: tuple[Variant, ...]) -> Facts | None:
+        if keying is None:
+            found = self._begin(kind, body, variants)
+            if isinstance(found, Facts):
+                return found
+            keying = found
+        return self._run(keying, self._there, 1 << 62)
 
     def close(self) -> None:
         """Forget what waits; the thread ends after its present prompt."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+_FAILED = Facts(0, {}, "the tokenizer failed")

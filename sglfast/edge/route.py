@@ -33,7 +33,10 @@ _STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A choice: the worker's connections, what its cache holds of the prompt, and why it was chosen."""
+    """A choice: the worker's connections, what its cache holds of the prompt, and why it was chosen.
+
+    is_estimated: prompt_blocks and uncached_tokens count a part of the prompt by its characters.
+    """
 
     pool: Pool
     upstream: Upstream
@@ -43,6 +46,7 @@ class Route:
     dp_rank: int = 0  # the same as the worker counts it
     overlap_blocks: int = 0
     prompt_blocks: int = 0
+    is_estimated: bool = False
 
 
 class Pool:
@@ -193,6 +197,7 @@ class Router:
             dp_rank=hit.rank - worker.rank_base,
             overlap_blocks=hit.overlap_blocks,
             prompt_blocks=prompt_blocks,
+            is_estimated=prompt.is_estimated,
         )
 
     def _look_up(self, pool: Pool, facts: Facts) -> Prompt:
@@ -215,7 +220,7 @@ class Router:
                 known = best.get(position)
                 if known is None or overlap_blocks > known.overlap_blocks:
                     best[position] = Hit(position, rank, overlap_blocks, overlap_blocks * block_size)
-        return Prompt(facts.prompt_tokens, prompt_blocks, tuple(best.values()), True)
+        return Prompt(facts.prompt_tokens, prompt_blocks, tuple(best.values()), True, facts.is_estimated)
 
     def next_choice(self, failed: Route, tried: tuple[int, ...]) -> Route | None:
         """The least loaded worker of the pool that was not tried yet, or None. Only after a failure, so a scan is fine."""

@@ -16,7 +16,7 @@ _FILLER = "The quick brown fox jumps over the lazy dog while the router looks fo
 
 # wrk hands every finished run to `done`; the line is read back by `run_wrk`. An error status is one above 399.
 _SCRIPT = """
-local request = [==[{request}]==]
+local request = "{request}"
 wrk.format = function() return request end
 done = function(summary, latency)
     io.write(string.format(
@@ -118,7 +118,9 @@ _ERRORS = {"connect", "read", "write", "status", "timeout"}
 def run_wrk(wrk: str, workload: Workload, port: int, *, connections: int, seconds: int, core: int, folder: Path) -> LoadResult:
     """One run of wrk with one thread on `core`. Raises BenchError on any error of any request."""
     script = folder / f"load_{port}.lua"
-    script.write_text(_SCRIPT.format(request=workload.request(port).decode()), newline="")
+    # Lua turns CR LF inside a long bracket into LF, so every byte that is no letter or digit is written as its number.
+    request = "".join(chr(byte) if chr(byte).isalnum() and byte < 128 else f"\\{byte:03d}" for byte in workload.request(port))
+    script.write_text(_SCRIPT.format(request=request))
     command = ["taskset", "-c", str(core), wrk, "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(script)]
     done = subprocess.run(
         [*command, f"http://127.0.0.1:{port}{workload.path}"],

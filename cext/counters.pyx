@@ -29,7 +29,9 @@ W_BYTES_OUT = 9
 W_PROMPT_BLOCKS = 10
 W_OVERLAP_BLOCKS = 11
 W_CONNECT_ERRORS = 12
-W_RESENDS = 13
+W_PARITY_EXACT = 13       # answers whose cached tokens were predicted, ...
+W_PARITY_HIGH = 14        # ... were fewer than predicted, ...
+W_PARITY_LOW = 15         # ... were more
 # Words of the shard itself.
 S_CONNECTIONS = 0
 S_INFLIGHT = 1

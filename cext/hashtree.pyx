@@ -9,7 +9,7 @@ Contract: keys are n little-endian uint64 in one bytes-like object, leading bloc
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
 
 import os
@@ -32,13 +32,14 @@ cdef extern from "sf_tree.h" nogil:
         uint64_t words
 
     void sf_table_init(sf_table_t *table, void *base) noexcept
-    uint64_t sf_key(uint64_t key) noexcept
+    uint64_t sf_key_at(const void *keys, uint64_t i) noexcept
     uint64_t sf_home(const sf_table_t *table, uint64_t key) noexcept
     uint64_t *sf_slot(const sf_table_t *table, uint64_t i) noexcept
     uint64_t sf_next(const sf_table_t *table, uint64_t i) noexcept
     uint64_t *sf_find(const sf_table_t *table, uint64_t key) noexcept
     void sf_prefetch(const sf_table_t *table, uint64_t key) noexcept
-    uint32_t sf_match(const sf_table_t *table, const uint64_t *keys, uint32_t n_keys, uint64_t tiers, uint32_t *overlaps,
+    void sf_write_gap(uint64_t *version) noexcept
+    uint32_t sf_match(const sf_table_t *table, const void *keys, uint32_t n_keys, uint64_t tiers, uint32_t *overlaps,
                       uint32_t *touched, uint32_t *n_touched, int *is_torn) noexcept
 
 
@@ -50,19 +51,23 @@ cdef struct key_log_t:
     uint64_t head
 
 
-cdef int log_push(key_log_t *log, uint64_t key) noexcept nogil:
-    cdef uint64_t room
-    cdef uint64_t *keys
-    if log.count == log.room:
-        room = log.room * 2 if log.room else 256
-        keys = <uint64_t *>realloc(log.keys, room * sizeof(uint64_t))
-        if keys == NULL:
-            return -1
-        log.keys = keys
-        log.room = room
+cdef inline bint log_is_full(const key_log_t *log) noexcept nogil:
+    return log.count + SF_WRITE_KEYS > log.room
+
+
+cdef int log_grow(key_log_t *log) noexcept nogil:
+    cdef uint64_t room = log.room * 2 if log.room else 256
+    cdef uint64_t *keys = <uint64_t *>realloc(log.keys, room * sizeof(uint64_t))
+    if keys == NULL:
+        return -1
+    log.keys = keys
+    log.room = room
+    return 0
+
+
+cdef inline void log_push(key_log_t *log, uint64_t key) noexcept nogil:
     log.keys[log.count] = key
     log.count += 1
-    return 0
 
 
 cdef inline bint slot_has(const uint64_t *slot, uint64_t words, uint32_t rank, uint64_t tiers) noexcept nogil:
@@ -117,7 +122,7 @@ cdef class TreeReader:
         for i in range(self.n_touched):
             self.overlaps[self.touched[i]] = 0
         self.n_touched = 0
-        cdef uint32_t best = sf_match(&self.table, <const uint64_t *>view.buf, <uint32_t>(view.len >> 3), tiers,
+        cdef uint32_t best = sf_match(&self.table, view.buf, <uint32_t>(view.len >> 3), tiers,
                                       self.overlaps, self.touched, &self.n_touched, &is_torn)
         PyBuffer_Release(&view)
         self.torn_total += is_torn
@@ -241,36 +246,39 @@ cdef class TreeWriter:
             _sf_add(&self.table.tree.evicted_total, 1)
             return
 
-    cdef int c_note_order(self, uint64_t key, uint64_t slot_idx) noexcept nogil:
-        # Room is bounded by twice the live blocks: drop the consumed front, then the stale entries.
-        cdef uint64_t i, kept = 0, live
-        cdef uint64_t *slot
-        if self.order.count >= 256 and self.order.count == self.order.room:
-            live = _sf_load(&self.table.tree.live_blocks)
-            if self.order.count - self.order.head > 2 * live + 256 or self.order.head > self.order.count // 2:
-                for i in range(self.order.head, self.order.count):
-                    slot = sf_find(&self.table, self.order.keys[i])
-                    if slot == NULL or _sf_load(slot) == 0:
-                        continue
-                    if self.stamps[self.c_index(slot)] != <uint32_t>(self.order_base + i):
-                        continue
-                    self.order.keys[kept] = self.order.keys[i]
-                    # The new number is <= the old one and > all numbers given before, so no stamp is met twice.
-                    self.stamps[self.c_index(slot)] = <uint32_t>(self.order_base + self.order.count + kept)
-                    kept += 1
-                self.order_base += self.order.count
-                self.order.count = kept
-                self.order.head = 0
-        if log_push(&self.order, key):
-            return -1
-        self.stamps[slot_idx] = <uint32_t>(self.order_base + self.order.count - 1)
-        return 0
+    # Room for one chunk of keys in both logs, made while the version is even: compaction may go through millions of entries,
+    # and a chunk that has begun must not fail.
 
-    cdef int c_note_rank(self, uint32_t rank, uint64_t key) noexcept nogil:
+    cdef int c_make_order_room(self) noexcept nogil:
+        # Bounded by a multiple of the live blocks: drop the consumed front and the stale entries before growing.
+        cdef uint64_t i, kept = 0
+        cdef uint64_t live = _sf_load(&self.table.tree.live_blocks)
+        cdef uint64_t *slot
+        if not log_is_full(&self.order):
+            return 0
+        if self.order.count - self.order.head > 2 * live + 256 or self.order.head > self.order.count // 2:
+            for i in range(self.order.head, self.order.count):
+                slot = sf_find(&self.table, self.order.keys[i])
+                if slot == NULL or _sf_load(slot) == 0:
+                    continue
+                if self.stamps[self.c_index(slot)] != <uint32_t>(self.order_base + i):
+                    continue
+                self.order.keys[kept] = self.order.keys[i]
+                # The new number is > all numbers given before, so no stamp is met twice.
+                self.stamps[self.c_index(slot)] = <uint32_t>(self.order_base + self.order.count + kept)
+                kept += 1
+            self.order_base += self.order.count
+            self.order.count = kept
+            self.order.head = 0
+        return log_grow(&self.order) if log_is_full(&self.order) else 0
+
+    cdef int c_make_rank_room(self, uint32_t rank) noexcept nogil:
         cdef key_log_t *log = &self.ranks[rank]
         cdef uint64_t i, kept = 0
         cdef uint64_t *slot
-        if log.count >= 256 and log.count == log.room and log.count > 2 * self.owned[rank]:
+        if not log_is_full(log):
+            return 0
+        if log.count > 2 * self.owned[rank]:
             for i in range(log.count):
                 slot = sf_find(&self.table, log.keys[i])
                 if slot == NULL or _sf_load(slot) == 0 or self.marks[self.c_index(slot)]:
@@ -283,9 +291,9 @@ cdef class TreeWriter:
             for i in range(kept):
                 self.marks[self.c_index(sf_find(&self.table, log.keys[i]))] = 0
             log.count = kept
-        return log_push(log, key)
+        return log_grow(log) if log_is_full(log) else 0
 
-    cdef long long c_store(self, uint32_t rank, uint32_t tier, const uint64_t *keys, uint64_t n_keys) noexcept nogil:
+    cdef long long c_store(self, uint32_t rank, uint32_t tier, const void *keys, uint64_t n_keys) noexcept nogil:
         cdef uint64_t i, key
         cdef uint64_t words = self.table.words
         cdef uint64_t *slot
@@ -295,11 +303,14 @@ cdef class TreeWriter:
         for i in range(n_keys):
             if i % SF_WRITE_KEYS == 0:
                 if i:
-                    sf_write_end(&tree.version)
+                    sf_write_gap(&tree.version)
+                if self.c_make_order_room() or self.c_make_rank_room(rank):
+                    _sf_add(&tree.stored_total, added)
+                    return -1
                 sf_write_begin(&tree.version)
             if i + 4 < n_keys:
-                sf_prefetch(&self.table, keys[i + 4])
-            key = sf_key(keys[i])
+                sf_prefetch(&self.table, sf_key_at(keys, i + 4))
+            key = sf_key_at(keys, i)
             slot = sf_find(&self.table, key)
             if _sf_load(slot) == 0:
                 if _sf_load(&tree.live_blocks) >= self.capacity:
@@ -307,17 +318,14 @@ cdef class TreeWriter:
                     slot = sf_find(&self.table, key)
                 _sf_store(slot, key)
                 _sf_add(&tree.live_blocks, 1)
-                if self.c_note_order(key, self.c_index(slot)):
-                    sf_write_end(&tree.version)
-                    return -1
+                self.stamps[self.c_index(slot)] = <uint32_t>(self.order_base + self.order.count)
+                log_push(&self.order, key)
             word = slot + 1 + tier * words + (rank >> 6)
             if _sf_load(word) >> (rank & 63) & 1:
                 continue
             if not slot_has(slot, words, rank, 7):
                 self.owned[rank] += 1
-                if self.c_note_rank(rank, key):
-                    sf_write_end(&tree.version)
-                    return -1
+                log_push(&self.ranks[rank], key)
                 added += 1
             _sf_store(word, _sf_load(word) | <uint64_t>1 << (rank & 63))
         if n_keys:
@@ -325,7 +333,7 @@ cdef class TreeWriter:
         _sf_add(&tree.stored_total, added)
         return added
 
-    cdef long long c_remove(self, uint32_t rank, uint32_t tiers, const uint64_t *keys, uint64_t n_keys) noexcept nogil:
+    cdef long long c_remove(self, uint32_t rank, uint32_t tiers, const void *keys, uint64_t n_keys) noexcept nogil:
         cdef uint64_t i, w
         cdef uint64_t words = self.table.words
         cdef uint64_t *slot
@@ -335,11 +343,11 @@ cdef class TreeWriter:
         for i in range(n_keys):
             if i % SF_WRITE_KEYS == 0:
                 if i:
-                    sf_write_end(&tree.version)
+                    sf_write_gap(&tree.version)
                 sf_write_begin(&tree.version)
             if i + 4 < n_keys:
-                sf_prefetch(&self.table, keys[i + 4])
-            slot = sf_find(&self.table, sf_key(keys[i]))
+                sf_prefetch(&self.table, sf_key_at(keys, i + 4))
+            slot = sf_find(&self.table, sf_key_at(keys, i))
             if slot == NULL or _sf_load(slot) == 0 or not slot_has(slot, words, rank, 7):
                 continue
             for w in range(SF_TIERS):
@@ -369,8 +377,10 @@ cdef class TreeWriter:
         """Empty the whole tree: what a new index process does first, because it does not know what it missed."""
         cdef uint64_t rank
         self._check(0)
+        # Nobody ever wrote at version 0, so all is zero: do not make the kernel back it with memory.
+        cdef bint is_fresh = _sf_load(&self.table.tree.version) == 0
         sf_write_begin(&self.table.tree.version)
-        if _sf_load(&self.table.tree.generation):  # a fresh segment is zero: do not make the kernel back it with memory
+        if not is_fresh:
             memset(self.table.slots, 0, self.table.n_slots * self.table.stride)
         _sf_store(&self.table.tree.live_blocks, 0)
         sf_write_end(&self.table.tree.version)
@@ -391,7 +401,7 @@ cdef class TreeWriter:
         if view.len & 7:
             PyBuffer_Release(&view)
             raise ValueError(f"keys must be whole 8-byte words, not {view.len} bytes")
-        added = self.c_store(rank, tier, <const uint64_t *>view.buf, view.len >> 3)
+        added = self.c_store(rank, tier, view.buf, view.len >> 3)
         PyBuffer_Release(&view)
         if added < 0:
             raise MemoryError
@@ -405,7 +415,7 @@ cdef class TreeWriter:
         if view.len & 7:
             PyBuffer_Release(&view)
             raise ValueError(f"keys must be whole 8-byte words, not {view.len} bytes")
-        cdef long long gone = self.c_remove(rank, tiers, <const uint64_t *>view.buf, view.len >> 3)
+        cdef long long gone = self.c_remove(rank, tiers, view.buf, view.len >> 3)
         PyBuffer_Release(&view)
         return gone
 

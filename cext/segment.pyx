@@ -25,13 +25,13 @@ def segment_bytes(*, int max_workers, int max_ranks, int max_shards, long long c
 
 
 def _check_sizes(max_workers, max_ranks, max_shards, capacity_blocks):
-    if not 1 <= max_workers <= 65536:
-        raise ValueError(f"max_workers must be 1..65536, not {max_workers}")
-    if max_ranks % 64 or not 64 <= max_ranks <= 1024:
-        raise ValueError(f"max_ranks must be a multiple of 64 from 64 to 1024, not {max_ranks}")
-    if not 1 <= max_shards <= 1024:
-        raise ValueError(f"max_shards must be 1..1024, not {max_shards}")
-    if not 1 <= capacity_blocks <= 1 << 32:
+    if not 1 <= max_workers <= SF_WORKERS_MAX:
+        raise ValueError(f"max_workers must be 1..{SF_WORKERS_MAX}, not {max_workers}")
+    if max_ranks % 64 or not 64 <= max_ranks <= SF_RANKS_MAX:
+        raise ValueError(f"max_ranks must be a multiple of 64 from 64 to {SF_RANKS_MAX}, not {max_ranks}")
+    if not 1 <= max_shards <= SF_SHARDS_MAX:
+        raise ValueError(f"max_shards must be 1..{SF_SHARDS_MAX}, not {max_shards}")
+    if not 1 <= capacity_blocks <= SF_CAPACITY_MAX:
         raise ValueError(f"capacity_blocks must be 1..2^32, not {capacity_blocks}")
 
 

@@ -80,7 +80,8 @@ static inline int _sf_connection(sf_head_t *head, const sf_line_t *line) {
     return 1;
 }
 
-/* Drop the lines that a Connection header names (RFC 9110 7.6.1). Rare: only when one names something. */
+/* Drop the lines that a Connection header names (RFC 9110 7.6.1), never those that frame the body: without them the next hop
+ * would not find its end. Rare: only when one names something. */
 static inline void _sf_drop_named(sf_head_t *head) {
     for (uint32_t c = 0; c < head->n_lines; c++) {
         const sf_line_t *line = &head->lines[c];
@@ -90,8 +91,13 @@ static inline void _sf_drop_named(sf_head_t *head) {
             while (p < end && !sf_token[(uint8_t)*p]) p++;
             const char *start = p;
             while (p < end && sf_token[(uint8_t)*p]) p++;
-            for (uint32_t i = 0; p > start && i < head->n_lines; i++)
-                if (sf_name_is(&head->lines[i], start, (uint32_t)(p - start))) head->lines[i].is_dropped = 1;
+            for (uint32_t i = 0; p > start && i < head->n_lines; i++) {
+                sf_line_t *named = &head->lines[i];
+                if (!sf_name_is(named, start, (uint32_t)(p - start))) continue;
+                if (SF_NAME(named, "content-length") || SF_NAME(named, "transfer-encoding")) continue;
+                named->is_dropped = 1;
+                if (head->request_id == (int16_t)i) head->request_id = -1;
+            }
         }
     }
 }
@@ -124,7 +130,8 @@ static inline int _sf_header(sf_head_t *head, uint32_t i, int is_request) {
         break;
     case 12:
         if (SF_NAME(line, "x-request-id")) {
-            if (head->request_id < 0) head->request_id = (int16_t)i;
+            if (line->value_len == 0) line->is_dropped = 1; /* as good as none: one is made */
+            else if (head->request_id < 0) head->request_id = (int16_t)i;
         } else if (is_request && SF_NAME(line, "x-sglfast-kv")) {
             head->wants_kv = 1;
             line->is_dropped = 1;
@@ -146,7 +153,9 @@ static inline int _sf_header(sf_head_t *head, uint32_t i, int is_request) {
     case 16: line->is_dropped = SF_NAME(line, "proxy-connection"); break;
     case 17:
         if (SF_NAME(line, "transfer-encoding")) {
-            if (head->is_chunked || !SF_VALUE(line, "chunked")) return SF_HTTP_UNUSUAL;
+            /* white space behind it: llhttp takes a blank, not a tab, and reads another framing then */
+            if (head->is_chunked || !SF_VALUE(line, "chunked") || line->line_len != line->value_off + line->value_len + 2)
+                return SF_HTTP_UNUSUAL;
             head->is_chunked = 1;
             line->is_dropped = (uint8_t)is_request;
         }
@@ -275,19 +284,57 @@ static inline char *sf_copy_kept(const sf_head_t *head, char *out) {
     return out;
 }
 
-/* ---- chunked framing ---- */
-enum { SF_CH_SIZE, SF_CH_SIZE_DIGITS, SF_CH_EXT, SF_CH_SIZE_LF, SF_CH_DATA, SF_CH_DATA_CR, SF_CH_DATA_LF, SF_CH_TRAILER,
-       SF_CH_TRAILER_LINE, SF_CH_TRAILER_LF, SF_CH_END_LF, SF_CH_DONE };
+/* ---- chunked framing ----
+ *
+ *   SIZE -> SIZE_DIGITS -> (EXT_* ->) SIZE_LF -> DATA -> DATA_CR -> DATA_LF -> SIZE        (size > 0)
+ *                                     SIZE_LF -> TRAILER -> (TRAILER_NAME -> TRAILER_VALUE -> TRAILER_LF -> TRAILER)* -> END_LF -> DONE
+ *   anything that does not fit -> BROKEN, for ever. Grammar: RFC 9112 7.1, without the optional white space of extensions.
+ */
+enum { SF_CH_SIZE, SF_CH_SIZE_DIGITS, SF_CH_EXT, SF_CH_EXT_NAME, SF_CH_EXT_EQUALS, SF_CH_EXT_TOKEN, SF_CH_EXT_QUOTED, SF_CH_EXT_PAIR,
+       SF_CH_EXT_END, SF_CH_SIZE_LF, SF_CH_DATA, SF_CH_DATA_CR, SF_CH_DATA_LF, SF_CH_TRAILER, SF_CH_TRAILER_NAME,
+       SF_CH_TRAILER_VALUE, SF_CH_TRAILER_LF, SF_CH_END_LF, SF_CH_DONE, SF_CH_BROKEN };
 #define SF_CH_LINE_LIMIT 16384 /* extensions and trailers: a peer that sends more plays games */
 
 typedef struct {
     uint64_t left; /* data bytes of the present chunk still to come */
     uint32_t state;
     uint32_t line_bytes; /* spent on extensions and trailers */
+    char name[18];       /* of the present trailer, lower case, as much as tells framing fields from others */
+    uint8_t name_len;
 } sf_chunks_t;
 
+/* The state after a byte of an extension, SF_CH_BROKEN when it does not fit. */
+static inline uint32_t _sf_extension(uint32_t state, char ch) {
+    uint8_t byte = (uint8_t)ch;
+    switch (state) {
+    case SF_CH_EXT: return sf_token[byte] ? SF_CH_EXT_NAME : SF_CH_BROKEN;
+    case SF_CH_EXT_NAME:
+        if (sf_token[byte]) return SF_CH_EXT_NAME;
+        if (ch == '=') return SF_CH_EXT_EQUALS;
+        break;
+    case SF_CH_EXT_EQUALS:
+        if (ch == '"') return SF_CH_EXT_QUOTED;
+        return sf_token[byte] ? SF_CH_EXT_TOKEN : SF_CH_BROKEN;
+    case SF_CH_EXT_TOKEN:
+        if (sf_token[byte]) return SF_CH_EXT_TOKEN;
+        break;
+    case SF_CH_EXT_QUOTED:
+        if (ch == '"') return SF_CH_EXT_END;
+        if (ch == '\\') return SF_CH_EXT_PAIR;
+        return sf_value[byte] ? SF_CH_EXT_QUOTED : SF_CH_BROKEN;
+    case SF_CH_EXT_PAIR: return sf_value[byte] ? SF_CH_EXT_QUOTED : SF_CH_BROKEN;
+    default: break;
+    }
+    return ch == ';' ? SF_CH_EXT : ch == '\r' ? SF_CH_SIZE_LF : SF_CH_BROKEN;
+}
+
+static inline int _sf_is_framing(const sf_chunks_t *c) {
+    return (c->name_len == 14 && !memcmp(c->name, "content-length", 14))
+        || (c->name_len == 17 && !memcmp(c->name, "transfer-encoding", 17));
+}
+
 /* Follow the framing over `len` bytes. Data pieces are reported through `emit` when it is not NULL. Returns bytes consumed
- * (less than len only at the end of the body, state SF_CH_DONE), or -1 when the framing is malformed. */
+ * (less than len only at the end of the body, state SF_CH_DONE), or -1 when the framing is malformed (state SF_CH_BROKEN). */
 static inline int64_t sf_chunks_feed(sf_chunks_t *c, const char *base, size_t len,
                                      int (*emit)(void *, const char *, size_t), void *sink) {
     const char *p = base, *end = base + len;
@@ -299,23 +346,24 @@ static inline int64_t sf_chunks_feed(sf_chunks_t *c, const char *base, size_t le
             int digit = ch >= '0' && ch <= '9' ? ch - '0' : ch >= 'a' && ch <= 'f' ? ch - 'a' + 10
                         : ch >= 'A' && ch <= 'F' ? ch - 'A' + 10 : -1;
             if (digit >= 0) {
-                if (c->left >> 56) return -1;
+                if (c->left >> 56) goto broken;
                 c->left = c->left * 16 + (uint64_t)digit;
                 c->state = SF_CH_SIZE_DIGITS;
-            } else if (c->state == SF_CH_SIZE) return -1;
+            } else if (c->state == SF_CH_SIZE) goto broken;
             else if (ch == '\r') c->state = SF_CH_SIZE_LF;
             else if (ch == ';') c->state = SF_CH_EXT;
-            else return -1;
+            else goto broken;
             p++;
             break;
         }
-        case SF_CH_EXT:
-            if (ch == '\r') c->state = SF_CH_SIZE_LF;
-            else if (!sf_value[(uint8_t)ch] || ++c->line_bytes > SF_CH_LINE_LIMIT) return -1;
+        case SF_CH_EXT: case SF_CH_EXT_NAME: case SF_CH_EXT_EQUALS: case SF_CH_EXT_TOKEN: case SF_CH_EXT_QUOTED:
+        case SF_CH_EXT_PAIR: case SF_CH_EXT_END:
+            c->state = _sf_extension(c->state, ch);
+            if (c->state == SF_CH_BROKEN || ++c->line_bytes > SF_CH_LINE_LIMIT) goto broken;
             p++;
             break;
         case SF_CH_SIZE_LF:
-            if (ch != '\n') return -1;
+            if (ch != '\n') goto broken;
             c->state = c->left ? SF_CH_DATA : SF_CH_TRAILER;
             p++;
             break;
@@ -328,40 +376,55 @@ static inline int64_t sf_chunks_feed(sf_chunks_t *c, const char *base, size_t le
             break;
         }
         case SF_CH_DATA_CR:
-            if (ch != '\r') return -1;
+            if (ch != '\r') goto broken;
             c->state = SF_CH_DATA_LF;
             p++;
             break;
         case SF_CH_DATA_LF:
-            if (ch != '\n') return -1;
+            if (ch != '\n') goto broken;
             c->state = SF_CH_SIZE;
             p++;
             break;
         case SF_CH_TRAILER:
-            if (ch == '\r') c->state = SF_CH_END_LF;
-            else if (sf_token[(uint8_t)ch]) c->state = SF_CH_TRAILER_LINE;
-            else return -1;
-            if (++c->line_bytes > SF_CH_LINE_LIMIT) return -1;
+            if (ch == '\r') {
+                c->state = SF_CH_END_LF;
+                p++;
+                break;
+            }
+            c->name_len = 0;
+            c->state = SF_CH_TRAILER_NAME;
+            if (ch == ':') goto broken;
+            break; /* the same byte again, as the name's first */
+        case SF_CH_TRAILER_NAME:
+            if (++c->line_bytes > SF_CH_LINE_LIMIT) goto broken;
+            if (ch == ':') {
+                if (_sf_is_framing(c)) goto broken; /* RFC 9110 6.5.1: never in a trailer */
+                c->state = SF_CH_TRAILER_VALUE;
+            } else if (!sf_token[(uint8_t)ch]) goto broken;
+            else if (c->name_len < sizeof c->name) c->name[c->name_len++] = (char)(ch >= 'A' && ch <= 'Z' ? ch | 0x20 : ch);
             p++;
             break;
-        case SF_CH_TRAILER_LINE:
+        case SF_CH_TRAILER_VALUE:
             if (ch == '\r') c->state = SF_CH_TRAILER_LF;
-            else if (!sf_value[(uint8_t)ch] || ++c->line_bytes > SF_CH_LINE_LIMIT) return -1;
+            else if (!sf_value[(uint8_t)ch] || ++c->line_bytes > SF_CH_LINE_LIMIT) goto broken;
             p++;
             break;
         case SF_CH_TRAILER_LF:
-            if (ch != '\n') return -1;
+            if (ch != '\n') goto broken;
             c->state = SF_CH_TRAILER;
             p++;
             break;
         case SF_CH_END_LF:
-            if (ch != '\n') return -1;
+            if (ch != '\n') goto broken;
             c->state = SF_CH_DONE;
             p++;
             break;
-        default: return -1;
+        default: goto broken;
         }
     }
     return p - base;
+broken:
+    c->state = SF_CH_BROKEN;
+    return -1;
 }
 #endif

@@ -37,6 +37,10 @@
 #define SF_SHARD_WORDS 512u
 #define SF_WORKER_WORDS 16u
 #define SF_RANK_WORDS 16u
+#define SF_WORKERS_MAX 65536u
+#define SF_RANKS_MAX 1024u
+#define SF_SHARDS_MAX 1024u
+#define SF_CAPACITY_MAX (UINT64_C(1) << 32)
 
 _Static_assert(sizeof(void *) == 8, "sglfast needs a 64-bit machine");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sglfast needs a little-endian machine");
@@ -169,7 +173,8 @@ static inline uint64_t sf_tree_stride(uint64_t max_ranks) {
     return bytes <= 32 ? 32 : _sf_round_up(bytes, 64);
 }
 
-/* Fill `header` for the given sizes; returns the segment's size in bytes. Accepts: max_ranks a multiple of 64, all > 0. */
+/* Fill `header` for the given sizes; returns the segment's size in bytes. Accepts: sizes 1..SF_*_MAX (no sum below overflows
+ * then), max_ranks a multiple of 64. */
 static inline uint64_t sf_plan(sf_header_t *header, uint64_t max_workers, uint64_t max_ranks, uint64_t max_shards,
                                uint64_t capacity_blocks) {
     memset(header, 0, sizeof *header);
@@ -201,7 +206,9 @@ static inline int sf_check(const void *base, uint64_t bytes) {
     sf_header_t plan;
     if (bytes < SF_PAGE || header->magic != SF_MAGIC) return SF_NOT_SGLFAST;
     if (header->layout_major != SF_LAYOUT_MAJOR) return SF_OTHER_LAYOUT;
-    if (header->max_ranks == 0 || header->max_ranks % 64 || header->max_shards == 0 || header->max_workers == 0)
+    /* x - 1 >= MAX refuses 0 too. Readers keep bitsets of SF_RANKS_MAX bits on their stack. */
+    if (header->max_ranks - 1 >= SF_RANKS_MAX || header->max_ranks % 64 || header->max_shards - 1 >= SF_SHARDS_MAX ||
+        header->max_workers - 1 >= SF_WORKERS_MAX || header->tree_capacity_blocks - 1 >= SF_CAPACITY_MAX)
         return SF_WRONG_SIZE;
     sf_plan(&plan, header->max_workers, header->max_ranks, header->max_shards, header->tree_capacity_blocks);
     plan.layout_minor = header->layout_minor;

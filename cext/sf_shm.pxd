@@ -12,10 +12,15 @@ cdef extern from "sf_shm.h" nogil:
         SF_RANK_WORDS
         SF_WORKER_BLOB_BYTES
         SF_PAGE
+        SF_WORKERS_MAX
+        SF_RANKS_MAX
+        SF_SHARDS_MAX
         SF_OK
         SF_NOT_SGLFAST
         SF_OTHER_LAYOUT
         SF_WRONG_SIZE
+
+    const uint64_t SF_CAPACITY_MAX
 
     ctypedef struct sf_header_t:
         uint64_t magic

@@ -2,7 +2,8 @@
  *
  * A block key chains everything before it, so the prefix tree flattens into one table, and overlap of a rank = number of leading
  * keys that it owns without a hole. One writer (index); readers (shards) take no lock: the whole tree has one seqlock, the writer
- * holds it odd for at most SF_WRITE_KEYS keys at a time, a reader that saw it move walks again. After SF_READ_TRIES walks it keeps
+ * holds it odd for at most SF_WRITE_KEYS keys at a time and then leaves a gap in which a walk fits (without it a store of
+ * thousands of keys would shut readers out to its end), a reader that saw it move walks again. After SF_READ_TRIES walks it keeps
  * what it has: a stale hint, never a crash, because every index below is computed from the key and bounded by the slot count.
  * Deletion shifts the rest of the probe chain back (Knuth 6.4 R), so there are no tombstones and no litter.
  * Key 0 marks an empty slot; a real key 0 is stored as SF_KEY_ZERO.
@@ -13,7 +14,8 @@
 #include "sf_shm.h"
 
 #define SF_KEY_ZERO UINT64_C(0x9e3779b97f4a7c15)
-#define SF_WRITE_KEYS 64
+#define SF_WRITE_KEYS 32
+#define SF_GAP_PAUSES 64 /* about 1 us on the machines of 2024; a walk of 128 keys takes 0.5 us */
 #define SF_READ_TRIES 64
 #define SF_ODD_SPINS 256
 
@@ -33,7 +35,12 @@ static inline void sf_table_init(sf_table_t *table, void *base) {
     table->words = sf_header(base)->max_ranks / 64;
 }
 
-static inline uint64_t sf_key(uint64_t key) { return key ? key : SF_KEY_ZERO; }
+/* Key i of a caller's buffer, which may begin at any address. */
+static inline uint64_t sf_key_at(const void *keys, uint64_t i) {
+    uint64_t key;
+    memcpy(&key, (const char *)keys + i * sizeof key, sizeof key);
+    return key ? key : SF_KEY_ZERO;
+}
 /* Keys are hashes already; the multiplication only spreads keys that a test or a weak engine hash makes alike. */
 static inline uint64_t sf_home(const sf_table_t *table, uint64_t key) {
     return (uint64_t)(((unsigned __int128)(key * UINT64_C(0xd6e8feb86659fd93)) * table->n_slots) >> 64);
@@ -41,10 +48,10 @@ static inline uint64_t sf_home(const sf_table_t *table, uint64_t key) {
 static inline uint64_t *sf_slot(const sf_table_t *table, uint64_t i) { return (uint64_t *)(table->slots + i * table->stride); }
 static inline uint64_t sf_next(const sf_table_t *table, uint64_t i) { return ++i == table->n_slots ? 0 : i; }
 static inline void sf_prefetch(const sf_table_t *table, uint64_t key) {
-    __builtin_prefetch(sf_slot(table, sf_home(table, sf_key(key))));
+    __builtin_prefetch(sf_slot(table, sf_home(table, key)));
 }
 
-/* Slot of `key`, or the empty slot where it would go (slot[0] == 0 tells); `key` went through sf_key. The scan is bounded,
+/* Slot of `key`, or the empty slot where it would go (slot[0] == 0 tells); `key` comes from sf_key_at. The scan is bounded,
  * so that a reader of a torn state comes back. */
 static inline uint64_t *sf_find(const sf_table_t *table, uint64_t key) {
     uint64_t i = sf_home(table, key);
@@ -58,16 +65,16 @@ static inline uint64_t *sf_find(const sf_table_t *table, uint64_t key) {
 
 /* One walk without looking at the seqlock. overlaps[rank] = leading keys owned in any tier of `tiers`; only ranks listed in
  * touched[0..*n_touched) are written, which the caller zeroes before the next walk. Returns the longest overlap. */
-static inline uint32_t _sf_walk(const sf_table_t *table, const uint64_t *keys, uint32_t n_keys, uint64_t tiers,
+static inline uint32_t _sf_walk(const sf_table_t *table, const void *keys, uint32_t n_keys, uint64_t tiers,
                                 uint32_t *overlaps, uint32_t *touched, uint32_t *n_touched) {
-    uint64_t alive[16]; /* 1024 ranks at most */
+    uint64_t alive[SF_RANKS_MAX / 64];
     const uint64_t words = table->words;
     uint32_t depth = 0;
     *n_touched = 0;
-    for (uint32_t i = 0; i < n_keys && i < 4; i++) sf_prefetch(table, keys[i]);
+    for (uint32_t i = 0; i < n_keys && i < 4; i++) sf_prefetch(table, sf_key_at(keys, i));
     for (; depth < n_keys; depth++) {
-        if (depth + 4 < n_keys) sf_prefetch(table, keys[depth + 4]);
-        const uint64_t *slot = sf_find(table, sf_key(keys[depth]));
+        if (depth + 4 < n_keys) sf_prefetch(table, sf_key_at(keys, depth + 4));
+        const uint64_t *slot = sf_find(table, sf_key_at(keys, depth));
         if (!slot || _sf_load(slot) == 0) break;
         uint64_t any = 0;
         for (uint64_t w = 0; w < words; w++) {
@@ -97,8 +104,14 @@ static inline uint32_t _sf_walk(const sf_table_t *table, const uint64_t *keys, u
     return depth;
 }
 
+/* Writer, between two chunks of one call. */
+static inline void sf_write_gap(uint64_t *version) {
+    sf_write_end(version);
+    for (int i = 0; i < SF_GAP_PAUSES; i++) sf_pause();
+}
+
 /* Consistent walk; *is_torn is set when the writer never held still long enough. */
-static inline uint32_t sf_match(const sf_table_t *table, const uint64_t *keys, uint32_t n_keys, uint64_t tiers,
+static inline uint32_t sf_match(const sf_table_t *table, const void *keys, uint32_t n_keys, uint64_t tiers,
                                 uint32_t *overlaps, uint32_t *touched, uint32_t *n_touched, int *is_torn) {
     uint32_t best = 0;
     for (int attempt = 0; attempt < SF_READ_TRIES; attempt++) {

@@ -1,6 +1,6 @@
 """The worker table in shared memory: control writes it, index and shards follow it.
 
-Runs in: control (`put`, `set_state`, `free`), index and shards (`version`, `read`). On the request path only `version`: one
+Runs in: control (`put`, `set_state`; FREE gives a slot back), index and shards (`version`, `read`). On the request path only `version`: one
     atomic load; a reader builds its own structures again when the version has moved.
 Contract: what choosing needs at once stands in fixed words, all else (URL, model, event endpoint) in a blob of msgpack that
     sglfast.shm encodes. Seqlock per worker: `read` retries while control writes and returns None for a free slot.
@@ -9,14 +9,21 @@ Contract: what choosing needs at once stands in fixed words, all else (URL, mode
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.string cimport memcpy
+from posix.unistd cimport usleep
 
 cimport cython
 from sf_shm cimport *
 
 FREE, JOINING, READY, UNHEALTHY, DRAINING = range(5)
 FLAG_BIGRAM = 1
+FLAG_PARITY_SHIFT = 8  # two bits: shm.PARITY_*
 BLOB_BYTES = SF_WORKER_BLOB_BYTES
-_READ_TRIES = 10000  # control writes 4 KB at most; even a preempted writer is back within these
+
+cdef enum:
+    # A write takes less than a microsecond, unless control is preempted in its middle: then spinning does not help it on.
+    c_SPINS = 1000
+    c_NAPS = 100
+    c_NAP_US = 1000
 
 
 @cython.final
@@ -41,12 +48,19 @@ cdef class WorkerTable:
 
     def put(self, int worker_idx, *, int state, int rank_base, int dp_size, int block_size, int flags, bytes blob,
             bint is_new):
-        """Write a whole worker. `is_new`: the slot now means another worker, its generation grows."""
+        """Write a whole worker. `is_new`: the slot now means another worker, its generation grows.
+
+        Raises ValueError, and nothing is written, when a value is out of its range or the blob is larger than BLOB_BYTES.
+        """
         cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)
         if len(blob) > <int>SF_WORKER_BLOB_BYTES:
             raise ValueError(f"worker record of {len(blob)} bytes is larger than {SF_WORKER_BLOB_BYTES} bytes")
         if not 0 <= rank_base <= rank_base + dp_size <= <int>sf_header(self.base).max_ranks:
             raise ValueError(f"ranks {rank_base}..{rank_base + dp_size - 1} are outside 0..{self.segment.max_ranks - 1}")
+        if not FREE <= state <= DRAINING:
+            raise ValueError(f"worker state must be {FREE}..{DRAINING}, not {state}")
+        if block_size < 0 or flags < 0:
+            raise ValueError(f"block_size {block_size} and flags {flags} must not be negative")
         sf_write_begin(&worker.seq)
         if is_new:
             _sf_add(&worker.generation, 1)
@@ -61,8 +75,12 @@ cdef class WorkerTable:
         sf_store(&sf_header(self.base).workers_version, _sf_load(&sf_header(self.base).workers_version) + 1)
 
     def set_state(self, int worker_idx, int state):
-        """Change only the state; every reader sees the table's version move."""
+        """Change only the state; every reader sees the table's version move. Raises ValueError for a slot never put."""
         cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)
+        if not FREE <= state <= DRAINING:
+            raise ValueError(f"worker state must be {FREE}..{DRAINING}, not {state}")
+        if not _sf_load(&worker.generation):
+            raise ValueError(f"worker slot {worker_idx} was never written: put a worker there first")
         sf_write_begin(&worker.seq)
         _sf_store(&worker.state, state)
         sf_write_end(&worker.seq)
@@ -80,7 +98,10 @@ cdef class WorkerTable:
         cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)
         cdef uint64_t before, blob_bytes
         cdef int attempt
-        for attempt in range(_READ_TRIES):
+        for attempt in range(c_SPINS + c_NAPS):
+            if attempt >= c_SPINS:
+                with nogil:
+                    usleep(c_NAP_US)
             before = sf_load(&worker.seq)
             if before & 1:
                 sf_pause()

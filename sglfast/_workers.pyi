@@ -1,4 +1,4 @@
-from typing import final
+from typing import Self, final
 
 from sglfast._segment import Segment
 
@@ -8,12 +8,14 @@ READY: int
 UNHEALTHY: int
 DRAINING: int
 FLAG_BIGRAM: int
+FLAG_PARITY_SHIFT: int
 BLOB_BYTES: int
 
 @final
 class WorkerTable:
-    max_workers: int
-    def __init__(self, segment: Segment) -> None: ...
+    def __new__(cls, segment: Segment) -> Self: ...
+    @property
+    def max_workers(self) -> int: ...
     def version(self) -> int: ...
     def put(
         self,

@@ -56,9 +56,11 @@ def boot_child(argv: list[str]) -> Boot:
     if args.listen_fd >= 0:
         listener = socket.socket(fileno=args.listen_fd)
         listener.setblocking(False)
+    segment = attach(args.shm_fd)
+    os.close(args.shm_fd)  # the mapping stays
     return Boot(
         config=config,
-        segment=attach(args.shm_fd),
+        segment=segment,
         control=control,
         shard=args.shard,
         listener=listener,

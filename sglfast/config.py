@@ -6,7 +6,9 @@ Contract: units are in the names. A setting that cannot work raises ConfigError 
 
 import argparse
 import dataclasses
+import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -122,17 +124,20 @@ def check(config: ServeConfig) -> ServeConfig:
     for setting in dataclasses.fields(ServeConfig):
         value, meta = getattr(config, setting.name), setting.metadata
         flag = "--" + setting.name.replace("_", "-")
-        if "low" in meta and not value >= meta["low"]:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{flag} {value}: must be a finite number")
+        if "low" in meta and value < meta["low"]:
             raise ConfigError(f"{flag} {value}: must be at least {meta['low']}")
-        if "high" in meta and not value <= meta["high"]:
-            raise ConfigError(f"{flag} {value}: must be at most {meta['high']}")
+        if "low" in meta and value > (high := meta.get("high", sys.maxsize)):
+            raise ConfigError(f"{flag} {value}: must be at most {high}")
         if "choices" in meta and value not in meta["choices"]:
             raise ConfigError(f"{flag} {value}: must be one of {', '.join(meta['choices'])}")
     urls = tuple(_worker_url(text) for text in config.worker_urls)
     if not urls:
         raise ConfigError("--worker-urls: give at least one worker URL, such as --worker-urls http://127.0.0.1:30001")
-    for url in urls:
-        if urls.count(url) > 1:
+    places = [url.removesuffix(":80") for url in urls]
+    for url, place in zip(urls, places, strict=True):
+        if places.count(place) > 1:
             raise ConfigError(f"--worker-urls: {url} is given twice")
     if len(urls) > config.max_workers:
         raise ConfigError(f"--worker-urls: {len(urls)} workers are more than --max-workers {config.max_workers}")
@@ -144,7 +149,7 @@ def check(config: ServeConfig) -> ServeConfig:
         raise ConfigError(f"--tokenizer-path {config.tokenizer_path}: no such file or folder")
     if not config.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {config.health_check_endpoint}: must begin with /")
-    max_ranks = config.max_ranks or min(1024, max(64, -(-2 * len(urls) // 64) * 64))
+    max_ranks = config.max_ranks or min(1024, max(64, -(-4 * len(urls) // 64) * 64))
     if max_ranks % 64:
         raise ConfigError(f"--max-ranks {max_ranks}: must be a multiple of 64")
     shards = config.shards or len(os.sched_getaffinity(0))
@@ -162,9 +167,12 @@ def _worker_url(text: str) -> str:
         raise ConfigError(f"--worker-urls {text}: TLS to workers is not supported yet; use http://")
     if parts.scheme != "http" or not parts.hostname:
         raise ConfigError(f"--worker-urls {text}: must look like http://host:port")
-    if parts.username or parts.query or parts.fragment or parts.path:
+    if port == 0:
+        raise ConfigError(f"--worker-urls {text}: port 0 is no port that a worker can listen on")
+    # Also what is empty: `http://host?`, `http://@host`, `http://host:`; and blanks and control characters.
+    if text.partition("://")[2] != parts.netloc or not set(parts.netloc).isdisjoint("@ ") or parts.netloc.endswith(":"):
         raise ConfigError(f"--worker-urls {text}: give only scheme, host and port, such as http://{parts.hostname}:{port or 80}")
-    return text
+    return f"http://{parts.netloc.lower()}"
 
 
 def to_json(config: ServeConfig) -> bytes:

@@ -36,7 +36,7 @@ class _JsonFormatter(logging.Formatter):
 
 def _plain(value: Any) -> str:
     text = str(value)
-    return json.dumps(text) if " " in text or '"' in text or not text else text
+    return text if text.isprintable() and text and not set(text) & set(' "') else json.dumps(text)
 
 
 def setup_logs(process: str, level: str, log_format: str) -> logging.Logger:

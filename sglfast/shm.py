@@ -12,7 +12,7 @@ import os
 import msgspec
 
 from sglfast._segment import Segment, segment_bytes
-from sglfast._workers import FLAG_BIGRAM, WorkerTable
+from sglfast._workers import FLAG_BIGRAM, FLAG_PARITY_SHIFT, WorkerTable
 from sglfast.errors import ShmLayoutError
 
 # Why a rank's KV index state is not EXACT; position = word R_REASON of the rank table, so append only.
@@ -25,7 +25,24 @@ RANK_REASONS: tuple[str, ...] = (
     "events were lost and could not be replayed",
     "block hashes differ from the SHA-256 chain of the event's tokens",
     "the event stream is disconnected",
+    "the index is being started again",
 )
+
+# Why a worker was chosen: label `decision` of the metric; position = word after S_DECISIONS in a shard's column, so append only.
+DECISIONS: tuple[str, ...] = (
+    "round_robin",
+    "random",
+    "power_of_two",
+    "least_load",
+    "cache_hit",
+    "cache_miss",
+    "imbalanced",
+    "unkeyed",
+    "failover",
+)
+
+# Whether predictions agree with what the worker reports (control/parity); two bits of the worker's flags.
+PARITY_OK, PARITY_HIGH, PARITY_LOW = range(3)
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -53,6 +70,7 @@ class WorkerView(msgspec.Struct, frozen=True):
     block_size: int
     bigram: bool
     record: WorkerRecord
+    parity: int = PARITY_OK
 
 
 _encode_record = msgspec.msgpack.Encoder().encode
@@ -66,10 +84,14 @@ def create(*, max_workers: int, max_ranks: int, max_shards: int, capacity_blocks
     """
     size_bytes = segment_bytes(max_workers=max_workers, max_ranks=max_ranks, max_shards=max_shards, capacity_blocks=capacity_blocks)
     fd = os.memfd_create("sglfast", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, size_bytes)
-    # Nobody can make it shorter below a reader (SIGBUS) or change its seals.
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-    mapping = mmap.mmap(fd, size_bytes)
+    try:
+        os.ftruncate(fd, size_bytes)
+        # Nobody can make it shorter below a reader (SIGBUS) or change its seals.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        mapping = mmap.mmap(fd, size_bytes)
+    except OSError:
+        os.close(fd)
+        raise
     segment = Segment.format(
         mapping,
         max_workers=max_workers,
@@ -82,9 +104,12 @@ def create(*, max_workers: int, max_ranks: int, max_shards: int, capacity_blocks
 
 def attach(fd: int) -> Segment:
     """Map an existing segment. Raises ShmLayoutError when it is no segment, or one of another layout version or size."""
-    size_bytes = os.fstat(fd).st_size
     try:
-        return Segment(mmap.mmap(fd, size_bytes))
+        mapping = mmap.mmap(fd, os.fstat(fd).st_size)
+    except (OSError, ValueError) as error:
+        raise ShmLayoutError(f"file descriptor {fd} cannot be mapped as a segment: {error}") from None
+    try:
+        return Segment(mapping)
     except ValueError as error:
         raise ShmLayoutError(str(error)) from None
 
@@ -97,7 +122,7 @@ def put_worker(table: WorkerTable, view: WorkerView, *, is_new: bool) -> None:
         rank_base=view.rank_base,
         dp_size=view.dp_size,
         block_size=view.block_size,
-        flags=FLAG_BIGRAM if view.bigram else 0,
+        flags=(FLAG_BIGRAM if view.bigram else 0) | view.parity << FLAG_PARITY_SHIFT,
         blob=_encode_record(view.record),
         is_new=is_new,
     )
@@ -120,6 +145,7 @@ def read_workers(table: WorkerTable) -> list[WorkerView]:
                     block_size=block_size,
                     bigram=bool(flags & FLAG_BIGRAM),
                     record=_decode_record(blob),
+                    parity=flags >> FLAG_PARITY_SHIFT & 3,
                 )
             )
     return views

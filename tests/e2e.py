@@ -7,6 +7,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -36,6 +37,20 @@ def get(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
         body: bytes = answer.read()
         return body
+
+
+def post(url: str, body: dict[str, object]) -> bytes:
+    """Body of a JSON POST that answers 200."""
+    request = urllib.request.Request(url, data=orjson.dumps(body), headers={"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+        data: bytes = answer.read()
+        return data
+
+
+def explained(stack: Stack, path: str, body: dict[str, object]) -> dict[str, Any]:
+    """What the router says it would do with a request."""
+    found: dict[str, Any] = orjson.loads(post(f"{stack.url}/explain{path}", body))
+    return found
 
 
 def samples(stack: Stack, name: str, **labels: str) -> list[float]:

@@ -3,18 +3,22 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from e2e import (
     Prompts,
+    explained,
     get,
     has_ended,
     metric,
     overlap_of,
+    post,
     process_of,
     samples,
     send_all,
@@ -24,6 +28,7 @@ from e2e import (
 
 from sglfast._counters import RANK_EXACT
 from sglfast.load.stack import Stack
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 
 INFLIGHT = "sglfast_inflight_requests"
 
@@ -151,3 +156,40 @@ def test_streams_whose_clients_leave_at_random_leave_nothing_behind(rng: random.
 
     with small_stack(policy="round_robin", decode_tokens_per_s=500.0) as stack:
         run_leavers(stack, rng, streams=10_000, chunks=64, connections=128)
+
+
+def test_explain_says_what_a_request_would_get_and_counts_nothing(stack: Stack, prompts: Prompts) -> None:
+    send_all(stack.url, [prompts.text(1, 700)], connections=1)
+    time.sleep(0.3)
+    before = metric(stack, "sglfast_requests_total"), metric(stack, "sglfast_decisions_total")
+    text = prompts.text(1, 1000)
+    found = explained(stack, "/v1/completions", {"model": "demo-model", "prompt": text})
+    assert (found["model"], found["policy"], found["block_size"]) == ("demo-model", "cache_aware", 64)
+    assert (found["prompt_tokens"], found["prompt_blocks"]) == (1000, 15)
+    assert found["choice"]["decision"] == "cache_hit"
+    owner = next(row for row in found["candidates"] if row["worker"] == found["choice"]["worker"])
+    assert owner["overlap_blocks"] == owner["overlap_blocks_by_tier"]["device"] == 10
+    assert owner["score"] == 360
+    assert sorted(row["overlap_blocks"] for row in found["candidates"]) == [0, 0, 0, 10]
+    assert (metric(stack, "sglfast_requests_total"), metric(stack, "sglfast_decisions_total")) == before
+    answer = send_all(stack.url, [text], connections=1)[0]
+    assert f"worker={found['choice']['worker']};" in answer.kv
+    by_ids = explained(stack, "/generate", {"input_ids": list(range(200))})
+    assert by_ids["prompt_tokens"] == 200
+    nothing = explained(stack, "/v1/chat/completions", {"model": "demo-model"})
+    assert nothing["unkeyed_because"]
+
+
+def test_a_wrong_chat_template_is_named_within_50_requests(tmp_path: Path, prompts: Prompts) -> None:
+    """The workers render ChatML, the router something else: events and hashes are fine, predictions are not."""
+    shutil.copytree(DEMO_TOKENIZER_PATH, tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}>")
+    with small_stack(serve_flags=["--tokenizer-path", str(tmp_path / "other")]) as stack:
+        bodies = [
+            {"model": "demo-model", "max_tokens": 2, "messages": [{"role": "user", "content": prompts.text(seed % 5, 700)}]}
+            for seed in range(50)
+        ]
+        for body in bodies:
+            post(f"{stack.url}/v1/chat/completions", body)
+        wait_until(lambda: metric(stack, "sglfast_worker_kv_predictions_total", result="too_low") >= 20, "samples are counted")
+        wait_until(lambda: "template" in stack.children[-1].log_tail(), "the log names the template")

@@ -68,7 +68,7 @@ def error_answer(reason: errors.Reason, message: str | None = None) -> tuple[byt
     if reason.status == 503:
         extra += b"retry-after: 1\r\n"
     if reason is errors.METHOD_NOT_ALLOWED and message:
-        extra += b"allow: %b\r\n" % message.rpartition(" ")[2].encode()
+        extra += b"allow: POST\r\n" if message.endswith("POST") else b"allow: GET, HEAD\r\n"
     return head(reason.status, JSON, len(body), extra), body
 
 

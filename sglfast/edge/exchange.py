@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from sglfast import _counters, errors
 from sglfast._httphead import RequestHead, ResponseHead
 from sglfast.edge.answers import error_event
+from sglfast.edge.parity import cached_tokens_in, outcome_word
 from sglfast.edge.upstream import UNTIL_CLOSE
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Exchange:
     __slots__ = (
         "body",
         "bytes_out",
+        "cached_tokens",
         "client",
         "connection",
         "deadline_s",
@@ -44,6 +46,7 @@ class Exchange:
         "is_over",
         "is_resent",
         "keeps_alive",
+        "predicted_tokens",
         "request_id",
         "route",
         "shard",
@@ -69,6 +72,8 @@ class Exchange:
         self.tokens = 0
         self.tried: tuple[int, ...] = ()
         self.bytes_out = 0
+        self.predicted_tokens = -1  # of the prompt, in the worker's cache; -1 = nobody looked
+        self.cached_tokens = -1  # as the worker reports it; -1 = it has not
         self.status = 0
         self.ttft_us = 0
         self.has_answer = False
@@ -98,6 +103,7 @@ class Exchange:
     def _dispatch(self, route: Route) -> None:
         self.route = route
         self.tokens = route.uncached_tokens
+        self.predicted_tokens = route.predicted_tokens
         upstream = route.upstream
         self.shard.column.begin(upstream.worker_idx, self.tokens, route.decision, len(self.body))
         self.deadline_s = self.started_s + self.shard.config.request_timeout_secs
@@ -161,6 +167,8 @@ class Exchange:
         if payload:
             self._first_byte()
             self.bytes_out = len(payload)
+            if self.predicted_tokens >= 0:
+                self.cached_tokens = cached_tokens_in(payload)
         client.write_head(kept, None if head.has_request_id else self.request_id, self._kv_header() if self.head.wants_kv else b"", payload)
         return not self.is_over
 
@@ -174,6 +182,10 @@ class Exchange:
         if not self.has_body:
             self._first_byte()
         self.bytes_out += len(data)
+        if self.predicted_tokens >= 0:
+            found = cached_tokens_in(data)
+            if found >= 0:
+                self.cached_tokens = found
         self.client.write(data)
 
     def _first_byte(self) -> None:
@@ -196,6 +208,10 @@ class Exchange:
         if status < 400:
             outcome = _counters.W_OK
             self.shard.column.observe(self.ttft_us, int((monotonic() - self.started_s) * 1e6))
+            # Nothing predicted and nothing found says nothing: every new prompt does that, whatever is wrong.
+            if self.cached_tokens >= 0 and self.cached_tokens + self.predicted_tokens > 0 and self.route is not None:
+                word = outcome_word(self.predicted_tokens, self.cached_tokens)
+                self.shard.column.add_worker(self.route.upstream.worker_idx, word)
         elif status in (429, 503):
             outcome = _counters.W_BUSY
         elif status < 500:
@@ -215,7 +231,6 @@ class Exchange:
             # It had been idle: the worker closed it while our request was on its way. A fresh connection tells for sure.
             self.is_resent = True
             self.shard.column.add(_counters.S_RESENDS)
-            self.shard.column.add_worker(route.upstream.worker_idx, _counters.W_RESENDS)
             route.upstream.open(self)
             return
         self._leave_worker(_counters.W_ERRORS)
@@ -234,10 +249,13 @@ class Exchange:
             self._refuse(errors.UPSTREAM_BAD_RESPONSE)
 
     def tick(self, now_s: float) -> None:
-        """From the shard's sweep: has the worker been silent for too long? A client that does not read stops this clock."""
+        """From the shard's sweep: has the worker been silent for too long? A client that does not read stops this clock.
+
+        Before the answer's head is complete its bytes are no progress: the whole head has to come in time.
+        """
         config = self.shard.config
-        if self.was_active or self.client.is_write_paused:
-            self.was_active = False
+        was_active, self.was_active = self.was_active, False
+        if (was_active and self.has_answer) or self.client.is_write_paused:
             if self.has_answer:
                 self.deadline_s = now_s + config.stream_idle_timeout_secs
         elif self.has_answer and self.deadline_s == math.inf:

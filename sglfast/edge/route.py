@@ -20,7 +20,7 @@ from sglfast.edge.policy.random import Random
 from sglfast.edge.policy.round_robin import RoundRobin
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
-from sglfast.shm import WorkerView, read_workers
+from sglfast.shm import PARITY_OK, WorkerView, read_workers
 
 if TYPE_CHECKING:
     from sglfast._counters import Loads
@@ -46,6 +46,8 @@ class Route:
     dp_rank: int = 0  # the same as the worker counts it
     overlap_blocks: int = 0
     prompt_blocks: int = 0
+    predicted_tokens: int = -1  # of the prompt, in the worker's cache; -1 = nobody looked
+    is_trusted: bool = True  # the worker's reports agree with the predictions
     is_estimated: bool = False
 
 
@@ -96,7 +98,7 @@ class Router:
 
     def __init__(self, shard: Shard, keyer: PromptKeyer | None) -> None:
         self._shard = shard
-        self._keyer = keyer
+        self.keyer = keyer
         self._version = -1
         self._upstreams: dict[tuple[int, int], Upstream] = {}  # (slot, generation)
         self.pools: dict[str | None, Pool] = {}
@@ -137,29 +139,34 @@ class Router:
         for upstream in self._upstreams.values():
             upstream.sweep(before_s)
 
+    def pool_of(self, body: bytes) -> Pool | errors.Reason:
+        """The pool for a body, or why there is none. The body is read only when the workers serve several models."""
+        self.refresh()
+        if self.only is not None:
+            return self.only
+        model = model_of(body)
+        # A pool that does not know its model takes any name.
+        pool = self.pools.get(model) or self.pools.get(None)
+        if pool is not None:
+            return pool
+        return errors.NO_HEALTHY_WORKERS if model in self.models or not self.pools else errors.MODEL_NOT_FOUND
+
     def choose(self, endpoint: Endpoint, body: bytes, then: Callable[[Route | errors.Reason], None]) -> None:
         """Find a worker for a request and call `then`, at once unless a long prompt is being tokenized."""
-        self.refresh()
-        pool = self.only
-        if pool is None:
-            # Several models: the body must say which. A pool that does not know its model takes any name.
-            model = model_of(body)
-            pool = self.pools.get(model) or self.pools.get(None)
-            if pool is None:
-                is_down = model in self.models or not self.pools
-                then(errors.NO_HEALTHY_WORKERS if is_down else errors.MODEL_NOT_FOUND)
-                return
-        if not pool.policy.needs_prompt:
+        pool = self.pool_of(body)
+        if isinstance(pool, errors.Reason):
+            then(pool)
+        elif not pool.policy.needs_prompt:
             position, decision = pool.policy.choose(pool.view, self._shard.loads, _NO_PROMPT)
             route = pool.plain_routes[position]
             if route.decision != decision:
                 route = Route(pool, pool.upstreams[position], decision)
             then(route)
-        elif self._keyer is None or not pool.variants:
+        elif self.keyer is None or not pool.variants:
             then(self._choose_keyed(pool, Facts(0, {}, "no tokenizer, or no worker publishes KV events")))
         else:
             chosen = pool
-            self._keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(self._choose_after(chosen, facts)))
+            self.keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(self._choose_after(chosen, facts)))
 
     def _choose_after(self, pool: Pool, facts: Facts) -> Route | errors.Reason:
         # A prompt may have spent a while in the tokenizer's thread: its pool may have changed or gone.
@@ -169,7 +176,7 @@ class Router:
 
     def _choose_keyed(self, pool: Pool, facts: Facts) -> Route:
         column = self._shard.column
-        prompt = self._look_up(pool, facts)
+        prompt = self.look_up(pool, facts)
         if prompt.is_keyed:
             column.add(_counters.S_PROMPTS_KEYED)
             column.add(_counters.S_PROMPT_TOKENS, prompt.prompt_tokens)
@@ -197,10 +204,12 @@ class Router:
             dp_rank=hit.rank - worker.rank_base,
             overlap_blocks=hit.overlap_blocks,
             prompt_blocks=prompt_blocks,
+            predicted_tokens=hit.overlap_tokens if worker.block_size else -1,
+            is_trusted=worker.parity == PARITY_OK,
             is_estimated=prompt.is_estimated,
         )
 
-    def _look_up(self, pool: Pool, facts: Facts) -> Prompt:
+    def look_up(self, pool: Pool, facts: Facts) -> Prompt:
         """Ask the KV index. Cost: one walk per way of cutting blocks, then the few ranks that hold something."""
         if not facts.keys:
             return _NO_PROMPT
@@ -237,7 +246,11 @@ class Router:
 
     def describe(self, route: Route) -> bytes:
         """Value of the answer header `x-sglfast-kv`: what was predicted for this request."""
-        state = _STATES[self._shard.ranks.get(route.rank, _counters.R_STATE) & 3]
+        state = "BLIND"
+        if route.rank in route.pool.by_rank:
+            state = _STATES[self._shard.ranks.get(route.rank, _counters.R_STATE) & 3]
+            if state == "EXACT" and not route.is_trusted:
+                state = "DEGRADED"
         return (
             f"worker={route.upstream.url}; rank={route.dp_rank}; overlap_blocks={route.overlap_blocks}; "
             f"prompt_blocks={route.prompt_blocks}; state={state}"

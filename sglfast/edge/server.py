@@ -8,12 +8,15 @@ Runs in: shards, event loop. States: HEAD -> (BODY | CHUNKED) -> BUSY -> HEAD ..
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+
+import orjson
 
 from sglfast import _counters, errors
 from sglfast._httphead import MORE, TOO_LARGE, Chunks, RequestHead, scan_request
 from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
+from sglfast.edge.explain import PREFIX, explain
 from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.unusual import UnusualRequest
 
@@ -273,13 +276,20 @@ class ClientConnection(asyncio.Protocol):
         if endpoint is None:
             path = target.partition(b"?")[0]
             endpoint = ENDPOINTS.get(path)
-            if endpoint is None:
+            explained = ENDPOINTS.get(path[len(PREFIX) :]) if path.startswith(PREFIX) else None
+            if endpoint is None and explained is None:
                 self._answer_locally(head, path)
                 return
+        else:
+            explained = None
         if head.method != b"POST":
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only POST", head.method == b"HEAD")
             return
         self.state = BUSY
+        if endpoint is None:
+            assert explained is not None
+            explain(self.shard, explained, body, lambda found: self._answer_explained(found, head.request_id))
+            return
         exchange = self.exchange = Exchange(self, endpoint, head, body)
         exchange.start()
 
@@ -296,6 +306,16 @@ class ClientConnection(asyncio.Protocol):
         else:
             status, content_type, body = local(self.shard)
             self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, head.request_id)
+
+    def _answer_explained(self, found: dict[str, Any] | errors.Reason, request_id: bytes | None) -> None:
+        if self.state != BUSY:
+            return  # the client left while its prompt was being tokenized
+        if isinstance(found, errors.Reason):
+            self.answer_error(found, request_id)
+        else:
+            body = orjson.dumps(found)
+            self._answer(answers.head(200, answers.JSON, len(body)), body, request_id)
+        self.on_exchange_end()
 
     async def _ask_control(self, path: bytes, request_id: bytes | None, is_head: bool) -> None:
         try:

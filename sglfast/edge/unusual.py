@@ -27,6 +27,7 @@ class UnusualRequest:
         self._headers: list[tuple[bytes, bytes]] = []
         self._pieces: list[bytes] = []
         self._fed_bytes = 0
+        self._head_bytes = 0
         self._body_bytes = 0
         self.has_head = False
         self._is_complete = False
@@ -44,10 +45,10 @@ class UnusualRequest:
         except httptools.HttpParserError:
             if not self._is_complete:
                 return errors.BAD_REQUEST
+        if self._head_bytes > self._limit_head_bytes or (not self.has_head and self._fed_bytes > self._limit_head_bytes):
+            return errors.HEADERS_TOO_LARGE
         if self._is_complete:
             return self._plain()
-        if not self.has_head and self._fed_bytes > self._limit_head_bytes:
-            return errors.HEADERS_TOO_LARGE
         if self._body_bytes > self._limit_body_bytes:
             return errors.PAYLOAD_TOO_LARGE
         return None
@@ -57,10 +58,12 @@ class UnusualRequest:
     def on_url(self, piece: bytes) -> None:
         if not self.has_head:
             self._target += piece
+            self._head_bytes += len(piece)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self.has_head:  # else a trailer, which nobody may read as a header (RFC 9110 6.5.1)
             self._headers.append((name, value))
+            self._head_bytes += len(name) + len(value) + 4
 
     def on_headers_complete(self) -> None:
         if self.has_head:

@@ -1,7 +1,7 @@
 """Policies: one small class each, `choose(pool, loads, prompt) -> (position in the pool, decision)`.
 
-Pure: facts and a view of the shared loads in, a choice out; no I/O, no clock. Ties break at random, never by index. `DECISIONS` are the
-values of the metric label `decision`; position = word in the shard's column, so append only.
+Pure: facts and a view of the shared loads in, a choice out; no I/O, no clock. Ties break at random, never by index. A decision is a
+position in shm.DECISIONS.
 """
 
 from __future__ import annotations
@@ -10,21 +10,12 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from sglfast.shm import DECISIONS
+
 if TYPE_CHECKING:
     from sglfast._counters import Loads
 
-DECISIONS: tuple[str, ...] = (
-    "round_robin",
-    "random",
-    "power_of_two",
-    "least_load",
-    "cache_hit",
-    "cache_miss",
-    "imbalanced",
-    "unkeyed",
-    "failover",
-)
-(ROUND_ROBIN, RANDOM, POWER_OF_TWO, LEAST_LOAD, CACHE_HIT, CACHE_MISS, IMBALANCED, UNKEYED, FAILOVER) = range(9)
+(ROUND_ROBIN, RANDOM, POWER_OF_TWO, LEAST_LOAD, CACHE_HIT, CACHE_MISS, IMBALANCED, UNKEYED, FAILOVER) = range(len(DECISIONS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +55,12 @@ class PoolView:
 class Policy(Protocol):
     """How a worker is chosen from a pool of at least one."""
 
+    name: str  # as the flag --policy has it
     needs_prompt: bool
     plain_decision: int  # the decision of a choice that looked at no prompt
 
     def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
         """(position in the pool, decision)."""
+
+    def score(self, requests: int, work_tokens: int) -> float | None:
+        """What the policy minimises, from requests in flight and tokens to compute first; None when it compares nothing."""

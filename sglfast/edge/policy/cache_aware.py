@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class CacheAware:
     """Longest overlap within a balanced pool."""
 
+    name = "cache_aware"
     needs_prompt = True
     plain_decision = UNKEYED
 
@@ -29,6 +30,9 @@ class CacheAware:
         self._cache_threshold = cache_threshold
         self._balance_abs_threshold = balance_abs_threshold
         self._balance_rel_threshold = balance_rel_threshold
+
+    def score(self, requests: int, work_tokens: int) -> float | None:
+        return work_tokens
 
     def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
         low, high = loads.span(pool.worker_idxs)

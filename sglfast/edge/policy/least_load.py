@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 class LeastLoad:
     """The global minimum; reads every worker of the pool, because a sample is what power_of_two is for."""
 
+    name = "least_load"
     needs_prompt = False
     plain_decision = LEAST_LOAD
+
+    def score(self, requests: int, work_tokens: int) -> float | None:
+        return requests
 
     def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
         return loads.least(pool.worker_idxs)[0], LEAST_LOAD

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 class PowerOfTwo:
     """Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", 2001."""
 
+    name = "power_of_two"
     needs_prompt = False
     plain_decision = POWER_OF_TWO
+
+    def score(self, requests: int, work_tokens: int) -> float | None:
+        return requests
 
     def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
         return loads.lighter_of_two(pool.worker_idxs), POWER_OF_TWO

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
 class Random:
     """A worker drawn at random."""
 
+    name = "random"
     needs_prompt = False
     plain_decision = RANDOM
+
+    def score(self, requests: int, work_tokens: int) -> float | None:
+        return None
 
     def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
         return loads.random_below(len(pool)), RANDOM

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
 class RoundRobin:
     """The next worker in slot order, which is stable while workers come and go."""
 
+    name = "round_robin"
     needs_prompt = False
     plain_decision = ROUND_ROBIN
 
     def __init__(self, loads: Loads) -> None:
         self._turn = loads.random_below(1 << 20)
+
+    def score(self, requests: int, work_tokens: int) -> float | None:
+        return None
 
     def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
         self._turn += 1

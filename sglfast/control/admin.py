@@ -1,0 +1,77 @@
+"""Control's own HTTP server, on an abstract Unix socket: shards hand on to it what only control can answer.
+
+Runs in: control. Contract: only processes of control's own user are answered (SO_PEERCRED); the socket's name is in no file system and goes
+    to the shards on their command line. Paths are the router's own: a shard relays `/metrics` unchanged.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from sglfast.control.metrics import CONTENT_TYPE
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_BACKLOG = 128
+_CLOSE_S = 0.2  # for answers that are being sent
+
+
+class AdminServer:
+    """Made before the children (they need `address`); `start` inside the loop, `close` releases everything.
+
+    render_metrics: returns the body of /metrics.
+    """
+
+    def __init__(self, render_metrics: Callable[[], bytes], log: logging.Logger) -> None:
+        self._render_metrics = render_metrics
+        self._log = log
+        self._allowed_uid = os.geteuid()
+        self._runner: web.AppRunner | None = None
+        name = f"sglfast-{os.getpid()}-{secrets.token_hex(8)}"
+        self.address = f"@{name}"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.setblocking(False)
+            self._socket.bind(f"\0{name}")
+        except BaseException:
+            self._socket.close()
+            raise
+
+    async def start(self) -> None:
+        """Begin to answer."""
+        app = web.Application(middlewares=[self._only_our_user])
+        app.router.add_get("/metrics", self._metrics)
+        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_CLOSE_S)
+        await self._runner.setup()
+        await web.SockSite(self._runner, self._socket, backlog=_BACKLOG).start()
+
+    async def close(self) -> None:
+        """Stop answering; what is being answered is cut."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+        self._socket.close()
+
+    @web.middleware
+    async def _only_our_user(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
+        if peer_uid(request.transport) != self._allowed_uid:
+            self._log.warning("refused a request of another user on control's socket")
+            raise web.HTTPForbidden(text="this socket is for the router's own processes\n")
+        return await handler(request)
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._render_metrics(), headers={"content-type": CONTENT_TYPE})
+
+
+def peer_uid(transport: asyncio.BaseTransport | None) -> int | None:
+    """User of the process at the other end of a Unix socket, None when the connection is gone."""
+    peer = transport.get_extra_info("socket") if transport is not None else None
+    if peer is None:
+        return None
+    _, uid, _ = _UCRED.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return int(uid)

@@ -1,0 +1,140 @@
+"""One child process of control: its start, its end, its last words.
+
+Runs in: control, main thread (the kernel kills a child when the thread that started it ends, see boot.py). Contract: a child inherits
+    exactly the descriptors named on its command line. Its standard error comes through a pipe: whole lines go on to ours, and the last
+    one is kept for the message about its death. It is in a process group of its own: Ctrl-C in a terminal reaches control alone.
+    All descriptors are closed when the child has ended.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+_LINE_LIMIT_BYTES = 64 << 10
+_WORDS_LIMIT = 500  # characters of the last line in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What every child gets. shm_fd: the segment; config_fd: memfd with the settings; control_address: `@name` of the admin socket."""
+
+    shm_fd: int
+    config_fd: int
+    control_address: str
+
+
+class Child:
+    """A running child. on_exit is called once, in the loop, when it has ended and was waited for.
+
+    command: what to run, without the arguments of boot.py. Raises OSError when it cannot be started.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        inheritance: Inheritance,
+        shard: int,
+        listener: socket.socket | None,
+        on_exit: Callable[["Child"], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_exit = on_exit
+        self._line = b""
+        self.last_line = ""
+        self.started_s = self._loop.time()
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            mine, its = socket.socketpair()
+            self._control = ours.enter_context(mine)
+            theirs.enter_context(its)
+            self._stderr_fd, its_stderr_fd = os.pipe()
+            ours.callback(os.close, self._stderr_fd)
+            theirs.callback(os.close, its_stderr_fd)
+            mine.setblocking(False)
+            os.set_blocking(self._stderr_fd, False)
+            fds = {"--shm-fd": inheritance.shm_fd, "--config-fd": inheritance.config_fd, "--control-fd": its.fileno()}
+            argv = [*command, "--parent-pid", str(os.getpid())]
+            if listener is not None:
+                fds["--listen-fd"] = listener.fileno()
+                argv += ["--shard", str(shard), "--control-address", inheritance.control_address]
+            for flag, fd in fds.items():
+                argv += [flag, str(fd)]
+            self._process = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stderr=its_stderr_fd, pass_fds=tuple(fds.values()), process_group=0
+            )  # fmt: skip
+            try:
+                self._pid_fd = os.pidfd_open(self._process.pid)
+            except OSError:
+                self._process.kill()
+                self._process.wait()
+                raise
+            ours.callback(os.close, self._pid_fd)
+            self._ours = ours.pop_all()
+        self._loop.add_reader(self._stderr_fd, self._read_stderr)
+        self._loop.add_reader(self._pid_fd, self._exited)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def describe_end(self) -> str:
+        """How it ended, with its last line on standard error: `exit code 1: ValueError: ...`."""
+        code = self._process.returncode
+        if code is None:
+            return "still running"
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                return _with_words(f"killed by {signal.Signals(-code).name}", self.last_line)
+        return _with_words(f"exit code {code}", self.last_line)
+
+    def tell_to_stop(self) -> None:
+        """Send the byte that ends a shard."""
+        with contextlib.suppress(OSError):
+            self._control.send(b"q")
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Signal the process, and no other that may get its pid later."""
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self._pid_fd, number)
+
+    def _exited(self) -> None:
+        self._loop.remove_reader(self._pid_fd)
+        self._process.wait()
+        self._read_stderr()  # its last words may still be in the pipe
+        self._loop.remove_reader(self._stderr_fd)
+        self._forward(self._line)
+        self._ours.close()
+        self._on_exit(self)
+
+    def _read_stderr(self) -> None:
+        """Take what there is. A grandchild may keep the pipe open, so its end is not waited for."""
+        while True:
+            try:
+                data = os.read(self._stderr_fd, _LINE_LIMIT_BYTES)
+            except BlockingIOError:
+                return
+            if not data:
+                self._loop.remove_reader(self._stderr_fd)
+                return
+            whole, newline, rest = (self._line + data).rpartition(b"\n")
+            if len(rest) > _LINE_LIMIT_BYTES:
+                whole, newline, rest = whole + newline + rest, b"", b""
+            self._line = rest
+            self._forward(whole + newline)
+
+    def _forward(self, lines: bytes) -> None:
+        words = next((line for line in reversed(lines.splitlines()) if line.strip()), b"")
+        if words:
+            self.last_line = words.decode(errors="replace").strip()[-_WORDS_LIMIT:]
+        with contextlib.suppress(OSError):  # ours may be closed; that is no reason to end
+            while lines:
+                lines = lines[os.write(2, lines) :]
+
+
+def _with_words(end: str, words: str) -> str:
+    return f"{end}: {words}" if words else end

@@ -1,0 +1,244 @@
+"""`sglfast serve`: the life of the router, from its flags to its last child.
+
+Runs in: control. The order is the contract: address and shared memory first (what cannot work is said before anything runs), then the
+    workers' slots, then the children, then SERVING. At the end: drain, stop the children, release. No child outlives control, however
+    it ends (boot.py).
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import uvloop
+
+from sglfast import _segment
+from sglfast._counters import S_INFLIGHT, Totals
+from sglfast._segment import Segment
+from sglfast._workers import WorkerTable
+from sglfast.config import ServeConfig, add_flags, from_args, to_json
+from sglfast.control.admin import AdminServer
+from sglfast.control.children import Inheritance
+from sglfast.control.fetch import Fetcher
+from sglfast.control.listen import listen, url_of
+from sglfast.control.metrics import Metrics
+from sglfast.control.parity import ParityWatch
+from sglfast.control.pool_watch import PoolWatch
+from sglfast.control.supervisor import Commands, Supervisor
+from sglfast.control.workers import Workers
+from sglfast.errors import ConfigError
+from sglfast.logs import setup_logs
+from sglfast.shm import create
+
+_IDLE_POLL_S = 0.05
+
+_DESCRIPTION = """\
+Start the router in front of a pool of workers: an HTTP server that speaks the OpenAI API and gives each request to the worker where it
+finishes soonest. Workers are SGLang servers, or others that speak the OpenAI API."""
+
+_EPILOG = """\
+examples:
+  two workers, routing by load:
+    sglfast serve --worker-urls http://10.0.0.5:30000 http://10.0.0.6:30000 --host 0.0.0.0 --port 8000
+
+  routing by what the workers' KV caches hold: start the workers with
+    --kv-events-config '{"publisher": "zmq", "endpoint": "tcp://*:5557"}'
+  and give the router their model's tokenizer:
+    sglfast serve --worker-urls http://10.0.0.5:30000 http://10.0.0.6:30000 --tokenizer-path /models/Qwen3-8B
+
+  then:
+    curl http://127.0.0.1:30000/readyz
+    curl http://127.0.0.1:30000/v1/chat/completions -H 'content-type: application/json' \\
+      -d '{"model": "any", "messages": [{"role": "user", "content": "hello"}]}'
+    curl http://127.0.0.1:30000/metrics
+
+SIGTERM or Ctrl-C drains: /readyz says 503, requests in flight are finished, then the program ends. A second signal ends it at once.
+exit codes: 0 drained, 1 a process could not be kept alive, 2 a flag cannot work, 128 + signal ended at once by a second signal"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `sglfast serve`; its flags are the fields of ServeConfig."""
+    parser = argparse.ArgumentParser(
+        prog="sglfast serve", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_flags(parser)
+    return parser
+
+
+def main(argv: list[str]) -> int:
+    """Run until a signal or a failure; returns the exit code, see the end of `--help`."""
+    try:
+        return run(from_args(build_parser().parse_args(argv)))
+    except ConfigError as error:
+        print(f"sglfast serve: {error}", file=sys.stderr)
+        return 2
+
+
+def run(config: ServeConfig, commands: Commands | None = None) -> int:
+    """Run the router with checked settings; commands: what its child processes are. Raises ConfigError before it runs."""
+    log = setup_logs("control", config.log_level, config.log_format)
+    _raise_file_limit()
+    with contextlib.ExitStack() as owned:
+        listeners = listen(config.host, config.port, config.shards)
+        for listener in listeners:
+            owned.enter_context(listener)
+        config = dataclasses.replace(config, port=listeners[0].getsockname()[1])
+        segment, shm_fd = _create_segment(config)
+        owned.callback(os.close, shm_fd)
+        config_fd = _memfd("sglfast-config", to_json(config))
+        owned.callback(os.close, config_fd)
+        control = Control(config, segment, (shm_fd, config_fd), listeners, commands or Commands(), log)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(control.run())
+
+
+class Control:
+    """The program once its address and memory are there. fds: (segment, settings)."""
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        segment: Segment,
+        fds: tuple[int, int],
+        listeners: Sequence[socket.socket],
+        commands: Commands,
+        log: logging.Logger,
+    ) -> None:
+        self._config = config
+        self._segment = segment
+        self._fds = fds
+        self._listeners = listeners
+        self._commands = commands
+        self._log = log
+        self._workers = Workers(WorkerTable(segment), config.max_ranks, log)
+        for url in config.worker_urls:
+            self._workers.register(url)
+        self._signals: list[signal.Signals] = []
+        self._first_signal = asyncio.Event()
+        self._second_signal = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until told to end; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        async with contextlib.AsyncExitStack() as owned:
+            metrics = Metrics(self._segment, lambda: self._workers.views)
+            admin = AdminServer(metrics.render, self._log)
+            owned.push_async_callback(admin.close)
+            await admin.start()
+            watch = PoolWatch(self._config, self._workers, await owned.enter_async_context(Fetcher()), self._log)
+            owned.push_async_callback(watch.close)
+            inheritance = Inheritance(*self._fds, admin.address)
+            supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
+            owned.push_async_callback(supervisor.stop)
+            supervisor.start()
+            watch.start()
+            parity = asyncio.create_task(ParityWatch(self._segment, self._workers, self._log).run())
+            owned.callback(parity.cancel)
+            return await self._serve(supervisor)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        self._signals.append(number)
+        (self._second_signal if self._first_signal.is_set() else self._first_signal).set()
+
+    async def _serve(self, supervisor: Supervisor) -> int:
+        ready = asyncio.create_task(self._become_ready(supervisor))
+        first = asyncio.create_task(self._first_signal.wait())
+        ends: set[asyncio.Future[Any]] = {first, supervisor.failed}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        first.cancel()
+        if supervisor.failed.done():
+            self._log.error(f"{supervisor.failed.result()}; the router ends")
+        return await self._end(supervisor, 1 if supervisor.failed.done() else 0)
+
+    async def _become_ready(self, supervisor: Supervisor) -> None:
+        await supervisor.wait_ready()
+        self._segment.state = _segment.SERVING
+        url = url_of(self._config.host, self._config.port)
+        with contextlib.suppress(OSError, ValueError):  # nobody has to read it
+            print(f"listening on {url} ({self._config.shards} shards, {len(self._config.worker_urls)} workers)", flush=True)
+
+    async def _end(self, supervisor: Supervisor, code: int) -> int:
+        """Drain and stop all children; a second signal ends this at once."""
+        second = asyncio.create_task(self._second_signal.wait())
+        ending = asyncio.create_task(self._drain_and_stop(supervisor))
+        await asyncio.wait([second, ending], return_when=asyncio.FIRST_COMPLETED)
+        second.cancel()
+        if ending.done():
+            ending.result()
+            return code
+        self._log.warning("second signal: requests in flight are cut")
+        supervisor.kill()
+        ending.cancel()
+        return code or 128 + self._signals[-1]
+
+    async def _drain_and_stop(self, supervisor: Supervisor) -> None:
+        grace_s = self._config.shutdown_grace_secs
+        totals = Totals(self._segment)
+        inflight = totals.shard()[S_INFLIGHT]
+        self._log.info("draining", extra={"fields": {"inflight_requests": inflight, "grace_s": grace_s}})
+        self._segment.drain_deadline_ms = int((time.time() + grace_s) * 1000)
+        self._segment.state = _segment.DRAINING
+        left = await wait_idle(totals, grace_s)
+        if left:
+            self._log.warning("the grace is over, requests are cut", extra={"fields": {"inflight_requests": left}})
+        self._segment.state = _segment.STOPPED
+        await supervisor.stop()
+        self._log.info("stopped")
+
+
+async def wait_idle(totals: Totals, grace_s: float) -> int:
+    """Wait until no request is in flight, seen twice; returns how many are left when the grace is over."""
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + grace_s
+    was_idle = False
+    while True:
+        inflight = max(0, totals.shard()[S_INFLIGHT])
+        if inflight == 0 and was_idle:
+            return 0
+        was_idle = inflight == 0
+        if loop.time() >= end_s:
+            return inflight
+        await asyncio.sleep(_IDLE_POLL_S)
+
+
+def _create_segment(config: ServeConfig) -> tuple[Segment, int]:
+    try:
+        fd, segment = create(
+            max_workers=config.max_workers,
+            max_ranks=config.max_ranks,
+            max_shards=config.shards,
+            capacity_blocks=config.kv_index_blocks,
+        )
+    except OSError as error:
+        raise ConfigError(f"--kv-index-blocks {config.kv_index_blocks}: no shared memory of that size ({error.strerror})") from None
+    return segment, fd
+
+
+def _memfd(name: str, data: bytes) -> int:
+    """An anonymous file with this content; children read it from its start."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.write(fd, data)
+    return fd
+
+
+def _raise_file_limit() -> None:
+    """A thousand workers are checked and asked at once at the start."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""The parity loop, control's half: does the KV index predict what workers report? If not, say so and why.
+
+Runs in: control, once a second. Theory: a prediction and the engine's own `cached_tokens` differ for a moment when requests overtake
+    events, and always when the router's picture is wrong. So a worker is distrusted when most of its last samples differ, and trusted
+    again when few do. Contract: `ParityJudge` is pure; a change of verdict is written into the worker table (shards say DEGRADED in
+    `x-sglfast-kv`) and logged once, with its likeliest cause.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from dataclasses import dataclass
+
+from sglfast import _counters as words
+from sglfast._counters import RankTable, Totals
+from sglfast._segment import Segment
+from sglfast.control.workers import Workers
+from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK
+
+WINDOW_SAMPLES = 50
+LEAST_SAMPLES = 8  # so that 50 requests over a small pool are enough
+_DISTRUST_SHARE, _TRUST_SHARE = 0.6, 0.2
+_PERIOD_S = 1.0
+
+
+@dataclass(slots=True)
+class Counts:
+    """Samples of a worker since its start: right, predicted too much, predicted too little."""
+
+    exact: int = 0
+    high: int = 0
+    low: int = 0
+
+
+class ParityJudge:
+    """One worker's verdict over about its last WINDOW_SAMPLES samples."""
+
+    def __init__(self) -> None:
+        self.verdict = PARITY_OK
+        self._seen = Counts()
+        self._window: deque[Counts] = deque()
+
+    def feed(self, totals: Counts) -> int:
+        """Take the counters as they are now; returns the verdict, one of shm.PARITY_*."""
+        delta = Counts(totals.exact - self._seen.exact, totals.high - self._seen.high, totals.low - self._seen.low)
+        self._seen = Counts(totals.exact, totals.high, totals.low)
+        if delta.exact + delta.high + delta.low > 0:
+            self._window.append(delta)
+        while len(self._window) > 1 and _size(self._window) - _size([self._window[0]]) >= WINDOW_SAMPLES:
+            self._window.popleft()
+        samples = _size(self._window)
+        high = sum(counts.high for counts in self._window)
+        low = sum(counts.low for counts in self._window)
+        if samples < LEAST_SAMPLES:
+            return self.verdict
+        if high + low >= _DISTRUST_SHARE * samples:
+            self.verdict = PARITY_HIGH if high > low else PARITY_LOW
+        elif high + low <= _TRUST_SHARE * samples:
+            self.verdict = PARITY_OK
+        return self.verdict
+
+
+def _size(window: "deque[Counts] | list[Counts]") -> int:
+    return sum(counts.exact + counts.high + counts.low for counts in window)
+
+
+def likely_cause(verdict: int, lost_events: int) -> str:
+    """What an operator should look at. lost_events: gaps, give-ups and undecoded events of the worker's ranks."""
+    if verdict == PARITY_HIGH:
+        if lost_events:
+            return "KV events that removed blocks were lost"
+        return "the worker dropped blocks without an event, or prompts with other salts or adapters are taken for the same"
+    if lost_events:
+        return "KV events that stored blocks were lost"
+    return "the router's prompts differ from the worker's: compare --tokenizer-path and its chat template with the worker's model"
+
+
+class ParityWatch:
+    """Judges all workers. `run` until cancelled."""
+
+    def __init__(self, segment: Segment, workers: Workers, log: logging.Logger) -> None:
+        self._totals = Totals(segment)
+        self._ranks = RankTable(segment)
+        self._workers = workers
+        self._log = log
+        self._judges: dict[int, ParityJudge] = {}
+
+    async def run(self) -> None:
+        """Look once a second."""
+        while True:
+            await asyncio.sleep(_PERIOD_S)
+            self.look()
+
+    def look(self) -> None:
+        """Judge every worker that publishes events, and tell what changed."""
+        for view in self._workers.views:
+            if not view.block_size:
+                continue
+            judge = self._judges.setdefault(view.worker_idx, ParityJudge())
+            totals = self._totals.worker(view.worker_idx)
+            verdict = judge.feed(Counts(totals[words.W_PARITY_EXACT], totals[words.W_PARITY_HIGH], totals[words.W_PARITY_LOW]))
+            if verdict == view.parity:
+                continue
+            self._workers.set_parity(view.worker_idx, verdict)
+            fields = {"worker": view.record.url}
+            if verdict == PARITY_OK:
+                self._log.info("KV predictions agree with the worker again", extra={"fields": fields})
+                continue
+            rows = [self._ranks.row(view.rank_base + rank) for rank in range(view.dp_size)]
+            lost = sum(row[words.R_GAPS] + row[words.R_GIVE_UPS] + row[words.R_UNDECODED] for row in rows)
+            how = "more" if verdict == PARITY_HIGH else "less"
+            self._log.warning(
+                f"KV predictions do not agree with the worker: {how} was predicted than it reports as cached",
+                extra={"fields": fields | {"cause": likely_cause(verdict, lost)}},
+            )

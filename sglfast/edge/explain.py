@@ -1,0 +1,109 @@
+"""POST /explain/<path>: what the router would do with this request, and why. Nothing is forwarded or counted.
+
+Runs in: shards, event loop (the prompt's tokens in the tokenizer's thread, as for a request). Contract: the answer is made by the same
+    look-up and the same policy as a request's, on a copy of the policy, so that even a turn of round_robin is not used up. Candidates
+    are all workers of the model; those that are not ready say so. Scores are what the policy minimises, null where it compares nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sglfast import _workers, errors
+from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, IMBALANCED, UNKEYED, Hit, Prompt
+from sglfast.edge.request import Endpoint, Facts
+from sglfast.shm import DECISIONS, WorkerView, read_workers
+
+if TYPE_CHECKING:
+    from sglfast.edge.route import Pool
+    from sglfast.edge.shard import Shard
+
+PREFIX = b"/explain"
+TIERS = {"device": 1, "host": 2, "disk": 4}
+_NOT_READY = {_workers.JOINING: "has not passed a health check yet", _workers.UNHEALTHY: "fails its health checks"}
+_WHY = {
+    CACHE_HIT: "holds the longest part of the prompt, more than --cache-threshold of its blocks",
+    CACHE_MISS: "has the least work before the first token (score)",
+    IMBALANCED: "is least loaded, and the pool is out of balance: caches are ignored",
+    UNKEYED: "is least loaded; the prompt could not be compared with caches",
+}
+
+
+def explain(shard: Shard, endpoint: Endpoint, body: bytes, then: Callable[[dict[str, Any] | errors.Reason], None]) -> None:
+    """Call `then` with the explanation, or with the reason why there is no choice."""
+    pool = shard.router.pool_of(body)
+    if isinstance(pool, errors.Reason):
+        then(pool)
+    elif shard.router.keyer is None or not pool.variants:
+        why = "no tokenizer is loaded" if shard.router.keyer is None else "no worker publishes KV events"
+        then(_explanation(shard, pool, Facts(0, {}, why)))
+    else:
+        shard.router.keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(_explanation(shard, pool, facts)))
+
+
+def _explanation(shard: Shard, pool: Pool, facts: Facts) -> dict[str, Any]:
+    prompt = shard.router.look_up(pool, facts)
+    position, decision = copy.copy(pool.policy).choose(pool.view, shard.loads, prompt)
+    by_tier = {name: _overlaps(shard, pool, facts, tier) for name, tier in TIERS.items()}
+    hits = {hit.position: hit for hit in prompt.hits}
+    candidates = [_candidate(shard, pool, prompt, place, hits.get(place), by_tier) for place in range(len(pool.workers))]
+    candidates[position]["why"] = _WHY.get(decision, f"is the choice of {DECISIONS[decision]}")
+    others = [_unready(view) for view in read_workers(shard.table) if view.state != _workers.READY and view.record.model == pool.model]
+    sizes = sorted({size for size, _ in pool.variants})
+    chosen = candidates[position]
+    return {
+        "model": pool.model,
+        "policy": pool.policy.name,
+        "block_size": sizes[0] if len(sizes) == 1 else sizes or None,
+        "prompt_tokens": prompt.prompt_tokens,
+        "prompt_blocks": prompt.prompt_blocks,
+        "is_estimated": prompt.is_estimated,
+        "unkeyed_because": facts.why_unkeyed or None,
+        "candidates": candidates + others,
+        "choice": {"worker": chosen["worker"], "rank": chosen["rank"], "decision": DECISIONS[decision]},
+    }
+
+
+def _overlaps(shard: Shard, pool: Pool, facts: Facts, tier: int) -> dict[int, int]:
+    """Position -> leading blocks that the worker holds in one tier alone."""
+    found: dict[int, int] = {}
+    for variant, keys in facts.keys.items():
+        if keys and shard.tree.match(keys, tier):
+            for rank, blocks in shard.tree.hits():
+                owner = pool.by_rank.get(rank)
+                if owner is not None and owner[1] == variant:
+                    found[owner[0]] = max(blocks, found.get(owner[0], 0))
+    return found
+
+
+def _candidate(
+    shard: Shard, pool: Pool, prompt: Prompt, position: int, hit: Hit | None, by_tier: dict[str, dict[int, int]]
+) -> dict[str, Any]:
+    view = pool.workers[position]
+    requests, tokens = shard.loads.requests(view.worker_idx), shard.loads.tokens(view.worker_idx)
+    overlap_blocks, overlap_tokens = (hit.overlap_blocks, hit.overlap_tokens) if hit is not None else (0, 0)
+    return {
+        "worker": view.record.url,
+        "rank": hit.rank - view.rank_base if hit is not None else 0,
+        "overlap_blocks": overlap_blocks,
+        "overlap_blocks_by_tier": {name: found.get(position, 0) for name, found in by_tier.items()},
+        "load": {"requests": requests, "tokens": tokens},
+        "score": pool.policy.score(requests, tokens + prompt.prompt_tokens - overlap_tokens),
+        "eligible": True,
+        "why": "was not better than the choice",
+    }
+
+
+def _unready(view: WorkerView) -> dict[str, Any]:
+    return {
+        "worker": view.record.url,
+        "rank": 0,
+        "overlap_blocks": 0,
+        "overlap_blocks_by_tier": dict.fromkeys(TIERS, 0),
+        "load": {"requests": 0, "tokens": 0},
+        "score": None,
+        "eligible": False,
+        "why": _NOT_READY.get(view.state, "takes no new requests"),
+    }

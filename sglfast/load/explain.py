@@ -1,0 +1,98 @@
+"""The command `sglfast explain`: asks a router what it would do with a request, and prints the candidates as a table.
+
+Runs in: a process of its own. Contract: sends the body to `/explain/<path>`: nothing is forwarded to a worker and nothing is counted.
+    Exit code 0 = explained, 1 = the router has no choice or does not answer, 2 = the flags or the body cannot work.
+"""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+from rich.console import Console
+from rich.table import Table
+
+from sglfast.errors import ConfigError
+from sglfast.load.client import LoadClient
+
+_TIMEOUT_S = 60.0
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit code. Raises ConfigError for what cannot be sent."""
+    parser = argparse.ArgumentParser(
+        prog="sglfast explain",
+        description="Ask a running router which worker it would choose for a request, and why. Nothing is sent to a worker.",
+        epilog="""example: sglfast explain '{"model": "m", "messages": [{"role": "user", "content": "hello"}]}'""",
+    )
+    parser.add_argument("body", help="the JSON body of the request, @FILE to read it from a file, or - for standard input")
+    parser.add_argument("--url", default="http://127.0.0.1:30000", help="the router (default: %(default)s)")
+    parser.add_argument("--path", default="/v1/chat/completions", help="path of the request (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the router's answer as it is")
+    args = parser.parse_args(argv)
+    status, answer = asyncio.run(_ask(args.url, args.path, _read_body(args.body)))
+    if args.json:
+        print(answer.decode(errors="replace"))
+    elif status == 200:
+        show(orjson.loads(answer), Console())
+    else:
+        print(f"sglfast explain: {_problem(status, answer)}", file=sys.stderr)
+    return 0 if status == 200 else 1
+
+
+def _read_body(text: str) -> bytes:
+    try:
+        data = sys.stdin.buffer.read() if text == "-" else Path(text[1:]).read_bytes() if text.startswith("@") else text.encode()
+        orjson.loads(data)
+    except OSError as error:
+        raise ConfigError(f"{text}: {error.strerror}") from None
+    except orjson.JSONDecodeError as error:
+        raise ConfigError(f"the body is no JSON: {error}") from None
+    return data
+
+
+async def _ask(url: str, path: str, body: bytes) -> tuple[int, bytes]:
+    """(status, body) of the router's answer; status 0 and the reason when there is none."""
+    client = LoadClient(url)
+    head = f"POST /explain{path} HTTP/1.1\r\nhost: {client.host}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    try:
+        answer = await client.send(head.encode() + body, timeout_s=_TIMEOUT_S, is_stream=False)
+    finally:
+        await client.close()
+    return (answer.status, answer.body) if answer.status else (0, answer.error.encode())
+
+
+def _problem(status: int, answer: bytes) -> str:
+    if status == 0:
+        return f"the router does not answer ({answer.decode()}); is one running there? Name it with --url"
+    try:
+        return f"{status}: {orjson.loads(answer)['error']['message']}"
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return f"the router answers {status}; is it sglfast?"
+
+
+def show(explanation: dict[str, Any], console: Console) -> None:
+    """Print an explanation as a table, the choice first."""
+    prompt = f"{explanation['prompt_tokens']} tokens, {explanation['prompt_blocks']} blocks of {explanation['block_size']}"
+    if explanation["unkeyed_because"]:
+        prompt = f"not compared with KV caches: {explanation['unkeyed_because']}"
+    console.print(f"model {explanation['model']}, policy {explanation['policy']}; prompt: {prompt}", highlight=False)
+    table = Table("worker", "rank", "overlap", "device/host/disk", "requests", "tokens", "score", "why")
+    choice = explanation["choice"]["worker"]
+    for row in sorted(explanation["candidates"], key=lambda row: (row["worker"] != choice, not row["eligible"], -row["overlap_blocks"])):
+        tiers = row["overlap_blocks_by_tier"]
+        score = "-" if row["score"] is None else f"{row['score']:g}"
+        table.add_row(
+            ("* " if row["worker"] == choice else "  ") + row["worker"],
+            str(row["rank"]),
+            str(row["overlap_blocks"]),
+            f"{tiers['device']}/{tiers['host']}/{tiers['disk']}",
+            str(row["load"]["requests"]),
+            str(row["load"]["tokens"]),
+            score,
+            row["why"],
+            style=None if row["eligible"] else "dim",
+        )
+    console.print(table)

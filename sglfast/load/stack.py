@@ -1,0 +1,264 @@
+"""The owner of child processes: simulated workers and a router for a demo, a comparison or an end-to-end test.
+
+Runs in: `sglfast demo`, `sglfast replay` without --url, tests.
+Contract: a Stack is a context manager. Entered, the workers listen and the router's /readyz answers 200; left, in any way, every
+    process it started has ended (SIGTERM, after a grace SIGKILL, each by its own pid). If the owner is killed the kernel kills the
+    children. Children run in sessions of their own, so that Ctrl-C in a terminal reaches the owner alone. Their output goes to
+    files without a name, so that a killed owner leaves none; a child that fails raises StackError with the end of its output.
+    The kernel ties children to the thread that starts them: enter a Stack in the main thread, or in one that outlives it.
+"""
+
+import contextlib
+import functools
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from sglfast.boot import die_with_parent
+from sglfast.errors import ConfigError, SglfastError
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
+
+READY_TIMEOUT_S = 60.0
+STOP_GRACE_S = 10.0
+POLL_S = 0.05
+LOG_TAIL_LINES = 20
+SGLFAST = (sys.executable, "-m", "sglfast")
+
+
+class StackError(SglfastError):
+    """A child process that did not start, was not ready in time or ended by itself; the text has the end of its output."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimSettings:
+    """What the simulated workers can do, each of them; None = the simulator's default."""
+
+    workers: int = 4
+    cache_tokens: int | None = None
+    page_tokens: int | None = None
+    prefill_tokens_per_s: float | None = None
+    decode_tokens_per_s: float | None = None
+    tokenizer_path: str = DEMO_TOKENIZER_PATH
+
+    def flags(self) -> list[str]:
+        """The flags of `sglfast sim`, on free ports."""
+        values = {
+            "--cache-tokens": self.cache_tokens,
+            "--page-size": self.page_tokens,
+            "--prefill-tokens-per-s": self.prefill_tokens_per_s,
+            "--decode-tokens-per-s-per-request": self.decode_tokens_per_s,
+        }
+        flags = ["--workers", str(self.workers), "--base-port", "0", "--tokenizer-path", self.tokenizer_path]
+        for name, value in values.items():
+            if value is not None:
+                flags += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+        return flags
+
+
+class Child:
+    """One child process and its output. `pass_fds`: descriptors that it inherits under the same numbers. `stop` releases all."""
+
+    def __init__(self, name: str, argv: Sequence[str], pass_fds: Sequence[int] = ()) -> None:
+        self.name = name
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `stop` closes it
+        try:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+                pass_fds=pass_fds,
+                start_new_session=True,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
+            )
+        except BaseException:
+            self._log.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def check_alive(self) -> None:
+        """Raise StackError if the process has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise StackError(f"the {self.name} ended by itself (exit code {code}); its last lines:\n{self.log_tail()}")
+
+    def log_tail(self) -> str:
+        """The last lines of its output."""
+        lines = read_all(self._log.fileno()).decode(errors="replace").splitlines()
+        return "\n".join(f"  | {line}" for line in lines[-LOG_TAIL_LINES:]) or "  | (no output)"
+
+    def signal_stop(self) -> None:
+        """Ask it to end."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Ask it to end, kill it after the grace, and wait until it is gone."""
+        self.signal_stop()
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+
+class Stack:
+    """Simulated workers with a router in front. url: the router's; worker_urls: the workers', in order.
+
+    port: the router's, 0 = a free one. policy: of `sglfast serve`; serve_flags: more flags for it.
+    """
+
+    def __init__(
+        self,
+        sim: SimSettings,
+        *,
+        policy: str = "auto",
+        host: str = "127.0.0.1",
+        port: int = 0,
+        serve_flags: Sequence[str] = (),
+    ) -> None:
+        self._sim = sim
+        self._policy = policy
+        self._host = host
+        self._port = port
+        self._serve_flags = list(serve_flags)
+        self.children: list[Child] = []
+        self.worker_urls: list[str] = []
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        port = self._port or free_port(self._host)
+        check_port(self._host, port)
+        with tempfile.TemporaryFile() as announce:
+            fd = announce.fileno()
+            sim = self._run("simulator", [*SGLFAST, "sim", *self._sim.flags(), "--announce-fd", str(fd)], [fd])
+            self.worker_urls = wait_announced(fd, sim)
+        serve = [*SGLFAST, "serve", "--worker-urls", *self.worker_urls, "--host", self._host, "--port", str(port)]
+        serve += ["--policy", self._policy, "--tokenizer-path", self._sim.tokenizer_path, *self._serve_flags]
+        router = self._run("router", serve)
+        self.url = f"http://[{self._host}]:{port}" if ":" in self._host else f"http://{self._host}:{port}"
+        wait_ready(self._host, port, router)
+
+    def _run(self, name: str, argv: Sequence[str], pass_fds: Sequence[int] = ()) -> Child:
+        child = Child(name, argv, pass_fds)
+        self.children.append(child)
+        return child
+
+    def check_alive(self) -> None:
+        """Raise StackError if one of the processes has ended."""
+        for child in self.children:
+            child.check_alive()
+
+    def stop(self) -> None:
+        """End all processes: the router first, it drains better while its workers live. May be called twice."""
+        for child in reversed(self.children):
+            child.stop()
+        self.children.clear()
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Within it SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that the owner of a Stack always leaves it. Main thread only."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def read_all(fd: int) -> bytes:
+    """What a file holds, wherever the writer that shares its offset stands."""
+    return os.pread(fd, os.fstat(fd).st_size, 0)
+
+
+def wait_announced(fd: int, child: Child, timeout_s: float = READY_TIMEOUT_S) -> list[str]:
+    """Wait until a file has the simulator's line {"workers": [{"url": ...}, ...]}; returns the URLs. Raises StackError."""
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        line, end, _ = read_all(fd).partition(b"\n")
+        if end:
+            return [worker["url"] for worker in json.loads(line)["workers"]]
+        child.check_alive()
+        time.sleep(POLL_S)
+    raise StackError(f"the {child.name} was not ready within {timeout_s:.0f} s; its last lines:\n{child.log_tail()}")
+
+
+def wait_ready(host: str, port: int, child: Child, timeout_s: float = READY_TIMEOUT_S) -> None:
+    """Wait until GET /readyz answers 200. Raises StackError."""
+    end_s = time.monotonic() + timeout_s
+    last = "nothing listens"
+    while time.monotonic() < end_s:
+        child.check_alive()
+        connection = http.client.HTTPConnection(host, port, timeout=2.0)
+        try:
+            connection.request("GET", "/readyz")
+            status = connection.getresponse().status
+            if status == 200:
+                return
+            last = f"/readyz answers {status}"
+        except (OSError, http.client.HTTPException) as error:
+            last = f"/readyz: {error or type(error).__name__}"
+        finally:
+            connection.close()
+        time.sleep(POLL_S)
+    raise StackError(f"the {child.name} was not ready within {timeout_s:.0f} s ({last}); its last lines:\n{child.log_tail()}")
+
+
+def free_port(host: str) -> int:
+    """A TCP port that nobody listens on right now."""
+    with _bound(host, 0) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ConfigError, with another port to try, if the router could not listen there."""
+    try:
+        _bound(host, port).close()
+        return
+    except OSError as error:
+        reason = error.strerror or str(error)
+    for other in range(port + 1, min(port + 100, 65536)):
+        with contextlib.suppress(OSError):
+            _bound(host, other).close()
+            raise ConfigError(f"port {port} on {host} cannot be used ({reason}); try --port {other}")
+    raise ConfigError(f"port {port} on {host} cannot be used ({reason})")
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    probe = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the router does: only listeners count
+        probe.bind((host, port))
+        probe.listen(1)
+    except BaseException:
+        probe.close()
+        raise
+    return probe

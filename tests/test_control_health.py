@@ -1,0 +1,70 @@
+"""The rules by which a worker is taken in and out, and what counts as a good check."""
+
+import asyncio
+
+import pytest
+from control_doubles import HANG, ScriptedWorker, answer
+
+from sglfast._workers import JOINING, READY, UNHEALTHY
+from sglfast.control.fetch import Fetcher
+from sglfast.control.health import HealthMachine, Verdict, check, pause_s
+
+WORDS = {
+    Verdict.NOTHING: ".", Verdict.TAKE_IN: "I", Verdict.TAKE_OUT: "O", Verdict.LOOK_AGAIN: "L", Verdict.OVERDUE: "D",
+}  # fmt: skip
+
+
+def verdicts(checks: str, *, failures: int = 3, successes: int = 1, age_s: float = 0.0) -> tuple[str, int]:
+    """checks: g(ood), b(ad). Returns a letter for each verdict, and the state at the end."""
+    machine = HealthMachine(failure_threshold=failures, success_threshold=successes)
+    said = "".join(WORDS[machine.checked(letter == "g", age_s)] for letter in checks)
+    return said, machine.state
+
+
+@pytest.mark.parametrize(
+    ("checks", "said", "state"),
+    [
+        ("g", "I", READY),
+        ("ggg", "I..", READY),
+        ("bbbbbg", ".....I", READY),  # a worker may take its time to start
+        ("gbbg", "I..L", READY),
+        ("gbbb", "I..O", UNHEALTHY),
+        ("gbbbbbb", "I..O...", UNHEALTHY),
+        ("gbbbg", "I..OI", READY),
+        ("gbbgbbgbbb", "I..L..L..O", UNHEALTHY),  # only failures in a row count
+        ("bbb", "...", JOINING),
+    ],
+)
+def test_three_failures_take_out_and_one_success_takes_in(checks: str, said: str, state: int) -> None:
+    assert verdicts(checks) == (said, state)
+
+
+def test_thresholds_count_in_a_row() -> None:
+    assert verdicts("gbggbgbb", failures=2, successes=2) == ("...IbLbO".replace("b", "."), UNHEALTHY)
+    assert verdicts("bgbgg", successes=2) == ("....I", READY)
+
+
+def test_a_worker_that_does_not_come_up_is_reported_once() -> None:
+    assert verdicts("bbbb", age_s=10.0) == ("D...", JOINING)
+    assert verdicts("bbbb", age_s=9.9) == ("....", JOINING)
+
+
+def test_pauses() -> None:
+    assert pause_s(JOINING, 1.0, 5.0, 4) == 0.2
+    assert pause_s(JOINING, 1.0, 0.1, 4) == 0.1
+    assert pause_s(JOINING, 10.0, 5.0, 4) == 5.0
+    assert pause_s(READY, 1.0, 5.0, 4) == pause_s(UNHEALTHY, 1.0, 5.0, 4) == 5.0
+    # However large the pool, all workers together are asked 500 times a second while they join.
+    assert 1000 / pause_s(JOINING, 1.0, 5.0, 1000) <= 500
+
+
+def test_only_2xx_is_healthy() -> None:
+    async def run() -> list[str]:
+        scripts = {"/health": [answer(b"ok"), answer(b"", 204), answer(b"", 503), answer(b"", 302), b"nonsense\r\n\r\n", HANG]}
+        async with ScriptedWorker(scripts) as worker, Fetcher() as fetcher:
+            return [await check(fetcher, worker.url + "/health", 0.3) for _ in range(6)]
+
+    problems = asyncio.run(run())
+    assert problems[:4] == ["", "", "status 503", "status 302"]
+    assert problems[4].startswith("no valid HTTP answer")
+    assert problems[5] == "no answer within 0.3 s"

@@ -1,0 +1,262 @@
+"""`sglfast serve` as a process: its flags, its start, its signals, its end. Children are stand-ins, but for the last test."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from control_doubles import ROOT, STANDIN, WAIT_S
+
+from sglfast.control.main import main
+
+WORKER = "http://127.0.0.1:9"  # nothing listens there
+
+
+class Router:
+    """A running control. err: what it and its children have written to standard error so far."""
+
+    def __init__(self, process: "subprocess.Popen[str]", err_path: Path) -> None:
+        self.process = process
+        self._err_path = err_path
+        self.port = 0
+
+    @property
+    def err(self) -> str:
+        return self._err_path.read_text()
+
+    def until(self, is_true: Callable[[], object], what: str) -> None:
+        end_s = time.monotonic() + WAIT_S
+        while not is_true():
+            assert time.monotonic() < end_s, f"waited {WAIT_S:g} s in vain: {what}\n{self.err}"
+            time.sleep(0.01)
+
+    def until_listening(self) -> None:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("listening on http://"), f"{line!r}\n{self.err}"
+        self.port = int(line.split()[2].rpartition(":")[2])
+
+    def children(self) -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> int:
+        """Wait for the exit code."""
+        return self.process.wait(WAIT_S)
+
+    @contextlib.contextmanager
+    def saying(self, line: str) -> Iterator[socket.socket]:
+        """A connection to a stand-in shard that was sent this line."""
+        with socket.create_connection(("127.0.0.1", self.port), WAIT_S) as client:
+            client.sendall(line.encode() + b"\n")
+            yield client
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def running(tmp_path: Path, argv: list[str], *flags: str, worker: str = WORKER) -> Iterator[Router]:
+    argv = [*argv, "--worker-urls", worker, "--port", "0", *flags]
+    err_path = tmp_path / "stderr.txt"
+    with open(err_path, "w") as err:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, cwd=ROOT, text=True)
+    with process:
+        try:
+            yield Router(process, err_path)
+        finally:
+            process.kill()
+
+
+@contextlib.contextmanager
+def serving(tmp_path: Path, *flags: str, index: str = "serve", shard: str = "serve") -> Iterator[Router]:
+    """A control with stand-in children, listening."""
+    with running(tmp_path, [sys.executable, STANDIN, "control", index, shard], "--shards", "1", *flags) as router:
+        router.until_listening()
+        yield router
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_what_is_in_flight_and_ends_with_0(tmp_path: Path, number: signal.Signals) -> None:
+    with serving(tmp_path) as router, router.saying("work 0.6") as client:
+        lines = client.makefile()
+        assert lines.readline() == "begun\n"
+        children = router.children()
+        assert len(children) == 2
+        router.signal(number)
+        router.until(lambda: "draining inflight_requests=1 grace_s=30.0" in router.err, "drain")
+        with router.saying("who") as late:
+            assert int(late.makefile().readline()) in children, "a shard that drains still serves"
+        assert int(lines.readline()) in children, "what was in flight is answered"
+        assert router.end() == 0
+        assert "shard0 was told b'q', draining=True" in router.err
+        assert "requests are cut" not in router.err
+        assert not any(map(is_alive, children))
+
+
+def test_nothing_in_flight_ends_at_once(tmp_path: Path) -> None:
+    with serving(tmp_path) as router:
+        begun_s = time.monotonic()
+        router.signal(signal.SIGTERM)
+        assert router.end() == 0
+        assert time.monotonic() - begun_s < 10, "it waited for the grace of 30 s"
+
+
+def test_the_grace_is_the_longest_wait(tmp_path: Path) -> None:
+    with serving(tmp_path, "--shutdown-grace-secs", "0.2") as router, router.saying("work 60") as client:
+        assert client.makefile().readline() == "begun\n"
+        router.signal(signal.SIGTERM)
+        assert router.end() == 0
+        assert "the grace is over, requests are cut inflight_requests=1" in router.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    with serving(tmp_path) as router, router.saying("work 60") as client:
+        assert client.makefile().readline() == "begun\n"
+        children = router.children()
+        router.signal(signal.SIGTERM)
+        router.until(lambda: "draining" in router.err, "drain")
+        router.signal(number)
+        assert router.end() == 128 + number
+        assert not any(map(is_alive, children))
+
+
+def test_a_signal_before_it_listens_ends_it(tmp_path: Path) -> None:
+    argv = [sys.executable, STANDIN, "control", "serve", "silent"]
+    with running(tmp_path, argv, "--shards", "1") as router:
+        router.until(lambda: len(router.children()) == 2, "children")
+        router.signal(signal.SIGTERM)
+        assert router.end() == 0
+        assert router.process.stdout is not None
+        assert router.process.stdout.read() == "", "it never listened, and never said so"
+
+
+def test_no_child_outlives_a_killed_control(tmp_path: Path) -> None:
+    with serving(tmp_path, index="stubborn") as router:
+        children = router.children()
+        assert len(children) == 2
+        router.signal(signal.SIGKILL)
+        assert router.end() == -signal.SIGKILL
+        router.until(lambda: not any(map(is_alive, children)), "the children die")
+
+
+def test_a_crash_loop_ends_it_with_the_childs_last_words(tmp_path: Path) -> None:
+    argv = [sys.executable, STANDIN, "control", "serve", "crash"]
+    with running(tmp_path, argv, "--shards", "1") as router:
+        assert router.end() == 1
+        last = [line for line in router.err.splitlines() if "ERROR" in line]
+        assert len(last) == 1
+        assert last[0].endswith(
+            "shard0 did not start in 3 attempts; the last time: exit code 1: ValueError: there is no tokenizer; the router ends"
+        )
+        assert router.err.count("half of the story") == 3, "all that children write comes through"
+
+
+def test_a_port_that_somebody_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main(["--worker-urls", WORKER, "--port", str(port)]) == 2
+    assert f"sglfast serve: port {port} is in use on 127.0.0.1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        ([], "sglfast serve: --worker-urls: give at least one"),
+        (["--worker-urls", WORKER, "--shards", "-1"], "sglfast serve: --shards -1: must be at least 0"),
+        (["--worker-urls", WORKER, "--port", "0", "--host", "192.0.2.1"], "sglfast serve: --host 192.0.2.1: is no address"),
+    ],
+)
+def test_a_flag_that_cannot_work_ends_with_2(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(text)
+    assert err.count("\n") == 1
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("usage: sglfast serve", "sglfast serve --worker-urls http://", "--tokenizer-path", "curl http://", "exit codes: 0"):
+        assert part in text
+
+
+class Engine(BaseHTTPRequestHandler):
+    """A worker that is healthy, tells its name and echoes."""
+
+    def do_GET(self) -> None:
+        self._answer({"served_model_name": "m1"} if self.path == "/server_info" else {})
+
+    def do_POST(self) -> None:
+        self._answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+
+    def _answer(self, body: object) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextlib.contextmanager
+def engine() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def get(port: int, path: str, body: object = None) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
+    try:
+        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def test_the_real_router_serves_heals_and_ends(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "sglfast", "serve", "--health-check-interval-secs", "0.2"]
+    with engine() as url, running(tmp_path, argv, "--shards", "2", worker=url) as router:
+        router.until_listening()
+        router.until(lambda: get(router.port, "/readyz")[0] == 200, "ready")
+        assert get(router.port, "/v1/completions", {"prompt": "x"}) == (200, '{"prompt": "x"}')
+        status, text = get(router.port, "/metrics")
+        assert (status, 'sglfast_worker_up{model="m1"' in text) == (200, True)
+        assert get(router.port, "/v1/models")[1].count('"m1"')
+        shard = max(pid for pid in router.children() if b"edge.main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(shard, signal.SIGKILL)
+        router.until(lambda: "process=shard" in router.err and len(router.children()) == 3, "started again")
+        for _ in range(8):
+            assert get(router.port, "/v1/completions", {"prompt": "y"})[0] == 200
+        router.signal(signal.SIGTERM)
+        assert router.end() == 0

@@ -1,0 +1,187 @@
+"""The text of /metrics, read back with Prometheus' own parser, against what was written into shared memory."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from control_doubles import remembering_log
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from shared_memory import shared_segment
+
+from sglfast import _counters as words
+from sglfast._counters import Column, RankTable, Totals
+from sglfast._hashtree import TreeWriter
+from sglfast._segment import SERVING, Segment
+from sglfast._workers import READY, WorkerTable
+from sglfast.control.introspect import Findings
+from sglfast.control.metrics import DECISIONS, Metrics
+from sglfast.control.workers import Workers
+from sglfast.edge.policy import DECISIONS as EDGE_DECISIONS
+from sglfast.errors import REASON_INDEX
+from sglfast.shm import RANK_REASONS
+from sglfast.wire.server_info import KvEndpoint, WorkerFacts
+
+A, B = "http://10.0.0.1:30000", "http://10.0.0.2:30000"
+
+
+class Scrape:
+    """Samples by name and labels."""
+
+    def __init__(self, text: bytes) -> None:
+        self.families: dict[str, Metric] = {family.name: family for family in text_string_to_metric_families(text.decode())}
+        self.samples = {
+            (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+            for family in self.families.values()
+            for sample in family.samples
+        }  # fmt: skip
+
+    def get(self, name: str, **labels: str) -> float:
+        return self.samples[f"sglfast_{name}", tuple(sorted(labels.items()))]
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    with shared_segment(max_shards=3) as (_, segment):
+        yield segment
+
+
+@pytest.fixture
+def workers(segment: Segment) -> Workers:
+    """A publishes KV events on two ranks and is ready; B says nothing and is joining."""
+    workers = Workers(WorkerTable(segment), 64, remembering_log()[0])
+    workers.register(A)
+    workers.register(B)
+    kv = KvEndpoint("zmq", "10.0.0.1", 5557, "", 64, 2, None)
+    workers.learn(0, Findings(WorkerFacts('m"1\\', kv, 2, None, None, False, None, None, 64), 'm"1\\', True, ""))
+    workers.set_state(0, READY)
+    return workers
+
+
+def scrape(segment: Segment, workers: Workers) -> Scrape:
+    return Scrape(Metrics(segment, lambda: workers.views).render())
+
+
+def test_counters_of_all_shards_are_summed_and_outlive_their_shard(segment: Segment, workers: Workers) -> None:
+    for shard in range(2):
+        column = Column(segment, shard)
+        column.add(words.S_CONNECTIONS, 5)
+        column.begin(0, 700, EDGE_DECISIONS.index("cache_hit"))
+        column.begin(0, 300, EDGE_DECISIONS.index("cache_hit"))
+        column.prefilled(0, 300)
+        column.end(0, 0, words.W_BUSY, 1234)
+        column.answered(5)
+        column.add(words.S_REASONS + REASON_INDEX["upstream_timeout"])
+        column.observe(1_500, 3_000_000)
+        column.add_worker(0, words.W_PROMPT_BLOCKS, 10)
+        column.add_worker(0, words.W_OVERLAP_BLOCKS, 7)
+    seen = scrape(segment, workers)
+    assert seen.get("requests_total") == 4
+    assert seen.get("inflight_requests") == 2
+    assert seen.get("connections") == 10
+    assert seen.get("responses_total", **{"class": "5xx"}) == 2
+    assert seen.get("responses_total", **{"class": "2xx"}) == 0
+    assert seen.get("router_errors_total", code="upstream_timeout") == 2
+    assert seen.get("router_errors_total", code="bad_request") == 0
+    assert seen.get("decisions_total", decision="cache_hit") == 4
+    assert seen.get("worker_requests_total", worker=A, outcome="busy") == 2
+    assert seen.get("worker_requests_total", worker=A, outcome="ok") == 0
+    assert seen.get("worker_selected_requests_total", worker=A) == 4
+    assert seen.get("worker_inflight_requests", worker=A) == 2
+    assert seen.get("worker_inflight_tokens", worker=A) == 1400
+    assert seen.get("worker_sent_bytes_total", worker=A) == seen.get("sent_bytes_total") == 2468
+    assert seen.get("worker_prompt_blocks_total", worker=A) == 20
+    assert seen.get("worker_overlap_blocks_total", worker=A) == 14
+    assert seen.get("worker_overlap_blocks_total", worker=B) == 0
+    Totals(segment).retire(1)
+    after = scrape(segment, workers)
+    assert (after.get("requests_total"), after.get("inflight_requests"), after.get("connections")) == (4, 1, 5)
+    assert (after.get("worker_inflight_tokens", worker=A), after.get("worker_requests_total", worker=A, outcome="busy")) == (700, 2)
+
+
+def test_histograms_are_cumulative_and_in_seconds(segment: Segment, workers: Workers) -> None:
+    column = Column(segment, 2)
+    for ttft_us in (900, 1_000, 1_001, 500_000_000):
+        column.observe(ttft_us, 2 * ttft_us)
+    seen = scrape(segment, workers)
+    assert seen.families["sglfast_ttft_seconds"].type == "histogram"
+    assert seen.get("ttft_seconds_bucket", le="0.001") == 2
+    assert seen.get("ttft_seconds_bucket", le="0.0025") == 3
+    assert seen.get("ttft_seconds_bucket", le="400") == 3
+    assert seen.get("ttft_seconds_bucket", le="+Inf") == seen.get("ttft_seconds_count") == 4
+    assert seen.get("ttft_seconds_sum") == pytest.approx(500.002901)
+    assert seen.get("request_duration_seconds_sum") == pytest.approx(1000.005802)
+    buckets = [value for (name, _), value in seen.samples.items() if name == "sglfast_ttft_seconds_bucket"]
+    assert len(buckets) == words.HISTOGRAM_BUCKETS
+
+
+def test_workers_and_states(segment: Segment, workers: Workers) -> None:
+    seen = scrape(segment, workers)
+    assert seen.get("worker_up", worker=A, model='m"1\\') == 1
+    assert seen.get("worker_up", worker=B, model="") == 0
+    assert [seen.get("workers", state=state) for state in ("joining", "ready", "unhealthy", "draining")] == [1, 1, 0, 0]
+
+
+def test_ranks_and_tree(segment: Segment, workers: Workers) -> None:
+    ranks = RankTable(segment)
+    rank = workers.views[0].rank_base + 1
+    for word, value in {
+        words.R_STATE: words.RANK_DEGRADED, words.R_REASON: 5, words.R_EVENTS: 70, words.R_GAPS: 2, words.R_GIVE_UPS: 1,
+        words.R_OWNED_BLOCKS: 3, words.R_LAST_EVENT_MS: 1_700_000_000_500,
+    }.items():  # fmt: skip
+        ranks.set(rank, word, value)
+    writer = TreeWriter(segment)
+    writer.reset()
+    writer.store(rank, 0, b"".join(i.to_bytes(8, "little") for i in (1, 2, 3)))
+    seen = scrape(segment, workers)
+    at = {"worker": A, "rank": "1"}
+    assert seen.get("kv_rank_state", **at) == words.RANK_DEGRADED
+    assert seen.get("kv_rank_reason", **at, reason=RANK_REASONS[5]) == 1
+    assert (seen.get("kv_events_total", **at), seen.get("kv_gaps_total", **at), seen.get("kv_give_ups_total", **at)) == (70, 2, 1)
+    assert (seen.get("kv_rank_blocks", **at), seen.get("kv_last_event_timestamp_seconds", **at)) == (3, 1_700_000_000.5)
+    assert seen.get("kv_events_total", worker=A, rank="0") == 0
+    assert seen.get("kv_rank_state", worker=B, rank="0") == words.RANK_BLIND
+    assert ("sglfast_kv_events_total", (("rank", "0"), ("worker", B))) not in seen.samples, "B publishes none"
+    assert (seen.get("kv_blocks"), seen.get("kv_capacity_blocks"), seen.get("kv_index_starts_total")) == (3, 1000, 1)
+
+
+def test_processes(segment: Segment, workers: Workers) -> None:
+    segment.state = SERVING
+    segment.process_start(1, os.getpid(), 0)
+    segment.process_ready(1)
+    segment.process_died(2)
+    seen = scrape(segment, workers)
+    assert seen.get("state") == 1
+    assert [seen.get("process_up", process=name) for name in ("index", "shard0", "shard1", "shard2")] == [0, 1, 0, 0]
+    assert [seen.get("process_restarts_total", process=f"shard{i}") for i in range(3)] == [0, 1, 0]
+    assert seen.get("process_heartbeat_age_seconds", process="shard0") > 1e9
+    status = Path("/proc/self/status").read_text()
+    resident_bytes = int(status.partition("VmRSS:")[2].split()[0]) * 1024
+    assert seen.get("process_resident_memory_bytes", process="control") == pytest.approx(resident_bytes, rel=0.2)
+    assert seen.get("process_cpu_seconds_total", process="shard0") == pytest.approx(sum(os.times()[:2]), rel=0.2, abs=0.1)
+
+
+def test_names_and_helps(segment: Segment, workers: Workers) -> None:
+    text = Metrics(segment, lambda: workers.views).render()
+    assert text.endswith(b"\n")
+    for family in Scrape(text).families.values():
+        assert family.name.startswith("sglfast_")
+        assert family.documentation.endswith(".")
+        assert family.type in ("counter", "gauge", "histogram")
+    types = [line for line in text.splitlines() if line.startswith(b"# TYPE")]
+    assert len(types) == len(set(types)) == len(Scrape(text).families)
+
+
+def test_decisions_are_those_of_the_edge() -> None:
+    assert DECISIONS == EDGE_DECISIONS
+
+
+def test_scrapes_take_a_tenth_of_controls_time_at_most(segment: Segment, workers: Workers) -> None:
+    times = iter([0.0, 0.1, 0.2, 1.09, 1.11, 1.12])  # begun, done, two scrapes within 10 x 0.1 s, begun, done
+    metrics = Metrics(segment, lambda: workers.views, clock=lambda: next(times))
+    first = metrics.render()
+    Column(segment, 0).add(words.S_CONNECTIONS_TOTAL)
+    assert metrics.render() is first
+    assert metrics.render() is first
+    assert Scrape(metrics.render()).get("connections_accepted_total") == 1

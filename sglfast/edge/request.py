@@ -114,20 +114,24 @@ class PromptKeyer:
         """The model's tokenizer."""
         return self._keyer.tokenizer
 
-    def key(self, kind: int, body: bytes, variants: tuple[Variant, ...], then: Callable[[Facts], None]) -> None:
-        """Call `then` with the facts: before this returns when that takes no time, else later on the loop."""
+    def key(self, kind: int, body: bytes, variants: tuple[Variant, ...], then: Callable[[Facts], None], *, is_whole: bool = False) -> None:
+        """Call `then` with the facts: before this returns when that takes no time, else later on the loop.
+
+        is_whole: all keys of the prompt and its exact number of tokens, whoever owns them.
+        """
         keying: Keying | None = None
+        here, there = (None, None) if is_whole else (self._here, self._there)
         if len(body) <= _INLINE_BYTES and body.count(b"{") + body.count(b"[") <= _INLINE_OBJECTS:
             found = self._begin(kind, body, variants)
             if isinstance(found, Facts):
                 then(found)
                 return
-            facts = self._run(found, self._here, _INLINE_CHARS)
+            facts = self._run(found, here, _INLINE_CHARS)
             if facts is not None:
                 then(facts)
                 return
             keying = found
-        if not self.submit(lambda: self._finish(keying, kind, body, variants), lambda facts: then(facts or _FAILED)):
+        if not self.submit(lambda: self._finish(keying, kind, body, variants, there), lambda facts: then(facts or _FAILED)):
             then(Facts(0, {}, "too many prompts wait for the tokenizer"))
 
     def submit(self, work: Callable[[], T], then: Callable[[T | None], None]) -> bool:
@@ -160,7 +164,7 @@ class PromptKeyer:
         except PromptError as error:
             return Facts(0, {}, str(error))
 
-    def _run(self, keying: Keying, probe: Probe, budget_chars: int) -> Facts | None:
+    def _run(self, keying: Keying, probe: Probe | None, budget_chars: int) -> Facts | None:
         try:
             if not keying.run(probe, budget_chars):
                 return None
@@ -169,13 +173,13 @@ class PromptKeyer:
         keys = keying.keys
         return Facts(keys.tokens, keys.keys, is_estimated=keys.is_estimated)
 
-    def _finish(self, keying: Keying | None, kind: int, body: bytes, variants: tuple[Variant, ...]) -> Facts | None:
+    def _finish(self, keying: Keying | None, kind: int, body: bytes, variants: tuple[Variant, ...], probe: Probe | None) -> Facts | None:
         if keying is None:
             found = self._begin(kind, body, variants)
             if isinstance(found, Facts):
                 return found
             keying = found
-        return self._run(keying, self._there, 1 << 62)
+        return self._run(keying, probe, 1 << 62)
 
     def close(self) -> None:
         """Forget what waits; the thread ends after its present prompt."""

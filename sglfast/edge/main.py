@@ -23,7 +23,7 @@ from sglfast.logs import setup_logs
 
 def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | None:
     """The prompt path, when the settings name a tokenizer; loaded only then, because it is most of a shard's memory."""
-    if boot.config.tokenizer_path is None or boot.config.policy not in ("auto", "cache_aware"):
+    if boot.config.tokenizer_path is None:
         return None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time, in our own thread
     from sglfast.prompt.keys import PromptReader, RequestKind

@@ -8,6 +8,7 @@ Runs in: shards; `PromptKeyer` also in its own threads. Contract: the body is pa
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -133,6 +134,10 @@ class PromptKeyer:
             keying = found
         if not self.submit(lambda: self._finish(keying, kind, body, variants, there), lambda facts: then(facts or _FAILED)):
             then(Facts(0, {}, "too many prompts wait for the tokenizer"))
+
+    def chat_tokens(self, body: bytes) -> list[int] | array[int]:
+        """Token ids of a chat body's prompt. For the thread: takes as long as it takes. Raises PromptError, JSONDecodeError."""
+        return self._reader.tokens_of(self._reader.text_of(self._kinds(0), orjson.loads(body)))
 
     def submit(self, work: Callable[[], T], then: Callable[[T | None], None]) -> bool:
         """Do `work` in the thread and call `then` on the loop with its result, None if it raised; False: too much waits already."""

@@ -71,7 +71,7 @@ def prompt_path(*, is_seen: bool) -> Call:
     body = {"messages": [*messages, {"role": "user", "content": "and what now?"}]}
 
     def key() -> None:
-        assert keyer.begin(reader.text_of(RequestKind.CHAT, body), ((64, False),)).run(tree.match)
+        assert keyer.begin(reader.text_of(RequestKind.CHAT, body, 1024), ((64, False),)).run(tree.match)
 
     return key
 

@@ -73,7 +73,7 @@ def main() -> None:
         keyer = LazyKeyer(tokenizer, 32 << 20)
 
         def lazy(messages: Messages, keyer: LazyKeyer = keyer) -> None:
-            keying = keyer.begin(reader.text_of(RequestKind.CHAT, body(messages)), VARIANTS)
+            keying = keyer.begin(reader.text_of(RequestKind.CHAT, body(messages), 1024), VARIANTS)
             assert keying.run(tree.match)
 
         tokens, _ = keys_of(base)

@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from tokenizer_kinds import all_kinds
 from sglfast import shm
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast.errors import PromptError
-from sglfast.prompt.keys import PromptReader, PromptText
+from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
 from sglfast.prompt.lazy import Keys, LazyKeyer, Probe, Variant
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
 
@@ -83,6 +84,15 @@ def lazy(keyer: LazyKeyer, prompt: PromptText, variants: Sequence[Variant], prob
     return keying.keys
 
 
+def beginning(prompt: PromptText, head_chars: int) -> PromptText:
+    """The prompt as it is when only its first characters are rendered yet."""
+    assert prompt.text is not None
+    rest = prompt.text[head_chars:]
+    if not head_chars or not rest:
+        return prompt
+    return replace(prompt, text=prompt.text[:head_chars], rest=iter([rest[:50], rest[50:]]), rest_chars=len(rest))
+
+
 word = st.text(alphabet="abcDEF'éß漢0 .\n\t🙂\u0301\ufb01<|>_-", max_size=12)
 part = st.one_of(
     word,
@@ -109,10 +119,12 @@ ownership = st.lists(
     continuation=st.sampled_from(["", "so", "and then the quick brown fox " * 20]),
     cache_bytes=st.sampled_from([0, 20_000, 1 << 22]),
     budget_chars=st.sampled_from([0, 300, 5000]),
+    head_chars=st.sampled_from([0, 10, 700, 3000]),
 )
 def test_overlaps_are_those_of_the_plain_result(
     tree: Tree, tokenizers: dict[str, Tokenizer], turns: list[tuple[int, list[str]]], owned: list[tuple[int, int, int, int, int]],
     chosen: set[int], special: bool, cache_salt: str, continuation: str, cache_bytes: int, budget_chars: int,
+    head_chars: int,
 ) -> None:  # fmt: skip
     variants = [VARIANTS[i] for i in sorted(chosen)]
     messages: list[str] = []
@@ -130,7 +142,7 @@ def test_overlaps_are_those_of_the_plain_result(
             tree.writer.remove(rank, 7, keys[8 * hole : 8 * hole + 8])
         keyer = LazyKeyer(tokenizer, cache_bytes)
         for prompt, whole in zip(prompts * 2, expected * 2, strict=True):
-            keying = keyer.begin(prompt, variants)
+            keying = keyer.begin(beginning(prompt, head_chars), variants)
             while not keying.run(tree.reader.match, budget_chars):
                 budget_chars += 10_000
             found = keying.keys
@@ -290,3 +302,32 @@ def test_salt_variants_and_special_tokens_keep_prefixes_apart(counting: Counting
             prompt = PromptText(text=text, add_special_tokens=special, cache_salt=salt)
             for variants in ([(16, False)], [(16, True)], [(16, False), (16, True)]):
                 assert lazy(keyer, prompt, variants, everybody) == plain(counting.inner, prompt, variants)
+
+
+CHAT = {"messages": [{"role": ("user", "assistant")[n % 2], "content": f"{n} " + "the words " * 100} for n in range(21)]}
+
+
+def test_of_a_long_chat_only_the_beginning_is_rendered_at_first() -> None:
+    reader = PromptReader(load_tokenizer(DEMO_TOKENIZER_PATH))
+    whole, head = reader.text_of(RequestKind.CHAT, CHAT), reader.text_of(RequestKind.CHAT, CHAT, 500)
+    assert head.text is not None
+    assert whole.text is not None
+    assert head.rest is not None
+    assert 500 <= len(head.text) < 3000
+    assert head.rest_chars == pytest.approx(len(whole.text) - len(head.text), rel=0.1)
+    assert head.text + "".join(head.rest) == whole.text
+    assert reader.text_of(RequestKind.CHAT, CHAT, 1 << 20) == whole
+
+
+def test_what_the_template_refuses_late_is_said_when_it_comes(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((Path(DEMO_TOKENIZER_PATH) / name).read_bytes())
+    refusing = "{% for m in messages %}{{ m.content }}{% if loop.index == 5 %}{{ raise_exception('no fifth') }}{% endif %}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(refusing)
+    tokenizer = load_tokenizer(str(tmp_path))
+    reader, keyer = PromptReader(tokenizer), LazyKeyer(tokenizer, 1 << 20)
+    assert reader.text_of(RequestKind.CHAT, CHAT).reason == "template"
+    assert reader.text_of(RequestKind.CHAT, CHAT, 1 << 20).reason == "template"
+    keying = keyer.begin(reader.text_of(RequestKind.CHAT, CHAT, 500), [(4, False)])
+    with pytest.raises(PromptError, match="no fifth"):
+        keying.run(everybody)

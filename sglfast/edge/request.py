@@ -32,6 +32,8 @@ T = TypeVar("T")
 _INLINE_BYTES = 65536
 _INLINE_OBJECTS = 150
 _INLINE_CHARS = 1500
+# A chat is rendered so far at first: enough for the first blocks, which tell whether anybody owns anything.
+_HEAD_CHARS = 1024
 # Prompts that wait for a thread. Beyond it a request is routed by load: a late best choice is worse than a good one now.
 _MAX_WAITING = 256
 
@@ -160,7 +162,7 @@ class PromptKeyer:
 
     def _begin(self, kind: int, body: bytes, variants: tuple[Variant, ...]) -> Keying | Facts:
         try:
-            prompt = self._reader.text_of(self._kinds(kind), orjson.loads(body))
+            prompt = self._reader.text_of(self._kinds(kind), orjson.loads(body), _HEAD_CHARS)
             if prompt.text is None and prompt.token_ids is None:
                 return Facts(0, {}, prompt.detail or str(prompt.reason))
             return self._keyer.begin(prompt, variants)

@@ -11,7 +11,7 @@ Contract: for any tree, matching `Keys.keys` gives the overlap that matching all
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sglfast._blockhash import KeyChain, page_keys
@@ -61,6 +61,7 @@ class Keying:
         "_chains",
         "_end",
         "_ends",
+        "_is_open",
         "_keyer",
         "_keys",
         "_kind",
@@ -82,31 +83,24 @@ class Keying:
         self._result: Keys | None = None
         self._text = prompt.text or ""
         self._pos = 0  # characters that are in the chains
+        self._is_open = False  # the whole text is rendered and looked up
         self._end = 0  # of the next piece, once it is known
         self._saved: tuple[int, Prefix] | None = None
         if prompt.text is None:
             return
         self._live = [True] * len(variants)
-        pieces = keyer.pieces
         self._kind = (variants, prompt.cache_salt, prompt.add_special_tokens)
-        borders = pieces.last_borders(self._text, _LAST_BORDERS) if pieces.is_cutting else []
+        self._names: list[Name] = []
+        self._ends: Iterator[int] = iter(())
         try:
-            self._names: list[Name] = keyer.prefixes.names(self._text, borders, self._kind)
             salt = prompt.cache_salt.encode()
         except UnicodeEncodeError as error:
-            raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
-        known = keyer.prefixes.longest(self._names) if borders else None
-        if known is not None:
-            self._pos, prefix = known
-            self._chains = [chain.copy() for chain in prefix.chains]
-            self._keys = list(prefix.keys)
-        else:
-            self._chains = [KeyChain(block_size, bigram=bigram, cache_salt=salt) for block_size, bigram in variants]
-            self._keys = [b""] * len(variants)
-            if prompt.add_special_tokens:
-                self._keys = [chain.extend(pieces.before) for chain in self._chains]
+            raise PromptError(f"the cache salt is not valid Unicode text: {error}") from error
+        self._chains = [KeyChain(block_size, bigram=bigram, cache_salt=salt) for block_size, bigram in variants]
+        self._keys = [b""] * len(variants)
+        if prompt.add_special_tokens:
+            self._keys = [chain.extend(keyer.pieces.before) for chain in self._chains]
         self._probed = [0] * len(variants)  # keys in bytes that the probe has seen
-        self._ends = pieces.ends(self._text, self._pos, borders[-1] if borders else -1)
 
     @property
     def keys(self) -> Keys:
@@ -141,7 +135,52 @@ class Keying:
             },
         )
 
+    def _run_head(self, probe: Probe) -> bool:
+        """Go through the beginning of the text that is rendered already; True: no overlap goes on behind it."""
+        pieces, head = self._keyer.pieces, self._text
+        # A token that is cut off at the end of the beginning could reach back so far.
+        limit = len(head) - pieces.longest_token if pieces.is_cutting else 0
+        for end in pieces.ends(head):
+            if end > limit:
+                break
+            piece = head[self._pos : end]
+            ids = pieces.cache.get(piece)
+            self._extend(pieces.encode_piece(piece) if ids is None else ids)
+            self._pos = end
+            if self._ask(probe):
+                return True
+        return False
+
+    def _open(self) -> None:
+        """The whole text is there: find the longest beginning of it that is known."""
+        pieces, prefixes, text = self._keyer.pieces, self._keyer.prefixes, self._text
+        borders = pieces.last_borders(text, _LAST_BORDERS) if pieces.is_cutting else []
+        first = 0
+        if borders:
+            self._names = prefixes.names(text, borders, self._kind)
+            known = prefixes.longest(self._names)
+            if known is not None and known[0] > self._pos:
+                first = self._pos = known[0]
+                self._chains = [chain.copy() for chain in known[1].chains]
+                self._keys = list(known[1].keys)
+                self._probed = [0] * len(self._keys)
+        self._ends = pieces.ends(text, self._pos, borders[-1] if borders else -1, first)
+        self._is_open = True
+
+    def _estimated(self, rest_chars: int) -> bool:
+        tokens = self._chains[0].tokens if self._chains else 0
+        tokens += max(1, self._keyer.pieces.tokens_estimate(rest_chars + len(self._prompt.continuation)))
+        self._result = Keys(tokens, True, dict(zip(self._variants, self._keys, strict=True)))
+        return True
+
     def _run_text(self, probe: Probe | None, budget_chars: int) -> bool:
+        if not self._is_open:
+            rest = self._prompt.rest
+            if rest is not None:
+                if probe is not None and self._run_head(probe):
+                    return self._estimated(len(self._text) - self._pos + self._prompt.rest_chars)
+                self._text += "".join(rest)
+            self._open()
         pieces, text, size = self._keyer.pieces, self._text, len(self._text)
         cache = pieces.cache
         is_over = self._ask(probe)
@@ -167,12 +206,9 @@ class Keying:
         if self._saved is not None:
             self._remember(*self._saved)
             self._saved = None
-        tokens = self._chains[0].tokens if self._chains else 0
         tail_chars = len(self._prompt.continuation)
         if is_over and (self._pos < size or tail_chars):
-            tokens += max(1, pieces.tokens_estimate(size - self._pos + tail_chars))
-            self._result = Keys(tokens, True, dict(zip(self._variants, self._keys, strict=True)))
-            return True
+            return self._estimated(size - self._pos)
         if tail_chars > budget_chars:
             return False
         if self._prompt.add_special_tokens:

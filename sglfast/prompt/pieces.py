@@ -78,8 +78,8 @@ class PieceTokenizer:
     """A tokenizer that remembers pieces.
 
     is_cutting: the tokenizer keeps the theory; else every text is one piece. before, after: ids around a text with special tokens;
-    border: the added token that ends messages in the chat template, "" for none. Any thread may use it; what the estimate has learned
-    may then be a little off.
+    border: the added token that ends messages in the chat template, "" for none;
+    longest_token: characters of the longest added one. Any thread may use it; what the estimate has learned may then be a little off.
     """
 
     def __init__(self, tokenizer: Tokenizer, cache_bytes: int) -> None:
@@ -95,6 +95,7 @@ class PieceTokenizer:
         tokens = sorted((text for text, is_alone in added.items() if is_alone and text), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, tokens))) if tokens else None
         border = _message_end(tokenizer, self._added)
+        self.longest_token = max(map(len, added), default=0)
         self.border = border if _is_clean(border, list(added)) else ""
         spans_a_cut = any(_CUT.search(text) for text in added)
         self.is_cutting = tokenizer.has_pre_tokenizer and not spans_a_cut and self._keeps_theory(tokens)
@@ -135,18 +136,17 @@ class PieceTokenizer:
             start = end
         return pieces
 
-    def ends(self, text: str, start: int = 0, last_border: int = -1) -> Iterator[int]:
+    def ends(self, text: str, start: int = 0, last_border: int = -1, first: int | None = None) -> Iterator[int]:
         """Where the pieces of text[start:] end. `start` must be a cut. One pass, whatever stands in the text.
 
-        last_border: a cut that ends a piece in any case.
+        last_border: a cut that ends a piece in any case; first: the cut from which pieces grow, `start` if None.
         """
         if start < last_border:
-            yield from self._ends(text, start, last_border)
-            start = last_border
-        yield from self._ends(text, start, len(text))
+            yield from self._ends(text, start, last_border, start if first is None else first)
+            start, first = last_border, None
+        yield from self._ends(text, start, len(text), start if first is None else first)
 
-    def _ends(self, text: str, start: int, size: int) -> Iterator[int]:
-        first = start
+    def _ends(self, text: str, start: int, size: int, first: int) -> Iterator[int]:
         border = -1  # end of the first added token behind a piece of at least the shortest length
         while start < size:
             behind = start - first

@@ -13,7 +13,7 @@ Why the content format is found here: SGLang looks at the template's syntax tree
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, NoReturn
 
@@ -77,6 +77,27 @@ class ChatTemplate:
         tokens; continue_final_message: end inside the last message, after its text, so that the model goes on writing it
         (needs add_generation_prompt=False). Raises PromptError, also when the template itself refuses the conversation.
         """
+        chat = self._chat(messages, kwargs)
+        continued = ""
+        if continue_final_message:
+            if add_generation_prompt:
+                raise PromptError("continue_final_message and add_generation_prompt exclude each other")
+            continued = _mark_end(chat[-1])
+        try:
+            text = self._template.render(self._variables(kwargs), messages=chat, tools=tools, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template can raise anything: its own errors, TypeError, RecursionError ...
+            raise PromptError(f"the chat template refuses the conversation: {error}") from error
+        return _cut_at_mark(text, continued) if continue_final_message else text
+
+    def parts(self, messages: Sequence[Mapping[str, Any]], *, kwargs: Mapping[str, Any] | None = None) -> Iterator[str]:
+        """The text of `render(messages, kwargs=kwargs)` bit by bit, each rendered when it is asked for. Raises the same, when it comes."""
+        chat = self._chat(messages, kwargs)
+        try:
+            yield from self._template.generate(self._variables(kwargs), messages=chat, tools=None, add_generation_prompt=True)
+        except Exception as error:
+            raise PromptError(f"the chat template refuses the conversation: {error}") from error
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         reserved = sorted(RESERVED_KWARGS.intersection(kwargs)) if kwargs else []
         if reserved:
             raise PromptError(f"chat_template_kwargs must not contain {', '.join(reserved)}")
@@ -85,18 +106,10 @@ class ChatTemplate:
         if not all(isinstance(message, Mapping) for message in messages):
             raise PromptError("every message must be an object")
         # Clients write `"content": null`; templates expect a missing key instead.
-        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        continued = ""
-        if continue_final_message:
-            if add_generation_prompt:
-                raise PromptError("continue_final_message and add_generation_prompt exclude each other")
-            continued = _mark_end(chat[-1])
-        try:
-            variables = {"documents": None, **self._special_tokens, **(kwargs or {})}
-            text = self._template.render(variables, messages=chat, tools=tools, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template can raise anything: its own errors, TypeError, RecursionError ...
-            raise PromptError(f"the chat template refuses the conversation: {error}") from error
-        return _cut_at_mark(text, continued) if continue_final_message else text
+        return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+    def _variables(self, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {"documents": None, **self._special_tokens, **(kwargs or {})}
 
 
 class _Generation(Extension):

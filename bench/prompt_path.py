@@ -7,17 +7,22 @@ nobody owns anything. JSON is parsed by both and counted by neither; render is c
 best of many, because the machine is not ours alone.
 """
 
-import random
-import string
+import argparse
+import inspect
+import tarfile
 import time
+import typing
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
 
 from sglfast import shm
 from sglfast._blockhash import kernel
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast.prompt.keys import PromptReader, RequestKind
 from sglfast.prompt.lazy import LazyKeyer
-from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer, single_token_words
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 
 VARIANTS = ((64, False),)
 CHARS, MESSAGES = 32_768, 20
@@ -35,18 +40,19 @@ def best_us(call: Callable[[int], object], times: int) -> float:
     return found * 1e6
 
 
-def conversation(kind: str, number: int, newest: str) -> Messages:
+def source(kind: str) -> str:
+    """Text to talk about: Python's own documentation, or its own code."""
+    if kind == "prose":
+        return "".join(topics.values())
+    return "".join(Path(module.__file__ or "").read_text() for module in (argparse, typing, inspect, tarfile, zipfile))
+
+
+def conversation(text: str, number: int, newest: str) -> Messages:
     """MESSAGES messages of CHARS characters together; another conversation for another number."""
-    rng = random.Random(number)
-    words = single_token_words(load_tokenizer(DEMO_TOKENIZER_PATH)) if kind == "prose" else []
-    messages: Messages = []
-    for n in range(MESSAGES - 1):
-        size = CHARS // (MESSAGES - 1)
-        if kind == "prose":
-            text = " ".join(rng.choice(words) for _ in range(size))[:size]
-        else:
-            text = "".join(rng.choice(string.ascii_letters + "  \n(){}._=") for _ in range(size))
-        messages.append({"role": "user" if n % 2 == 0 else "assistant", "content": text})
+    size = CHARS // (MESSAGES - 1)
+    begin = number * 4999
+    turns = (text[begin + n * size : begin + (n + 1) * size] for n in range(MESSAGES - 1))
+    messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
     return [*messages, {"role": "user", "content": newest}]
 
 
@@ -57,8 +63,9 @@ def main() -> None:
     reader = PromptReader(tokenizer)
     print(f"page 64, SHA-256 kernel {kernel()}; microseconds\n")
     print(f"{'text':8}{'tokens':>8}{'plain':>10}{'render':>8}{'seen':>8}{'cold':>8}{'plain/seen':>12}{'plain/cold':>12}")
-    for kind in ("prose", "noise"):
-        base = conversation(kind, 0, "")[:-1]
+    for kind in ("prose", "code"):
+        text = source(kind)
+        base = conversation(text, 0, "")[:-1]
 
         def body(messages: Messages) -> dict[str, Messages]:
             return {"messages": messages}
@@ -80,7 +87,7 @@ def main() -> None:
         plain_us = best_us(plain, 20)
         render_us = best_us(lambda _, base=base: reader.text_of(RequestKind.CHAT, body(base)), 200)  # type: ignore[misc]
         writer.reset()
-        strangers = [conversation(kind, number, "and now?") for number in range(1, 60)]
+        strangers = [conversation(text, number, "and now?") for number in range(1, 60)]
         cold_us = best_us(lambda number, them=strangers: lazy(them[number]), len(strangers))  # type: ignore[misc]
         writer.store(0, 0, keys_of(base)[1])
         lazy(base)

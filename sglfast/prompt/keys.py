@@ -11,7 +11,7 @@ Why a request has at most (n - 1) // block_size keys: SGLang computes at least t
 
 import enum
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class PromptText:
     add_special_tokens: for text, whether the model's BOS or EOS goes around it (a chat template prints its own);
     continuation: text tokenized apart and put after `text`; cache_salt: "" for none; reason: why there is neither text nor
     ids, "" else; detail: the same as a sentence, for logs.
-    rest: `text` is only the beginning, and these are the bits that follow it (they can raise PromptError); rest_chars: about how much.
+    rest: `text` is only the beginning, and this makes what follows it, once (it can raise PromptError); rest_chars: about how much.
     """
 
     text: str | None = None
@@ -49,7 +49,7 @@ class PromptText:
     cache_salt: str = ""
     reason: Reason | None = None
     detail: str = ""
-    rest: Iterator[str] | None = None
+    rest: Callable[[], str] | None = None
     rest_chars: int = 0
 
 
@@ -177,20 +177,27 @@ class PromptReader:
 
 def _head(template: ChatTemplate, given: ChatInput, head_chars: int, salt: str) -> PromptText:
     """Return a prompt whose text is rendered only as far as it is wanted at first. Without tools there is no second try."""
-    parts = template.parts(given.messages, kwargs=given.kwargs)
     text = ""
     try:
+        parts = template.parts(given.messages, kwargs=given.kwargs)
         for part in parts:
             text += part
             if len(text) >= head_chars:
                 break
         else:
             return PromptText(text=text, continuation=given.continuation, cache_salt=salt)
-    except PromptError as error:
-        raise UnkeyableError("template", str(error)) from error
+    except Exception as error:  # a template can raise anything
+        raise UnkeyableError("template", f"the chat template refuses the conversation: {error}") from error
+
+    def rest() -> str:
+        try:
+            return "".join(parts)
+        except Exception as error:
+            raise PromptError(f"the chat template refuses the conversation: {error}") from error
+
     contents = (message["content"] for message in given.messages)
     chars = sum(len(content) if isinstance(content, str) else sum(len(item.get("text", "")) for item in content) for content in contents)
-    return PromptText(text=text, continuation=given.continuation, cache_salt=salt, rest=parts, rest_chars=max(0, chars - len(text)))
+    return PromptText(text=text, continuation=given.continuation, cache_salt=salt, rest=rest, rest_chars=max(0, chars - len(text)))
 
 
 def _cache_salt(body: Mapping[str, Any]) -> str:

@@ -179,7 +179,7 @@ class Keying:
             if rest is not None:
                 if probe is not None and self._run_head(probe):
                     return self._estimated(len(self._text) - self._pos + self._prompt.rest_chars)
-                self._text += "".join(rest)
+                self._text += rest()
             self._open()
         pieces, text, size = self._keyer.pieces, self._text, len(self._text)
         cache = pieces.cache

@@ -90,12 +90,10 @@ class ChatTemplate:
         return _cut_at_mark(text, continued) if continue_final_message else text
 
     def parts(self, messages: Sequence[Mapping[str, Any]], *, kwargs: Mapping[str, Any] | None = None) -> Iterator[str]:
-        """The text of `render(messages, kwargs=kwargs)` bit by bit, each rendered when it is asked for. Raises the same, when it comes."""
-        chat = self._chat(messages, kwargs)
-        try:
-            yield from self._template.generate(self._variables(kwargs), messages=chat, tools=None, add_generation_prompt=True)
-        except Exception as error:
-            raise PromptError(f"the chat template refuses the conversation: {error}") from error
+        """The text of `render(messages, kwargs=kwargs)` bit by bit, each rendered when it is asked for; then it can raise anything."""
+        variables = self._variables(kwargs)
+        variables.update(messages=self._chat(messages, kwargs), tools=None, add_generation_prompt=True)
+        return self._template.root_render_func(self._template.new_context(variables))
 
     def _chat(self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         reserved = sorted(RESERVED_KWARGS.intersection(kwargs)) if kwargs else []

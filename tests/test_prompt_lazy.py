@@ -261,7 +261,14 @@ def test_the_budget_is_kept(counting: Counting) -> None:
     whole = plain(counting.inner, PromptText(text=text), [(64, False)])
     assert keying.keys.keys == whole.keys
     assert abs(keying.keys.tokens - whole.tokens) < 64
-    long = "x" * 5000  # no place to cut: whole, so not within the budget
+    # No place to cut: whole, so not within the budget, wherever it stands.
+    head = PromptText(text="<|im_start|>user\n" + "漢" * 5000 + "<|im_end|>" * 20, rest=lambda: "and more " * 1000)
+    counting.chars = 0
+    keying = keyer.begin(head, [(64, False)])
+    assert not keying.run(everybody, 1000)
+    assert counting.chars == 0
+    assert keying.run(nobody)
+    long = "x" * 5000
     counting.chars = 0
     keying = keyer.begin(PromptText(text=long), [(64, False)])
     assert not keying.run(everybody, 1000)

@@ -135,7 +135,7 @@ class Keying:
             },
         )
 
-    def _run_head(self, probe: Probe) -> bool:
+    def _run_head(self, probe: Probe, budget_chars: int) -> bool:
         """Go through the beginning of the text that is rendered already; True: no overlap goes on behind it."""
         pieces, head = self._keyer.pieces, self._text
         # A token that is cut off at the end of the beginning could reach back so far.
@@ -145,10 +145,17 @@ class Keying:
                 break
             piece = head[self._pos : end]
             ids = pieces.cache.get(piece)
-            self._extend(pieces.encode_piece(piece) if ids is None else ids)
+            if ids is None:
+                budget_chars -= len(piece)
+                if budget_chars < 0:
+                    break
+                ids = pieces.encode_piece(piece)
+            self._extend(ids)
             self._pos = end
             if self._ask(probe):
                 return True
+            if all(self._probed):
+                break  # somebody owns something: now what is known of the whole text may save all further steps
         return False
 
     def _open(self) -> None:
@@ -177,7 +184,7 @@ class Keying:
         if not self._is_open:
             rest = self._prompt.rest
             if rest is not None:
-                if probe is not None and self._run_head(probe):
+                if probe is not None and self._run_head(probe, budget_chars):
                     return self._estimated(len(self._text) - self._pos + self._prompt.rest_chars)
                 self._text += rest()
             self._open()

@@ -136,7 +136,10 @@ async def ask_control(address: str, path: bytes) -> tuple[int, bytes, bytes]:
             if not 0 <= size <= _METRICS_LIMIT_BYTES:
                 raise ConnectionError("control's answer has no usable length")
             body = await reader.readexactly(size)
-            return int(lines[0].split()[1]), fields.get(b"content-type", TEXT), body
+            status = int(lines[0].split()[1])
+            if status not in _STATUS_LINES:
+                raise ConnectionError(f"control's answer has the unknown status {status}")
+            return status, fields.get(b"content-type", TEXT), body
         except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError, IndexError) as error:
             raise ConnectionError(f"control's answer is broken: {error}") from error
         finally:

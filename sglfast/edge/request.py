@@ -8,6 +8,7 @@ Runs in: shards; `PromptKeyer` also in its own threads. Contract: the body is pa
 from __future__ import annotations
 
 import asyncio
+import logging
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sglfast.prompt.tokenizer import Tokenizer
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 # What the loop does itself, in about half a millisecond at worst: parse and render a body of this size (30 us) with so many objects and
 # arrays in it (2 us each), and tokenize so many characters (0.2 us each): all that a known or an unowned prompt needs. More goes to a
@@ -82,7 +84,7 @@ def model_of(body: bytes) -> str | None:
     """The `model` of a JSON body; None when it has none or is no JSON object. Skips all else without making objects."""
     try:
         return _decode_model(body).model
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # no JSON, no text, nested too deeply to be skipped
         return None
 
 
@@ -152,10 +154,10 @@ class PromptKeyer:
     def _landed(self, done: Future[T], then: Callable[[T | None], None]) -> None:
         self._waiting -= 1
         if done.cancelled():
-            then(None)
-        elif error := done.exception():
-            # A fault of ours: said aloud, and the request goes its way without what the thread was to find.
-            self._loop.call_exception_handler({"message": "the tokenizer's thread failed", "exception": error})
+            return  # the shard stops
+        if error := done.exception():
+            # Its text may quote a prompt, so only its kind is told.
+            _log.error("the tokenizer's thread failed", extra={"fields": {"error": type(error).__name__}})
             then(None)
         else:
             then(done.result())
@@ -170,6 +172,8 @@ class PromptKeyer:
             return Facts(0, {}, "the body is no JSON")
         except PromptError as error:
             return Facts(0, {}, str(error))
+        except Exception as error:
+            return _unread(error)
 
     def _run(self, keying: Keying, probe: Probe | None, budget_chars: int) -> Facts | None:
         try:
@@ -177,6 +181,8 @@ class PromptKeyer:
                 return None
         except PromptError as error:
             return Facts(0, {}, str(error))
+        except Exception as error:
+            return _unread(error)
         keys = keying.keys
         return Facts(keys.tokens, keys.keys, is_estimated=keys.is_estimated)
 
@@ -194,3 +200,10 @@ class PromptKeyer:
 
 
 _FAILED = Facts(0, {}, "the tokenizer failed")
+
+
+def _unread(error: Exception) -> Facts:
+    """Whatever it is, the request must go on."""
+    # Its text may quote the prompt, so only its kind is told.
+    _log.error("a prompt could not be read, routed by load", extra={"fields": {"error": type(error).__name__}})
+    return Facts(0, {}, "the prompt could not be read")

@@ -91,7 +91,7 @@ def _guarded(work: Work, keyer: PromptKeyer, body: bytes, is_ours: Callable[[str
         return work(keyer, body, is_ours)
     except msgspec.ValidationError as error:
         return errors.UNPROCESSABLE, f"the body does not have the fields of this path: {error}"
-    except (msgspec.DecodeError, orjson.JSONDecodeError) as error:
+    except (msgspec.DecodeError, orjson.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         return errors.BAD_REQUEST, f"the body is no JSON: {error}"
     except errors.PromptError as error:
         return errors.BAD_REQUEST, str(error)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sglfast.errors import ConfigError
 from sglfast.load.client import LoadClient
@@ -79,7 +80,7 @@ def show(explanation: dict[str, Any], console: Console) -> None:
     if explanation["unkeyed_because"]:
         prompt = f"not compared with KV caches: {explanation['unkeyed_because']}"
     console.print(f"model {explanation['model']}, policy {explanation['policy']}; prompt: {prompt}", highlight=False)
-    table = Table("worker", "rank", "overlap", "device/host/disk", "requests", "tokens", "score", "why")
+    table = Table(Column("worker", no_wrap=True), "rank", "overlap", "dev/host/disk", "requests", "tokens", "score", box=box.SIMPLE_HEAD)
     choice = explanation["choice"]["worker"]
     for row in sorted(explanation["candidates"], key=lambda row: (row["worker"] != choice, not row["eligible"], -row["overlap_blocks"])):
         tiers = row["overlap_blocks_by_tier"]
@@ -92,7 +93,9 @@ def show(explanation: dict[str, Any], console: Console) -> None:
             str(row["load"]["requests"]),
             str(row["load"]["tokens"]),
             score,
-            row["why"],
             style=None if row["eligible"] else "dim",
         )
     console.print(table)
+    for row in explanation["candidates"]:
+        if row["worker"] == choice or not row["eligible"]:
+            console.print(f"{row['worker']} {row['why']}", highlight=False, soft_wrap=True)

@@ -1,0 +1,400 @@
+"""sglfast._counters: columns and their sums, dead shards, histograms, loads and ties, rank rows, bad indexes."""
+
+import array
+import collections
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from shared_memory import Words, forked, shared_segment
+
+from sglfast import _counters as c
+from sglfast import shm
+from sglfast._counters import Column, Loads, RankTable, Totals
+from sglfast._segment import Segment
+
+# Position = word in shared memory: metrics and other processes know it by value.
+FROZEN = {
+    "W_INFLIGHT_REQUESTS": 0, "W_INFLIGHT_TOKENS": 1, "W_CONNECTIONS": 2, "W_REQUESTS": 3, "W_OK": 4, "W_CLIENT_ERRORS": 5,
+    "W_BUSY": 6, "W_ERRORS": 7, "W_CANCELLED": 8, "W_BYTES_OUT": 9, "W_PROMPT_BLOCKS": 10, "W_OVERLAP_BLOCKS": 11,
+    "W_CONNECT_ERRORS": 12, "W_PARITY_EXACT": 13, "W_PARITY_HIGH": 14, "W_PARITY_LOW": 15,
+    "S_CONNECTIONS": 0, "S_INFLIGHT": 1, "S_CONNECTIONS_TOTAL": 2, "S_REQUESTS": 3, "S_BYTES_IN": 4, "S_BYTES_OUT": 5,
+    "S_UPSTREAM_CONNECTS": 6, "S_RESENDS": 8, "S_CLIENT_GONE": 9, "S_STREAMS_CUT": 10, "S_RESPONSES_2XX": 11,
+    "S_RESPONSES_3XX": 12, "S_RESPONSES_4XX": 13, "S_RESPONSES_5XX": 14, "S_UNUSUAL_HEADS": 15, "S_PROMPTS_KEYED": 16,
+    "S_PROMPTS_UNKEYED": 17, "S_PROMPT_TOKENS": 18, "S_DECISIONS": 32, "S_REASONS": 64, "S_TTFT": 128, "S_DURATION": 160,
+    "R_STATE": 0, "R_LAST_SEQ": 1, "R_BATCHES": 2, "R_EVENTS": 3, "R_BLOCKS_STORED": 4, "R_BLOCKS_REMOVED": 5, "R_GAPS": 6,
+    "R_DUPLICATES": 7, "R_RESTARTS": 8, "R_UNDECODED": 9, "R_REPLAYS": 10, "R_GIVE_UPS": 11, "R_OWNED_BLOCKS": 12,
+    "R_LAST_EVENT_MS": 13, "R_REASON": 14, "R_GENERATION": 15,
+    "RANK_BLIND": 0, "RANK_SYNCING": 1, "RANK_EXACT": 2, "RANK_DEGRADED": 3,
+}  # fmt: skip
+SHARD_WORDS, WORKER_WORDS, RANK_WORDS = 512, 16, 16
+Z = 6.0  # standard deviations that a random count may be off: one run in a billion
+
+
+def test_the_words_are_frozen() -> None:
+    assert {name: getattr(c, name) for name in FROZEN} == FROZEN
+    numbers = {name: value for name, value in vars(c).items() if name[:2] in ("W_", "S_", "R_") or name.startswith("RANK_")}
+    assert set(numbers) == set(FROZEN), "a new word is added to this list too"
+    assert len({value for name, value in numbers.items() if name.startswith("W_")}) == WORKER_WORDS
+    # Nothing overlaps: 16 decisions, 64 reasons, 25 buckets and 2 words of each histogram.
+    spans = [(c.S_DECISIONS, 16), (c.S_REASONS, 64), (c.S_TTFT, 27), (c.S_DURATION, 27)]
+    singles = [value for name, value in numbers.items() if name.startswith("S_") and value < c.S_DECISIONS]
+    used = [word for start, size in spans for word in range(start, start + size)] + singles
+    assert len(used) == len(set(used)) <= max(used) < SHARD_WORDS
+
+
+# ---- requests of a shard ----
+
+
+def test_a_request_s_life() -> None:
+    with shared_segment() as (fd, segment):
+        column, totals, loads = Column(segment, 1), Totals(shm.attach(fd)), Loads(segment)
+        column.begin(2, 500, 3)
+        column.begin(2, 40, 3)
+        column.begin(0, 7, 16)  # no such decision: the request counts, the decision does not
+        assert (loads.requests(2), loads.tokens(2), loads.requests(0), loads.tokens(0)) == (2, 540, 1, 7)
+        shard = totals.shard()
+        assert (shard[c.S_INFLIGHT], shard[c.S_REQUESTS]) == (3, 3)
+        assert shard[c.S_DECISIONS : c.S_DECISIONS + 16] == [0, 0, 0, 2] + [0] * 12
+        assert shard[c.S_DECISIONS + 16 : c.S_REASONS] == [0] * 16
+        column.prefilled(2, 500)
+        assert (loads.requests(2), loads.tokens(2)) == (2, 40)
+        column.end(2, 0, c.W_OK, 1234)
+        column.end(2, 40, c.W_CANCELLED, 6)
+        column.end(0, 7, c.W_BUSY, 0)
+        assert (loads.requests(2), loads.tokens(2), loads.requests(0), loads.tokens(0)) == (0, 0, 0, 0)
+        shard, worker = totals.shard(), totals.worker(2)
+        assert (shard[c.S_INFLIGHT], shard[c.S_REQUESTS], shard[c.S_BYTES_OUT]) == (0, 3, 1240)
+        done = {c.W_REQUESTS: 2, c.W_OK: 1, c.W_CANCELLED: 1, c.W_BYTES_OUT: 1240}
+        assert {word: value for word, value in enumerate(worker) if value} == done
+        assert (len(shard), len(worker)) == (SHARD_WORDS, WORKER_WORDS)
+
+
+def test_answers_are_counted_by_their_class() -> None:
+    with shared_segment() as (_, segment):
+        column = Column(segment, 0)
+        before = Totals(segment).shard()
+        for status_class in (0, 1, 6, 200, 2, 2, 3, 4, 4, 4, 5):
+            column.answered(status_class)
+        change = {word: now - then for word, (now, then) in enumerate(zip(Totals(segment).shard(), before, strict=True)) if now != then}
+        assert change == {c.S_RESPONSES_2XX: 2, c.S_RESPONSES_3XX: 1, c.S_RESPONSES_4XX: 3, c.S_RESPONSES_5XX: 1}
+
+
+def histogram(words: list[int], start: int) -> tuple[list[int], int, int]:
+    """(buckets, count, sum in microseconds)"""
+    return words[start : start + c.HISTOGRAM_BUCKETS], words[start + c.HISTOGRAM_BUCKETS], words[start + c.HISTOGRAM_BUCKETS + 1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**40), st.sampled_from([0, *c.BUCKETS_US]), st.integers(-1, 1)), max_size=30))
+def test_histograms(observations: list[tuple[int, int, int]]) -> None:
+    """Times at, just below and just above each bound; a bound belongs to its own bucket, as Prometheus's `le` says."""
+    assert list(c.BUCKETS_US) == sorted(set(c.BUCKETS_US))
+    assert len(c.BUCKETS_US) + 1 == c.HISTOGRAM_BUCKETS
+    with shared_segment() as (_, segment):
+        columns = [Column(segment, shard) for shard in range(2)]
+        times = [(free, max(0, bound + shift)) for free, bound, shift in observations]
+        for turn, (ttft_us, duration_us) in enumerate(times):
+            columns[turn % 2].observe(ttft_us, duration_us)
+        words = Totals(segment).shard()
+        for start, values in ((c.S_TTFT, [ttft for ttft, _ in times]), (c.S_DURATION, [duration for _, duration in times])):
+            buckets, count, total = histogram(words, start)
+            edges = [-1, *c.BUCKETS_US, math.inf]
+            assert buckets == [sum(low < value <= high for value in values) for low, high in itertools.pairwise(edges)]
+            assert (count, total) == (len(values), sum(values))
+        assert sum(words[: c.S_TTFT]) == 0, "nothing else was touched"
+
+
+class Ledger:
+    """Columns as dicts: (place, word) -> value, place None is the shard itself. The retired column is one of them."""
+
+    def __init__(self) -> None:
+        self.columns: dict[int, collections.Counter[tuple[int | None, int]]] = collections.defaultdict(collections.Counter)
+
+    def retire(self, shard: int) -> None:
+        for (place, word), value in self.columns.pop(shard, collections.Counter()).items():
+            if word not in (c.GAUGES_SHARD if place is None else c.GAUGES_WORKER):
+                self.columns[-1][place, word] += value
+
+    def total(self, place: int | None) -> list[int]:
+        n_words = SHARD_WORDS if place is None else WORKER_WORDS
+        return [sum(column[place, word] for column in self.columns.values()) for word in range(n_words)]
+
+
+adds = st.tuples(st.just("add"), st.integers(0, 2), st.none() | st.integers(0, 3), st.integers(0, WORKER_WORDS - 1), st.integers(0, 2**50))
+begins = st.tuples(st.just("begin"), st.integers(0, 2), st.integers(0, 3), st.integers(0, 10**6), st.integers(0, 15))
+retires = st.tuples(st.just("retire"), st.integers(0, 2), st.none(), st.just(0), st.just(0))
+
+
+@given(st.lists(st.one_of(adds, begins, retires), max_size=40))
+def test_columns_sum_and_dead_shards_fold_away(steps: list[tuple[str, int, int | None, int, int]]) -> None:
+    """Three shards count; one dies now and then: what it had in flight vanishes, what it had done stays."""
+    with shared_segment(max_shards=3, max_workers=4) as (fd, segment):
+        columns, totals, loads, ledger = [Column(segment, shard) for shard in range(3)], Totals(shm.attach(fd)), Loads(segment), Ledger()
+        for kind, shard, place, a, b in steps:
+            if kind == "add" and place is None:
+                columns[shard].add(a * 31, b)
+                ledger.columns[shard][None, a * 31] += b
+            elif kind == "add":
+                assert place is not None
+                columns[shard].add_worker(place, a, b)
+                ledger.columns[shard][place, a] += b
+            elif kind == "begin":
+                assert place is not None
+                columns[shard].begin(place, a, b)
+                for key, n in {
+                    (place, c.W_INFLIGHT_REQUESTS): 1, (place, c.W_INFLIGHT_TOKENS): a, (place, c.W_REQUESTS): 1,
+                    (None, c.S_INFLIGHT): 1, (None, c.S_REQUESTS): 1, (None, c.S_DECISIONS + b): 1,
+                }.items():  # fmt: skip
+                    ledger.columns[shard][key] += n
+            else:
+                totals.retire(shard)
+                ledger.retire(shard)
+        assert totals.shard() == ledger.total(None)
+        for worker_idx in range(4):
+            sums = totals.worker(worker_idx)
+            assert sums == ledger.total(worker_idx)
+            assert loads.requests(worker_idx) == sums[c.W_INFLIGHT_REQUESTS]
+            assert loads.tokens(worker_idx) == sums[c.W_INFLIGHT_TOKENS]
+        for shard, column in enumerate(columns):
+            assert [column.get(word) for word in range(SHARD_WORDS)] == [ledger.columns[shard][None, word] for word in range(SHARD_WORDS)]
+
+
+def test_a_killed_shard_leaves_nothing_in_flight() -> None:
+    """A process that dies in the middle of requests: its share of the load is folded out, its totals stay."""
+    with shared_segment(max_shards=2) as (fd, segment):
+        mine, loads, totals = Column(segment, 1), Loads(segment), Totals(segment)
+        mine.begin(0, 10, 0)
+
+        def shard() -> None:
+            column = Column(shm.attach(fd), 0)
+            column.add(c.S_CONNECTIONS, 5)
+            while True:
+                column.begin(0, 100, 1)
+                column.begin(3, 100, 1)
+                column.end(3, 100, c.W_OK, 10)
+
+        with forked(shard) as process:
+            deadline = time.monotonic() + 20
+            while totals.shard()[c.S_REQUESTS] < 1000:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+            process.kill()
+        before = totals.shard(), totals.worker(0), totals.worker(3)
+        assert loads.requests(0) > 500
+        totals.retire(0)
+        after = totals.shard(), totals.worker(0), totals.worker(3)
+        assert (loads.requests(0), loads.tokens(0), loads.requests(3)) == (1, 10, 0)
+        assert (after[0][c.S_INFLIGHT], after[0][c.S_CONNECTIONS]) == (1, 0)
+        for then, now, gauges in zip(before, after, (c.GAUGES_SHARD, c.GAUGES_WORKER, c.GAUGES_WORKER), strict=True):
+            assert {word for word, (was, is_now) in enumerate(zip(then, now, strict=True)) if was != is_now} <= set(gauges)
+        totals.retire(0)
+        assert (totals.shard(), totals.worker(0), totals.worker(3)) == after, "a retired column is empty"
+
+
+def test_shards_count_at_the_same_time() -> None:
+    """Each process writes its own column: no count is lost, and sums that are read meanwhile never go back or beyond."""
+    each = 200_000
+    with shared_segment(max_shards=3) as (fd, segment):
+
+        def shard(number: int) -> int:
+            column = Column(shm.attach(fd), number)
+            for _ in range(each):
+                column.begin(1, 3, 2)
+                column.end(1, 3, c.W_OK, 2)
+            return column.get(c.S_REQUESTS)
+
+        totals, loads, last = Totals(segment), Loads(segment), 0
+        with forked(lambda: shard(0)) as a, forked(lambda: shard(1)) as b, forked(lambda: shard(2)) as third:
+            deadline = time.monotonic() + 30
+            while last < 3 * each:
+                assert time.monotonic() < deadline
+                now = totals.shard()[c.S_REQUESTS]
+                assert last <= now <= 3 * each
+                assert 0 <= loads.requests(1) <= 3
+                last = now
+            assert [process.result() for process in (a, b, third)] == [each] * 3
+        worker = totals.worker(1)
+        assert (worker[c.W_REQUESTS], worker[c.W_OK], worker[c.W_BYTES_OUT]) == (3 * each, 3 * each, 6 * each)
+        assert (worker[c.W_INFLIGHT_REQUESTS], worker[c.W_INFLIGHT_TOKENS]) == (0, 0)
+
+
+# ---- loads and ties ----
+
+
+def loaded(segment: Segment, requests: list[int], tokens: int = 10) -> Loads:
+    """Worker i has requests[i] in flight, spread over the shards, with `tokens` tokens each."""
+    columns = [Column(segment, shard) for shard in range(segment.max_shards)]
+    for worker_idx, n in enumerate(requests):
+        for turn in range(n):
+            columns[turn % len(columns)].begin(worker_idx, tokens, 0)
+    return Loads(segment)
+
+
+def pool(*worker_idxs: int) -> "array.array[int]":
+    return array.array("i", worker_idxs)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.data())
+def test_least_and_span(requests: list[int], data: st.DataObject) -> None:
+    with shared_segment(max_workers=8, max_shards=3) as (_, segment):
+        loads = loaded(segment, requests)
+        chosen = data.draw(st.lists(st.integers(0, len(requests) - 1), min_size=1, max_size=8))
+        of_pool = [requests[idx] for idx in chosen]
+        for word, unit in ((c.W_INFLIGHT_REQUESTS, 1), (c.W_INFLIGHT_TOKENS, 10)):
+            position, load = loads.least(pool(*chosen), word)
+            assert load == min(of_pool) * unit == requests[chosen[position]] * unit
+            assert loads.span(pool(*chosen), word) == (min(of_pool) * unit, max(of_pool) * unit)
+        position = loads.lighter_of_two(pool(*chosen))
+        assert len(chosen) == 1 or of_pool.count(max(of_pool)) > 1 or of_pool[position] < max(of_pool), "the heaviest alone never wins"
+        assert [loads.requests(idx) for idx in range(len(requests))] == requests
+        assert [loads.tokens(idx) for idx in range(len(requests))] == [n * 10 for n in requests]
+
+
+def assert_even(counts: collections.Counter[int], of: list[int], draws: int) -> None:
+    assert set(counts) <= set(of)
+    share = 1 / len(of)
+    margin = Z * math.sqrt(draws * share * (1 - share))
+    assert all(abs(counts[position] - draws * share) <= margin for position in of), counts
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_ties_are_broken_evenly(n: int) -> None:
+    draws = 20_000
+    with shared_segment(max_workers=16) as (_, segment):
+        loads = loaded(segment, [5] + [2] * n + [3])
+        workers = pool(*range(n + 2))
+        assert_even(collections.Counter(loads.least(workers)[0] for _ in range(draws)), list(range(1, n + 1)), draws)
+        equal = pool(*range(1, n + 1))
+        assert_even(collections.Counter(loads.lighter_of_two(equal) for _ in range(draws)), list(range(n)), draws)
+        assert_even(collections.Counter(loads.random_below(n) for _ in range(draws)), list(range(n)), draws)
+
+
+def test_lighter_of_two_draws_all_pairs() -> None:
+    """With loads 0, 1, 2, 3 the position of load i wins when the other drawn is heavier: 3, 2, 1, 0 of 6 pairs."""
+    draws = 20_000
+    with shared_segment() as (_, segment):
+        loads = loaded(segment, [2, 0, 3, 1])
+        counts = collections.Counter(loads.lighter_of_two(pool(0, 1, 2, 3)) for _ in range(draws))
+        for position, wins in ((1, 3), (3, 2), (0, 1), (2, 0)):
+            share = wins / 6
+            assert abs(counts[position] - draws * share) <= Z * math.sqrt(draws * share * (1 - share))
+
+
+def test_processes_draw_different_numbers() -> None:
+    with shared_segment() as (_, segment):
+        draws = {tuple(Loads(segment).random_below(1 << 31) for _ in range(4)) for _ in range(20)}
+        assert len(draws) == 20
+
+
+def test_random_below_has_the_range_it_says() -> None:
+    with shared_segment() as (_, segment):
+        loads = Loads(segment)
+        assert {loads.random_below(1) for _ in range(100)} == {0}
+        top = 2**32 - 1
+        highest = max(loads.random_below(top) for _ in range(1000))
+        assert top * 0.9 < highest < top
+        for n in (0, 2**32, 2**63):
+            with pytest.raises(ValueError, match=rf"^n must be 1\.\.2\^32 - 1, not {n}$"):
+                loads.random_below(n)
+
+
+def test_a_sum_below_zero_is_no_load() -> None:
+    with shared_segment() as (_, segment):
+        column = Column(segment, 0)
+        column.add_worker(1, c.W_INFLIGHT_TOKENS, -5)
+        assert Loads(segment).tokens(1) == 0
+        assert Totals(segment).worker(1)[c.W_INFLIGHT_TOKENS] == -5
+
+
+@pytest.mark.parametrize("wrong", [pool(), array.array("q", [0, 1]), array.array("h", [0]), b"\0\0\0\0", bytearray(8)])
+def test_what_is_no_pool_is_refused(wrong: Any) -> None:
+    with shared_segment() as (_, segment):
+        loads = Loads(segment)
+        for pick in (loads.least, loads.span, loads.lighter_of_two):
+            with pytest.raises(ValueError, match=r"^a pool is int32 worker indexes, at least one; this one has "):
+                pick(wrong)
+
+
+@pytest.mark.parametrize("wrong", [pool(-1, -2), pool(4, 5), pool(2**31 - 1, 2**31 - 1)])
+def test_a_pool_with_unknown_workers_is_refused(wrong: Any) -> None:
+    with shared_segment(max_workers=4) as (_, segment):
+        loads = Loads(segment)
+        for pick in (loads.least, loads.span, loads.lighter_of_two):
+            with pytest.raises(IndexError, match=r"^the pool names a worker outside 0\.\.3$"):
+                pick(wrong)
+        for pick in (loads.least, loads.span):
+            with pytest.raises(IndexError, match=r"^the pool names a worker outside 0\.\.3$"):
+                pick(pool(0, 1) + wrong)
+
+
+# ---- bad indexes ----
+
+
+def test_bad_indexes_raise_and_corrupt_nothing() -> None:
+    with shared_segment(max_workers=4, max_shards=2, max_ranks=64) as (fd, segment):
+        column, loads, totals, ranks = Column(segment, 1), Loads(segment), Totals(segment), RankTable(segment)
+        column.begin(3, 9, 1)
+        before = Words(fd).memory[:]
+        of_workers: tuple[tuple[Callable[..., Any], tuple[int, ...]], ...] = (
+            (column.begin, (1, 0)), (column.prefilled, (1,)), (column.end, (1, c.W_OK, 1)), (column.add_worker, (0,)),
+            (loads.requests, ()), (loads.tokens, ()), (totals.worker, ()),
+        )  # fmt: skip
+        for worker_idx in (4, 1 << 31):
+            for method, args in of_workers:
+                with pytest.raises(IndexError, match=rf"^worker {worker_idx} is outside 0\.\.3$"):
+                    method(worker_idx, *args)
+        wrong: list[tuple[Callable[[], Any], str]] = [
+            (lambda: column.end(3, 9, 16, 1), "^no outcome word 16$"),
+            (lambda: column.add(512), "^no shard word 512$"),
+            (lambda: column.get(512), "^no shard word 512$"),
+            (lambda: column.add_worker(0, 16), "^no worker word 16$"),
+            (lambda: loads.least(pool(0), 16), "^no worker word 16$"),
+            (lambda: loads.least(pool(0), 4_000_000_000), "^no worker word 4000000000$"),
+            (lambda: loads.span(pool(0), 16), "^no worker word 16$"),
+            (lambda: totals.retire(2), r"^shard 2 is outside 0\.\.1$"),
+            (lambda: ranks.set(64, 0, 1), r"^rank 64 is outside 0\.\.63$"),
+            (lambda: ranks.set(0, 16, 1), "^no rank word 16$"),
+            (lambda: ranks.get(64, 0), r"^rank 64 is outside 0\.\.63$"),
+            (lambda: ranks.get(0, 16), "^no rank word 16$"),
+            (lambda: ranks.row(64), r"^rank 64 is outside 0\.\.63$"),
+            (lambda: ranks.clear(64), r"^rank 64 is outside 0\.\.63$"),
+        ]
+        for refused, text in wrong:
+            with pytest.raises(IndexError, match=text):
+                refused()
+        negatives: tuple[tuple[Callable[..., Any], tuple[int, ...]], ...] = (
+            (column.begin, (-1, 0, 0)), (column.begin, (0, -1, 0)), (loads.requests, (-1,)), (totals.retire, (-1,)), (ranks.clear, (-1,)),
+        )  # fmt: skip
+        for method, args in negatives:
+            with pytest.raises(OverflowError):
+                method(*args)
+        for shard in (-1, 2, 1000):
+            with pytest.raises(ValueError, match=rf"^shard {shard} is outside 0\.\.1$"):
+                Column(segment, shard)
+        assert Words(fd).memory[:] == before
+
+
+# ---- rank rows ----
+
+
+def test_rank_rows() -> None:
+    with shared_segment(max_ranks=128) as (fd, segment):
+        index, shard = RankTable(segment), RankTable(shm.attach(fd))
+        rng = random.Random(3)
+        rows = {rank: [rng.getrandbits(64) for _ in range(RANK_WORDS)] for rank in (0, 1, 64, 127)}
+        for rank, row in rows.items():
+            for word, value in enumerate(row):
+                index.set(rank, word, value)
+        for rank, row in rows.items():
+            assert shard.row(rank) == row
+            assert [shard.get(rank, word) for word in range(RANK_WORDS)] == row
+        index.clear(1)
+        assert shard.row(1) == [0] * RANK_WORDS
+        assert [shard.row(rank) for rank in (0, 64, 127)] == [rows[rank] for rank in (0, 64, 127)]
+        assert shard.row(2) == [0] * RANK_WORDS

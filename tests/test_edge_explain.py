@@ -1,0 +1,138 @@
+"""sglfast.edge.explain: what a request would get, without sending or counting it."""
+
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from edge_harness import Memory, StubTransport, run, shard_in_loop
+from raw_client import post, request
+
+from sglfast import _counters as c
+from sglfast import _workers
+from sglfast._counters import Column
+from sglfast._hashtree import DEVICE, HOST, TreeWriter
+from sglfast.edge.policy import Prompt
+from sglfast.edge.request import Facts
+from sglfast.edge.server import ClientConnection
+from sglfast.edge.shard import Shard
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
+
+ENGINES = [f"http://10.0.0.{number}:30000" for number in range(1, 5)]
+KEYS = array("Q", range(1000, 1020)).tobytes()
+HEALTH = request("GET", "/health")
+
+
+class FixedKeyer:
+    """Finds 20 blocks of 64 tokens in every body; with `is_late` when the test says so."""
+
+    def __init__(self, *, is_late: bool = False) -> None:
+        self.is_late = is_late
+        self.waiting: list[Callable[[], None]] = []
+
+    def key(self, kind: int, body: bytes, variants: object, then: Callable[[Facts], None], is_whole: bool = False) -> None:
+        facts = Facts(1300, {(64, False): KEYS})
+        if self.is_late:
+            self.waiting.append(lambda: then(facts))
+        else:
+            then(facts)
+
+
+def connected(memory: Memory, test: Callable[[Shard, ClientConnection, StubTransport], None], keyer: Any = None, **settings: Any) -> None:
+    async def inside() -> None:
+        shard = shard_in_loop(memory, keyer, **settings)
+        connection, transport = ClientConnection(shard), StubTransport()
+        connection.connection_made(transport)
+        test(shard, connection, transport)
+
+    run(inside())
+
+
+def explained(connection: ClientConnection, transport: StubTransport, body: bytes = b"{}") -> tuple[int, Any]:
+    """(status, body) of the answer to an explain request."""
+    connection.data_received(post(body, target="/explain/v1/chat/completions"))
+    head, _, found = transport.take().partition(b"\r\n\r\n")
+    assert b"content-length: %d\r\n" % len(found) in head
+    return int(head[9:12]), orjson.loads(found)
+
+
+def test_candidates_and_choice_under_cache_aware() -> None:
+    memory = Memory(ENGINES, block_size=64)
+    writer = TreeWriter(memory.segment)
+    writer.store(0, DEVICE.bit_length() - 1, KEYS[:80])
+    writer.store(1, DEVICE.bit_length() - 1, KEYS[:40])
+    writer.store(1, HOST.bit_length() - 1, KEYS[:120])
+    memory.table.set_state(3, _workers.UNHEALTHY)
+    Column(memory.segment, 0).begin(2, 100, 0, 0)
+
+    def test(shard: Shard, connection: ClientConnection, transport: StubTransport) -> None:
+        before = [memory.totals.shard(), *(memory.totals.worker(worker_idx) for worker_idx in range(4))]
+        status, found = explained(connection, transport)
+        assert status == 200
+        assert (found["model"], found["policy"], found["block_size"], found["prompt_tokens"]) == ("demo", "cache_aware", 64, 1300)
+        assert found["choice"] == {"worker": ENGINES[1], "rank": 0, "decision": "cache_hit"}
+        rows = {row["worker"]: row for row in found["candidates"]}
+        assert [rows[url]["overlap_blocks"] for url in ENGINES] == [10, 15, 0, 0]
+        assert rows[ENGINES[1]]["overlap_blocks_by_tier"] == {"device": 5, "host": 15, "disk": 0}
+        assert [rows[url]["score"] for url in ENGINES] == [1300 - 640, 1300 - 960, 1400, None]
+        assert [rows[url]["eligible"] for url in ENGINES] == [True, True, True, False]
+        assert rows[ENGINES[2]]["load"] == {"requests": 1, "tokens": 100}
+        after = [memory.totals.shard(), *(memory.totals.worker(worker_idx) for worker_idx in range(4))]
+        before[0][c.S_RESPONSES_2XX] += 1
+        assert before == after, "nothing but the answer is counted"
+
+    connected(memory, test, FixedKeyer(), policy="cache_aware", tokenizer_path=DEMO_TOKENIZER_PATH)
+
+
+def test_a_turn_of_round_robin_is_not_used_up() -> None:
+    def test(shard: Shard, connection: ClientConnection, transport: StubTransport) -> None:
+        shard.router.refresh()
+        choices = {explained(connection, transport)[1]["choice"]["worker"] for _ in range(5)}
+        assert len(choices) == 1
+        policy = shard.router.pools["demo"].policy
+        position, _ = policy.choose(
+            shard.router.pools["demo"].view, shard.loads, shard.router.look_up(shard.router.pools["demo"], Facts(0, {}))
+        )
+        assert choices == {ENGINES[position]}
+
+    connected(Memory(ENGINES), test)
+
+
+def test_refusals() -> None:
+    memory = Memory(ENGINES[:2], models=["a", "b"])
+
+    def test(shard: Shard, connection: ClientConnection, transport: StubTransport) -> None:
+        status, found = explained(connection, transport, b'{"model":"c"}')
+        assert (status, found["error"]["code"]) == (404, "model_not_found")
+        memory.table.set_state(0, _workers.UNHEALTHY)
+        status, found = explained(connection, transport, b'{"model":"a"}')
+        assert (status, found["error"]["code"]) == (503, "no_healthy_workers")
+        for path, expected in (("/explain/v1/models", 404), ("/explain", 404), ("/explain/", 404)):
+            connection.data_received(post(target=path))
+            assert int(transport.take()[9:12]) == expected
+        connection.data_received(request("GET", "/explain/generate"))
+        assert b"405 Method Not Allowed" in transport.take()
+        connection.data_received(HEALTH)
+        assert transport.take().endswith(b"OK"), "the connection goes on"
+
+    connected(memory, test)
+
+
+def test_a_late_explanation() -> None:
+    """It comes in its turn; to a client that left it comes nowhere."""
+    keyer = FixedKeyer(is_late=True)
+
+    def test(shard: Shard, connection: ClientConnection, transport: StubTransport) -> None:
+        sent = post(target="/explain/generate")
+        connection.data_received(sent + HEALTH)
+        assert transport.take() == b""
+        keyer.waiting.pop()()
+        assert transport.take().startswith(b"HTTP/1.1 200 OK\r\ncontent-type: application/json")
+        connection._go_on()
+        assert transport.take().endswith(b"OK")
+        connection.data_received(sent)
+        connection.connection_lost(None)
+        keyer.waiting.pop()()
+        assert transport.take() == b""
+
+    connected(Memory(ENGINES, block_size=64), test, keyer, policy="cache_aware", tokenizer_path=DEMO_TOKENIZER_PATH)

@@ -1,0 +1,133 @@
+"""sglfast.edge.shard: ids, the tick, what is counted and logged."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import pytest
+from edge_harness import Memory, StubTransport, run, shard_in_loop
+
+from sglfast import _counters as c
+from sglfast import _segment, errors
+from sglfast.edge import shard as shard_module
+from sglfast.edge.server import ClientConnection
+from sglfast.edge.shard import Shard
+from sglfast.errors import REASON_INDEX
+
+ENGINES = ["http://10.0.0.1:30000", "http://10.0.0.2:30000"]
+
+
+def with_shard(test: Any, **settings: Any) -> None:
+    """Run the coroutine `test(shard, memory)` in a loop."""
+    memory = Memory(ENGINES)
+
+    async def inside() -> None:
+        await test(shard_in_loop(memory, **settings), memory)
+
+    run(inside())
+
+
+def connected(shard: Shard) -> tuple[ClientConnection, StubTransport]:
+    connection, transport = ClientConnection(shard), StubTransport()
+    connection.connection_made(transport)
+    return connection, transport
+
+
+def test_request_ids_are_unique_over_shards() -> None:
+    async def test(shard: Shard, memory: Memory) -> None:
+        other = shard_in_loop(memory)
+        ids = [each.new_request_id() for each in (shard, other) for _ in range(1000)]
+        assert len(set(ids)) == 2000
+        assert all(len(one) == 32 and bytes.fromhex(one.decode()) for one in ids)
+
+    with_shard(test)
+
+
+def test_errors_are_counted_under_their_code() -> None:
+    async def test(shard: Shard, memory: Memory) -> None:
+        for number, reason in enumerate(errors.REASONS, 1):
+            for _ in range(number):
+                shard.count_error(reason)
+        words = [memory.word(c.S_REASONS + REASON_INDEX[reason.code]) for reason in errors.REASONS]
+        assert words == list(range(1, len(errors.REASONS) + 1))
+
+    with_shard(test)
+
+
+def test_the_tick_goes_on_after_an_error() -> None:
+    """A bug in what it looks at must not stop the shard's only clock."""
+
+    class Broken:
+        def tick(self, now_s: float) -> None:
+            raise RuntimeError("bug")
+
+    async def test(shard: Shard, memory: Memory) -> None:
+        failures: list[str] = []
+        shard.loop.set_exception_handler(lambda _, context: failures.append(str(context.get("exception"))))
+        broken: Any = Broken()
+        shard.clients.add(broken)
+        shard.tick()
+        await asyncio.sleep(1.3)
+        assert failures[0] == "bug"
+        assert len(failures) >= 2
+        assert shard.loop.time() - shard.now_s < 0.5
+        shard.clients.clear()
+
+    with_shard(test)
+
+
+def test_the_sweep_looks_at_clients_and_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_module, "_TICK_SECS", 0.01)
+
+    async def test(shard: Shard, memory: Memory) -> None:
+        memory.segment.process_start(1, 4711, 1000)
+        connection, transport = connected(shard)
+        shard.tick()
+        await asyncio.sleep(0.1)
+        heartbeat_ms = [value for value in memory.segment.process_info(1) if abs(value - time.time() * 1000) < 5000]
+        assert heartbeat_ms, memory.segment.process_info(1)
+        assert not transport.is_closed
+        connection.quiet_since_s -= 100  # idle for longer than the limit
+        await asyncio.sleep(0.15)
+        assert transport.is_closed
+        assert not transport.is_aborted
+
+    with_shard(test, idle_timeout_secs=50.0)
+
+
+def test_draining_drops_idle_clients_at_once_and_keeps_busy_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_module, "_TICK_SECS", 0.01)
+
+    async def test(shard: Shard, memory: Memory) -> None:
+        _, idle = connected(shard)
+        begun, half = connected(shard)
+        begun.data_received(b"GET /health HTT")
+        shard.tick()
+        await asyncio.sleep(0.03)
+        assert not idle.is_closed
+        memory.segment.state = _segment.DRAINING
+        await asyncio.sleep(0.03)
+        assert shard.is_draining
+        assert (idle.is_closed, half.is_closed) == (True, False)
+        begun.data_received(b"P/1.1\r\nhost: a\r\n\r\n")
+        assert b"\r\nconnection: close\r\n" in half.written
+        assert half.is_closed
+
+    with_shard(test)
+
+
+def test_unreachable_workers_are_logged_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(shard: Shard, memory: Memory) -> None:
+        shard.router.refresh()
+        upstream = shard.router.pools["demo"].upstreams[0]
+        for _ in range(100):
+            shard.note_unreachable(upstream, ConnectionRefusedError("no"))
+        assert len(caplog.records) == 1
+        assert caplog.records[0].levelno == logging.WARNING
+        assert caplog.records[0].fields == {"worker": ENGINES[0], "error": "no"}  # type: ignore[attr-defined]
+        shard.now_s += 5.1
+        shard.note_unreachable(upstream, TimeoutError())
+        assert caplog.records[1].fields["error"] == "TimeoutError()"  # type: ignore[attr-defined]
+
+    with_shard(test)

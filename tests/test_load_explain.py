@@ -1,0 +1,91 @@
+"""`sglfast explain` against a scripted router: the table, the raw answer, and what it says when there is none."""
+
+from typing import Any
+
+import orjson
+import pytest
+from rich.console import Console
+from test_load_client import serving
+
+from sglfast.errors import ConfigError
+from sglfast.load.explain import main, show
+
+
+def row(worker: str, **fields: Any) -> dict[str, Any]:
+    tiers = {"device": 10, "host": 2, "disk": 0}
+    base = {"worker": worker, "rank": 0, "overlap_blocks": 10, "overlap_blocks_by_tier": tiers, "load": {"requests": 3, "tokens": 70}}
+    return base | {"score": 360.0, "eligible": True, "why": "has the least work before the first token (score)"} | fields
+
+
+EXPLANATION = {
+    "model": "m",
+    "policy": "cache_aware",
+    "block_size": 64,
+    "prompt_tokens": 1000,
+    "prompt_blocks": 15,
+    "unkeyed_because": None,
+    "candidates": [
+        row("http://10.0.0.1:30000", why="was not better than the choice"),
+        row("http://10.0.0.2:30000"),
+        row("http://10.0.0.3:30000", eligible=False, score=None, why="fails its health checks"),
+    ],
+    "choice": {"worker": "http://10.0.0.2:30000", "rank": 0, "decision": "cache_hit"},
+}
+
+
+def test_the_choice_comes_first_and_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    show(EXPLANATION, Console(width=100))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if "10.0.0." in line]
+    assert rows[0].strip().startswith("* http://10.0.0.2:30000")
+    assert "10/2/0" in rows[0]
+    assert "360" in rows[0]
+    assert "http://10.0.0.2:30000 has the least work before the first token (score)" in lines
+    assert "http://10.0.0.3:30000 fails its health checks" in lines
+
+
+def test_a_prompt_that_could_not_be_compared_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    show(EXPLANATION | {"unkeyed_because": "the body is no JSON"}, Console(width=100))
+    assert "not compared with KV caches: the body is no JSON" in capsys.readouterr().out
+
+
+def test_a_body_that_is_no_json_is_refused_before_anything_is_sent() -> None:
+    with pytest.raises(ConfigError, match="no JSON"):
+        main(["{nonsense"])
+    with pytest.raises(ConfigError, match="No such file"):
+        main(["@/does/not/exist"])
+
+
+def test_no_router_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["{}", "--url", "http://127.0.0.1:9"]) == 1
+    assert "does not answer" in capsys.readouterr().err
+
+
+def http(status: str, body: bytes) -> bytes:
+    return b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (status.encode(), len(body), body)
+
+
+def test_the_body_goes_to_the_explain_path_of_the_router(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(lambda seen: [http("200 OK", orjson.dumps(EXPLANATION))]) as server:
+        assert main(['{"input_ids": [1, 2]}', "--url", server.url, "--path", "/generate"]) == 0
+        assert main(["{}", "--url", server.url, "--json"]) == 0
+    assert [(seen.path, seen.body) for seen in server.seen] == [
+        ("/explain/generate", b'{"input_ids": [1, 2]}'),
+        ("/explain/v1/chat/completions", b"{}"),
+    ]
+    out = capsys.readouterr().out
+    assert "policy cache_aware" in out
+    assert '"choice":{"worker":"http://10.0.0.2:30000"' in out
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (http("503 Service Unavailable", b'{"error":{"message":"no healthy workers"}}'), "503: no healthy workers"),
+        (http("404 Not Found", b"<html>"), "is it sglfast?"),
+    ],
+)
+def test_errors_are_told_in_one_line(answer: bytes, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(lambda seen: [answer]) as server:
+        assert main(["{}", "--url", server.url]) == 1
+    assert said in capsys.readouterr().err

@@ -7,11 +7,13 @@ Contract: key i is the first 8 bytes, as a big-endian number, of digest i; diges
     bigram each unit is an id and its successor; a page that holds an id of 2^32 or more is the byte 0xff and all its ids as
     8 bytes. Ids behind the last full page are not looked at. The GIL is held: 8192 tokens take some 30 microseconds.
 
-Why chain on the whole digest: a key alone (8 bytes) cannot continue a chain; so all keys are made from the root on.
+Why chain on the whole digest: a key alone (8 bytes) cannot continue a chain; so all keys are made from the root on, or by a
+    KeyChain, which keeps the digest and the ids behind the last full page. A KeyChain must not be shared between threads.
 """
 
 import os
 
+cimport cython
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -68,6 +70,82 @@ def page_keys(tokens, Py_ssize_t page_size, *, bint bigram=False, Py_ssize_t max
     return _keys_of_sequence(tokens, page_size, bigram, max_pages, cache_salt)
 
 
+@cython.final
+cdef class KeyChain:
+    """The chain of one text that becomes known bit by bit; see the stub."""
+
+    cdef readonly Py_ssize_t page_size
+    cdef readonly bint bigram
+    cdef readonly Py_ssize_t tokens
+    cdef readonly Py_ssize_t pages
+    cdef bint has_prior
+    cdef uint8_t digest[32]
+    cdef Py_ssize_t n_waiting  # ids behind the last full page; with bigram also that page's last id, which begins the next
+    cdef uint8_t *waiting      # room for one page of ids (and one more for bigram), then scratch for one page of pairs
+
+    def __cinit__(self, Py_ssize_t page_size, *, bint bigram=False, bytes cache_salt not None=b""):
+        if page_size < 1 or page_size > 1 << 24:
+            raise ValueError(f"page_size must be from 1 to 2**24 tokens, not {page_size}")
+        self.page_size = page_size
+        self.bigram = bigram
+        self.waiting = <uint8_t *> PyMem_RawMalloc(4 * (page_size + 1) + 8 * page_size)
+        if self.waiting == NULL:
+            raise MemoryError
+        self.has_prior = _salt_digest(cache_salt, self.digest)
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.waiting)
+
+    def copy(self):
+        cdef KeyChain other = KeyChain(self.page_size, bigram=self.bigram)
+        other.tokens = self.tokens
+        other.pages = self.pages
+        other.has_prior = self.has_prior
+        other.n_waiting = self.n_waiting
+        memcpy(other.digest, self.digest, 32)
+        memcpy(other.waiting, self.waiting, 4 * self.n_waiting)
+        return other
+
+    def extend(self, tokens):
+        cdef Py_buffer view
+        _open_uint32(tokens, &view)
+        try:
+            return self._extend(<const uint8_t *> view.buf, view.len // 4)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef bytes _extend(self, const uint8_t *ids, Py_ssize_t count):
+        cdef Py_ssize_t full = self.page_size + self.bigram, taken = 0, pages
+        cdef uint8_t *scratch = self.waiting + 4 * (self.page_size + 1)
+        cdef bytes keys
+        cdef char *out
+        self.tokens += count
+        if self.n_waiting + count < full:
+            memcpy(self.waiting + 4 * self.n_waiting, ids, 4 * count)
+            self.n_waiting += count
+            return b""
+        pages = (self.n_waiting + count - self.bigram) // self.page_size
+        keys = PyBytes_FromStringAndSize(NULL, pages * sizeof(uint64_t))
+        out = PyBytes_AS_STRING(keys)
+        self.pages += pages
+        if self.n_waiting:
+            # Complete the page that began before where it waits. The others are hashed where they lie.
+            taken = full - self.n_waiting
+            memcpy(self.waiting + 4 * self.n_waiting, ids, 4 * taken)
+            _chain_narrow(self.waiting, self.page_size, self.bigram, 1, self.has_prior, self.digest, scratch, out)
+            self.has_prior = True
+            out += sizeof(uint64_t)
+            pages -= 1
+            taken -= self.bigram  # the last id of a page of pairs begins the next one
+        if pages:
+            _chain_narrow(ids + 4 * taken, self.page_size, self.bigram, pages, self.has_prior, self.digest, scratch, out)
+            self.has_prior = True
+            taken += pages * self.page_size
+        self.n_waiting = count - taken
+        memcpy(self.waiting, ids + 4 * taken, 4 * self.n_waiting)
+        return keys
+
+
 cdef inline Py_ssize_t _pages(Py_ssize_t tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages) noexcept nogil:
     cdef Py_ssize_t units = tokens - 1 if bigram and tokens else tokens
     cdef Py_ssize_t pages = units // page_size
@@ -77,22 +155,30 @@ cdef inline Py_ssize_t _pages(Py_ssize_t tokens, Py_ssize_t page_size, bint bigr
 cdef _keys_of_buffer(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages, bytes cache_salt):
     """Hash the buffer where it lies. It may be misaligned: its bytes are only ever copied or fed to SHA-256."""
     cdef Py_buffer view
+    _open_uint32(tokens, &view)
     try:
-        PyObject_GetBuffer(tokens, &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
-    except BufferError as error:
-        raise ValueError(f"a buffer of token ids must be contiguous: {error}") from error
-    try:
-        if view.ndim != 1 or view.itemsize != 4 or not _is_uint32(view.format):
-            raise ValueError(
-                f"a buffer of token ids must be one-dimensional uint32, not {view.ndim}-dimensional of format "
-                f"{'B' if view.format == NULL else view.format.decode()!r}"
-            )
         return _chain(
             <const uint8_t *> view.buf, 4, page_size, bigram,
             _pages(view.len // 4, page_size, bigram, max_pages), cache_salt
         )
     finally:
         PyBuffer_Release(&view)
+
+
+cdef int _open_uint32(tokens, Py_buffer *view) except -1:
+    """Open a buffer of ids, which the caller must release. Raises ValueError, then there is nothing to release."""
+    try:
+        PyObject_GetBuffer(tokens, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+    except BufferError as error:
+        raise ValueError(f"a buffer of token ids must be contiguous: {error}") from error
+    if view.ndim == 1 and view.itemsize == 4 and _is_uint32(view.format):
+        return 0
+    cdef object text = (
+        f"a buffer of token ids must be one-dimensional uint32, not {view.ndim}-dimensional of format "
+        f"{'B' if view.format == NULL else view.format.decode()!r}"
+    )
+    PyBuffer_Release(view)
+    raise ValueError(text)
 
 
 cdef bint _is_uint32(const char *format) noexcept:

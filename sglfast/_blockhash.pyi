@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import final
 
 from _typeshed import ReadableBuffer
 
@@ -22,3 +23,28 @@ def page_keys(
     Raises ValueError: page_size below 1, an id below 0 or above 2**64 - 1, a buffer of another kind;
     TypeError: an id that is no int. Format: spec/kv_events.md 2.1-2.3.
     """
+
+@final
+class KeyChain:
+    """`page_keys` of a text whose tokens become known bit by bit: each token is hashed once.
+
+    tokens, pages: how many of each so far. Raises ValueError: page_size below 1 or above 2**24. Of one thread at a time.
+    """
+
+    @property
+    def page_size(self) -> int: ...
+    @property
+    def bigram(self) -> bool: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def pages(self) -> int: ...
+    def __new__(cls, page_size: int, *, bigram: bool = False, cache_salt: bytes = b"") -> KeyChain: ...
+    def extend(self, tokens: ReadableBuffer) -> bytes:
+        """Go on with `tokens`, a contiguous buffer of uint32; return the keys of the pages that are full now and were not before.
+
+        Raises ValueError for a buffer of another kind, then nothing has changed.
+        """
+
+    def copy(self) -> KeyChain:
+        """Return a chain that goes on from here by itself."""

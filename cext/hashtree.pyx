@@ -428,6 +428,26 @@ cdef class TreeWriter:
         log.count = 0
         return gone
 
+    def owns(self, unsigned int rank, keys):
+        """One byte a key: 1 where `rank` owns the block in any tier, else 0."""
+        cdef Py_buffer view
+        cdef uint64_t i, key
+        cdef uint64_t *slot
+        cdef unsigned char *marks
+        self._check(rank)
+        PyObject_GetBuffer(keys, &view, PyBUF_SIMPLE)
+        try:
+            if view.len & 7:
+                raise ValueError(f"keys must be whole 8-byte words, not {view.len} bytes")
+            owned = bytearray(view.len >> 3)
+            marks = owned
+            for i in range(<uint64_t>view.len >> 3):
+                slot = sf_find(&self.table, sf_key((<const uint64_t *>view.buf)[i]))
+                marks[i] = slot != NULL and _sf_load(slot) != 0 and slot_has(slot, self.table.words, rank, 7)
+            return bytes(owned)
+        finally:
+            PyBuffer_Release(&view)
+
     def owned_blocks(self, unsigned int rank):
         """Blocks that `rank` owns in any tier."""
         self._check(rank)

@@ -63,6 +63,10 @@ class ServeConfig:
         32, "cache is ignored when in-flight requests of workers differ by more than this ...", group="routing", low=0
     )
     balance_rel_threshold: float = _setting(1.1, "... and the busiest has more than this times the idlest", group="routing", low=1.0)
+    key_route: str = _setting(
+        "auto", "how block keys are made: sha256 = the engine's own chain (SGLang from 0.5.6 on), tokens = ours, from the token ids in its "
+        "events (any engine); auto = by what the worker says of itself", group="routing", choices=("auto", "sha256", "tokens"),
+    )  # fmt: skip
     kv_index_blocks: int = _setting(
         2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", group="routing",
         low=1024, high=1 << 32,

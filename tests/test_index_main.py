@@ -122,7 +122,7 @@ def test_follows_workers_as_they_come_and_go(house: House) -> None:
     control.table.set_state(0, FREE)
     assert index.sync()
     assert (control.overlap(0, 1), control.overlap(7, 2)) == (0, 4)
-    assert control.ranks.row(0) == [0] * 16
+    assert control.ranks.row(0) == [0] * 32
     house.wait_exact(7, 2, two)
 
 

@@ -103,7 +103,15 @@ class Index:
                                     endpoint.port_base + worker_rank)  # fmt: skip
                 continue
             log = logging.LoggerAdapter(self._log, {"fields": {"worker": view.record.url, "rank": worker_rank}})
-            index = RankIndex(self._tree, rank, block_size=view.block_size, is_bigram=view.bigram, log=log)
+            index = RankIndex(
+                self._tree,
+                rank,
+                block_size=view.block_size,
+                is_bigram=view.bigram,
+                log=log,
+                key_route=view.key_route,
+                model=view.record.model or "",
+            )
             endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode())
             subscriber = Subscriber(self._context, endpoints, index, self._ranks, generation=view.generation, log=log, limits=self._limits)
             subscriber.start()
@@ -147,7 +155,10 @@ def _endpoint_of(view: WorkerView) -> KvEndpoint | None:
 
 def _stream_of(view: WorkerView) -> tuple[object, ...]:
     """What makes a worker's event streams the ones we follow; another start time is another engine process."""
-    return view.generation, view.rank_base, view.bigram, view.record.startup_time, view.dp_size, _endpoint_of(view)
+    # The model's name is in the token route's keys; on the SHA route it may become known later without harm.
+    model = view.record.model if view.key_route == "tokens" else None
+    place = view.generation, view.rank_base, view.dp_size
+    return *place, view.bigram, view.record.startup_time, _endpoint_of(view), view.key_route, model
 
 
 def serve(boot: Boot, log: logging.Logger) -> None:

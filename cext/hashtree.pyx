@@ -304,6 +304,13 @@ cdef class TreeWriter:
         _sf_add(&tree.removed_total, gone)
         return gone
 
+    cdef void c_forget(self) noexcept nogil:
+        cdef uint64_t rank
+        for rank in range(self.max_ranks):
+            self.ranks[rank].count = 0
+            self.owned[rank] = 0
+        self.order.count = self.order.head = 0
+
     # ---- Python layer ----
 
     def _check(self, unsigned int rank):
@@ -314,7 +321,6 @@ cdef class TreeWriter:
 
     def reset(self):
         """Empty the whole tree: what a new index process does first, because it does not know what it missed."""
-        cdef uint64_t rank
         self._check(0)
         # Nobody ever wrote at version 0, so all is zero: do not make the kernel back it with memory.
         cdef bint is_fresh = _sf_load(&self.table.tree.version) == 0
@@ -324,10 +330,27 @@ cdef class TreeWriter:
         _sf_store(&self.table.tree.live_blocks, 0)
         sf_write_end(&self.table.tree.version)
         _sf_add(&self.table.tree.generation, 1)
-        for rank in range(self.max_ranks):
-            self.ranks[rank].count = 0
-            self.owned[rank] = 0
-        self.order.count = self.order.head = 0
+        self.c_forget()
+
+    def adopt(self):
+        """Take over what a killed writer left, repaired; returns the live blocks, or -1 when it is no sound tree (then `reset`).
+
+        Cost: one pass over all slots. The blocks' age is lost: which go first when the tree is full is any order.
+        """
+        cdef int code
+        self._check(0)
+        with nogil:
+            code = 0
+            # The version stays odd while slots are repaired, as the dead writer left it; an even one means that nothing is torn.
+            if _sf_load(&self.table.tree.version) & 1:
+                sf_write_begin(&self.table.tree.version)
+                code = repair_slots(self)
+                sf_write_end(&self.table.tree.version)
+            if code == 0:
+                code = -2 if rebuild_logs(self) else 0
+        if code == -2:
+            raise MemoryError
+        return -1 if code else self.live_blocks
 
     def store(self, unsigned int rank, unsigned int tier, keys):
         """`rank` now holds the blocks in `tier` (0 device, 1 host, 2 disk). Returns how many it did not own before."""
@@ -395,6 +418,9 @@ cdef class TreeWriter:
     @property
     def live_blocks(self):
         return _sf_load(&self.table.tree.live_blocks)
+
+
+include "treeadopt.pxi"
 
 
 cdef extern from *:

@@ -131,7 +131,7 @@ def test_wrong_types_cost_only_their_field() -> None:
         ),
         "http://h:1",
     )
-    assert facts == server_info.WorkerFacts(None, None, 4, None, None, False, None, None, None)
+    assert facts == server_info.WorkerFacts(None, None, 4, None, None, False, None, None, None, "tokens")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The index process: one per router. Follows the worker table, keeps a subscriber per rank, owns the only tree writer.
 
 Runs in: index (`python -m sglfast.index.main`, started by control with inherited descriptors, see sglfast.boot).
-Contract: it starts from an empty tree, because it cannot know what it missed, and says so when there was an index before it. Of a
-    worker that goes, or comes back with other endpoints, ranks or blocks, all ranks are cleared before their numbers are used
-    again. It ends on SIGTERM and when control is gone.
+Contract: when there was an index before it, it takes over that one's tree and says so. A rank's blocks stay, as hints, if its
+    stream is still the one that was followed; they count as exact again when the stream shows that nothing was missed
+    (index/stream), and are cleared when it shows otherwise. Ranks on the token route begin empty: the map of their engine's hashes
+    died with the process. Of a worker that goes, or comes back with other endpoints, ranks or blocks, all ranks are cleared before
+    their numbers are used again. It ends on SIGTERM and when control is gone.
 """
 
 import logging
@@ -18,13 +20,14 @@ import time
 import zmq
 
 from sglfast import _counters as words
+from sglfast._blockhash import xxh3
 from sglfast._counters import RANK_BLIND, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.boot import Boot, boot_child
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.index.stream import Limits
+from sglfast.index.stream import Limits, Resume
 from sglfast.index.subscriber import Endpoints, Subscriber
 from sglfast.logs import setup_logs
 from sglfast.shm import WorkerView, read_workers
@@ -53,12 +56,33 @@ class Index:
         self._version = -1
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.max_sockets = 64 + _SOCKETS_A_RANK * segment.max_ranks
-        was_there = TreeReader(segment).stats()["generation"] > 0
-        self._tree.writer.reset()
-        for rank in range(segment.max_ranks):
-            self._ranks.clear(rank)
-        if was_there:
-            log.warning("the KV index was lost: it starts from an empty tree, overlap comes back with the event streams")
+        # Rows of the rank table that an index process before this one left, by rank; empty after the first `sync`.
+        self._inheritance: dict[int, list[int]] = self._inherit()
+
+    def _inherit(self) -> dict[int, list[int]]:
+        was_there = TreeReader(self._segment).stats()["generation"] > 0
+        writer, n_ranks = self._tree.writer, self._segment.max_ranks
+        n_blocks = writer.adopt() if was_there else -1
+        if n_blocks < 0:
+            writer.reset()
+            for rank in range(n_ranks):
+                self._ranks.clear(rank)
+            if was_there:
+                self._log.error("the KV index of the process before this one is damaged: it starts from an empty tree")
+            return {}
+        self._log.warning("the KV index goes on with the %d blocks of the process before this one, as far as the streams allow", n_blocks)
+        return {rank: self._ranks.row(rank) for rank in range(n_ranks)}
+
+    def _resume(self, rank: int, identity: int, view: WorkerView) -> Resume | None:
+        """Where the stream was left, None when the rank begins empty (and then it is empty)."""
+        row = self._inheritance.pop(rank, None)
+        if row is None:
+            return None
+        is_same = row[words.R_STREAM] == identity and row[words.R_NEXT_SEQ] > 0
+        if is_same and view.key_route == "sha256" and row[words.R_MAPPED_BLOCKS] == 0:
+            return Resume(row[words.R_NEXT_SEQ] - 1, row[words.R_LAST_PRINT], row[words.R_LOSS])
+        self._tree.writer.clear(rank)
+        return None
 
     def sync(self) -> bool:
         """Follow the worker table; True when it had changed. Cheap when it had not."""
@@ -73,6 +97,10 @@ class Index:
                 self._followed[idx] = (view, self._followed[idx][1])
             else:
                 self._followed[idx] = (view, self._follow(view))
+        for rank in self._inheritance:  # nobody's now
+            self._tree.writer.clear(rank)
+            self._ranks.clear(rank)
+        self._inheritance = {}
         self._version = version
         return True
 
@@ -94,6 +122,7 @@ class Index:
             rank = view.rank_base + worker_rank
             live = endpoint.live_endpoint(worker_rank) if endpoint else None
             if endpoint is None or live is None:
+                self._resume(rank, 0, view)
                 self._ranks.clear(rank)
                 self._ranks.set(rank, words.R_GENERATION, view.generation)
                 self._ranks.set(rank, words.R_REASON, _PUBLISHES_NO_EVENTS)
@@ -112,8 +141,20 @@ class Index:
                 key_route=view.key_route,
                 model=view.record.model or "",
             )
+            identity = xxh3(repr((_stream_of(view), worker_rank)).encode()) or 1
+            resume = self._resume(rank, identity, view)
             endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode())
-            subscriber = Subscriber(self._context, endpoints, index, self._ranks, generation=view.generation, log=log, limits=self._limits)
+            subscriber = Subscriber(
+                self._context,
+                endpoints,
+                index,
+                self._ranks,
+                generation=view.generation,
+                log=log,
+                limits=self._limits,
+                identity=identity,
+                resume=resume,
+            )
             subscriber.start()
             subscribers.append(subscriber)
             log.info("following KV events")

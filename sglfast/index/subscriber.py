@@ -22,7 +22,7 @@ from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RankTable
 from sglfast.errors import KvEventError
 from sglfast.index.rank import RankIndex
-from sglfast.index.stream import HASH_MISMATCH, Limits, Outcome, RankStream
+from sglfast.index.stream import HASH_MISMATCH, Limits, Outcome, RankStream, Resume
 from sglfast.wire.frames import parse_live, parse_replay, replay_request
 
 _ROUND_MESSAGES = 1000
@@ -71,6 +71,8 @@ class Subscriber:
         generation: int,
         log: logging.LoggerAdapter[logging.Logger],
         limits: Limits | None = None,
+        identity: int = 0,
+        resume: Resume | None = None,
     ) -> None:
         self._context = context
         self._endpoints = endpoints
@@ -82,11 +84,14 @@ class Subscriber:
         self._dealer: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
         self._published: dict[int, int] = {}
-        self._stream = RankStream(self, has_replay=endpoints.replay is not None, limits=limits)
+        self._stream = RankStream(self, has_replay=endpoints.replay is not None, limits=limits, resume=resume)
         self._limits = limits
+        self._saved: Resume | None = None
         self._thread = threading.Thread(target=self._run, name=f"kv-rank-{index.rank}", daemon=True)
         ranks.clear(index.rank)
         ranks.set(index.rank, words.R_GENERATION, generation)
+        ranks.set(index.rank, words.R_STREAM, identity)
+        self._save()
         self.publish()
 
     def start(self) -> None:
@@ -138,6 +143,27 @@ class Subscriber:
                 self._ranks.set(index.rank, word, value)
         self._published = row
 
+    def _save(self) -> None:
+        """Note in shared memory how far the rank's blocks are, for the next index process (main.Index._inherit).
+
+        Written after the blocks: a process that dies in between leaves a tree that is ahead, and applying a batch again does no harm.
+        """
+        resume, index, ranks = self._stream.resume, self._index, self._ranks
+        if resume == self._saved or self._is_stopping.is_set():
+            return
+        self._unsave()
+        if resume is not None:
+            ranks.set(index.rank, words.R_MAPPED_BLOCKS, index.mapped_blocks)
+            ranks.set(index.rank, words.R_LAST_PRINT, resume.last_print)
+            ranks.set(index.rank, words.R_LOSS, resume.loss)
+            ranks.set(index.rank, words.R_NEXT_SEQ, resume.next_seq + 1)
+        self._saved = resume
+
+    def _unsave(self) -> None:
+        if not self._is_stopping.is_set():
+            self._ranks.set(self._index.rank, words.R_NEXT_SEQ, 0)
+            self._saved = None
+
     def publish_size(self) -> None:
         """Bring the number of owned blocks up to date, from another thread: eviction changes it without an event of this rank."""
         if not self._is_stopping.is_set():
@@ -151,6 +177,7 @@ class Subscriber:
 
     def clear(self, why: str) -> None:
         """Forget the rank's blocks and say why."""
+        self._unsave()
         n_blocks = self._index.clear()
         self._log.warning("KV events: %s; %d blocks of this rank are forgotten", why, n_blocks)
 
@@ -172,6 +199,7 @@ class Subscriber:
                 self._follow()
             except Exception:
                 self._log.exception("the KV event stream failed; it starts again in %g s with no blocks known", _RESTART_DELAY_S)
+                self._unsave()
                 self._index.clear()
                 counters = self._stream.counters
                 self._stream = RankStream(self, has_replay=self._endpoints.replay is not None, limits=self._limits)
@@ -231,6 +259,7 @@ class Subscriber:
                 self._index.note_undecoded(str(error))
                 continue
             self._stream.on_live(seq, payload, time.monotonic())
+            self._save()
         return False
 
     def _read_replay(self, dealer: zmq.Socket[bytes]) -> None:
@@ -248,8 +277,10 @@ class Subscriber:
                 continue
             if item is None:
                 self._stream.on_replay_end(time.monotonic())
+                self._save()
             else:
                 self._stream.on_replay(*item, time.monotonic())
+                self._save()
 
     def _read_notices(self, monitor: zmq.Socket[bytes]) -> list[int]:
         events = []

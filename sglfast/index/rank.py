@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from sglfast._blockhash import page_keys
 from sglfast._hashtree import TreeWriter
+from sglfast._kvdecode import CLEAR, STORE, runs
 from sglfast.errors import KvEventError
 from sglfast.index.stream import Outcome
 from sglfast.index.token_route import TokenRoute
@@ -96,6 +97,11 @@ class RankIndex:
 
     def apply(self, payload: bytes) -> Outcome:
         """Apply one batch, whatever it holds."""
+        # The check of root blocks needs their tokens, and removals the map of blocks keyed by tokens: else one pass is enough.
+        if self.has_agreed and not self._is_by_tokens and not len(self._by_tokens):
+            usual = runs(payload)
+            if usual is not None:
+                return self._apply_runs(*usual)
         try:
             batch = decode_batch(payload)
         except KvEventError as error:
@@ -134,6 +140,26 @@ class RankIndex:
             self.note_undecoded(f"{undecoded} of {n_events} events are unknown or malformed", undecoded)
             return _LOSSY
         return outcome if orphans == self._by_tokens.orphans else _LOSSY
+
+    def _apply_runs(self, n_events: int, found: list[tuple[int, int, bytes]]) -> Outcome:
+        outcome = _PLAIN
+        with self._tree.lock:
+            if self._is_retired:
+                return _PLAIN
+            writer, counters, rank = self._tree.writer, self.counters, self.rank
+            for kind, tiers, keys in found:
+                if kind == CLEAR:
+                    counters.blocks_removed += writer.clear(rank)
+                    outcome = _CLEARED
+                elif not tiers:
+                    continue
+                elif kind == STORE:
+                    counters.blocks_stored += writer.store(rank, tiers.bit_length() - 1, keys)
+                else:
+                    counters.blocks_removed += writer.remove(rank, tiers, keys)
+        counters.events += n_events
+        self.last_event_ms = time.time_ns() // 1_000_000
+        return outcome
 
     def clear(self) -> int:
         """Forget all blocks of the rank; returns how many they were."""

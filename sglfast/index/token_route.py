@@ -10,13 +10,12 @@ Of a hybrid vLLM model only the main attention's cache counts; the blocks of its
 Source: spec/kv_events.md 2.4, 2.7, 2.8; the chain itself is in sglfast._blockhash.
 """
 
-from array import array
-
 import msgspec
 
 from sglfast._blockhash import chain_seed, token_keys, xxh3
 from sglfast._hashtree import TreeWriter
 from sglfast._keymap import KeyMap
+from sglfast._kvdecode import token_ids
 from sglfast.wire.kv_events import BlockRemoved, BlockStored, decode_token_ids
 
 _MAX_SEEDS = 4096
@@ -50,7 +49,8 @@ class TokenRoute:
         if not self._is_main(event):
             return b""
         n_blocks = len(event.keys) // 8
-        units = decode_token_ids(event.token_ids)
+        packed = token_ids(event.token_ids)
+        units = decode_token_ids(event.token_ids) if packed is None else memoryview(packed).cast("I")
         if not units:
             _, keys = self._map.find(event.keys)
             self.orphans += n_blocks - len(keys) // 8
@@ -92,12 +92,16 @@ class TokenRoute:
             self._main_group = event.group_idx
         return event.group_idx == self._main_group
 
-    def _chain(self, event: BlockStored, units: list[int] | list[tuple[int, int]], parent: int) -> bytes:
+    def _chain(self, event: BlockStored, units: "list[int] | list[tuple[int, int]] | memoryview[int]", parent: int) -> bytes:
         last = units[-1]
         is_bigram = isinstance(last, tuple)
-        tokens: list[int] | array[int] = [unit[0] if isinstance(unit, tuple) else unit for unit in units] if is_bigram else units  # type: ignore[assignment]
-        if isinstance(last, tuple):
-            tokens.append(last[1])
+        tokens: list[int] | memoryview[int]
+        if isinstance(units, memoryview):
+            tokens = units
+        else:
+            tokens = [unit[0] if isinstance(unit, tuple) else unit for unit in units]
+            if isinstance(last, tuple):
+                tokens.append(last[1])
         seed = self._seed(event, is_bigram)
         extras = _extras_of(event)
         if not any(extras):

@@ -28,6 +28,8 @@ RANK_REASONS: tuple[str, ...] = (
     "the event stream is disconnected",
     "the index is being started again",
     "kept from before the index process started again, not confirmed by the event stream yet",
+    "connects its event socket to the router, which does not listen there (--kv-listen)",
+    "connects out with the topic of another worker: each needs a topic of its own",
 )
 
 # Why a worker was chosen: label `decision` of the metric; position = word after S_DECISIONS in a shard's column, so append only.
@@ -63,6 +65,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_port_base: int = 0
     kv_topic: str = ""
     kv_replay_port_base: int | None = None
+    kv_connects_out: bool = False
 
 
 class WorkerView(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from urllib.parse import urlsplit
 
 import zmq
 
@@ -26,6 +27,8 @@ from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.boot import Boot, boot_child
+from sglfast.errors import ConfigError
+from sglfast.index.listener import Listener, listen_endpoint
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.stream import Limits, Resume
 from sglfast.index.subscriber import Endpoints, Subscriber
@@ -34,18 +37,19 @@ from sglfast.shm import WorkerView, read_workers
 from sglfast.wire.server_info import KvEndpoint
 
 INDEX_SLOT = 0
-_PUBLISHES_NO_EVENTS = 1  # position in sglfast.shm.RANK_REASONS
+# Positions in sglfast.shm.RANK_REASONS.
+_PUBLISHES_NO_EVENTS, _NOT_LISTENING, _SAME_TOPIC = 1, 10, 11
 _TICK_S = 0.05
 _HEARTBEAT_S = 0.5
 _STOP_S = 1.0
-# A rank has at most a SUB, a DEALER and the two ends of a monitor, each with a descriptor or two.
-_SOCKETS_A_RANK = 4
+# A rank has at most a SUB, a DEALER, the two ends of a monitor and the two sockets of a listener, each with a descriptor or two.
+_SOCKETS_A_RANK = 6
 
 
 class Index:
     """Everything the index process owns. `sync` follows the worker table, `close` lets go of all."""
 
-    def __init__(self, segment: Segment, log: logging.Logger, limits: Limits | None = None) -> None:
+    def __init__(self, segment: Segment, log: logging.Logger, limits: Limits | None = None, kv_listen: str | None = None) -> None:
         self._segment = segment
         self._log = log
         self._limits = limits
@@ -53,6 +57,8 @@ class Index:
         self._ranks = RankTable(segment)
         self._tree = TreeLock(TreeWriter(segment))
         self._followed: dict[int, tuple[WorkerView, list[Subscriber]]] = {}
+        self._kv_listen = kv_listen
+        self._listeners: dict[str, Listener] = {}
         self._version = -1
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.max_sockets = 64 + _SOCKETS_A_RANK * segment.max_ranks
@@ -112,7 +118,11 @@ class Index:
 
     def close(self) -> None:
         """Stop all threads and close all sockets."""
-        if self._drop(list(self._followed)):
+        all_ended = self._drop(list(self._followed))
+        for listener in self._listeners.values():
+            all_ended &= listener.close(_STOP_S)
+        self._listeners = {}
+        if all_ended:
             self._context.term()
 
     def _follow(self, view: WorkerView) -> list[Subscriber]:
@@ -120,16 +130,13 @@ class Index:
         subscribers = []
         for worker_rank in range(view.dp_size):
             rank = view.rank_base + worker_rank
-            live = endpoint.live_endpoint(worker_rank) if endpoint else None
+            live, why = self._live_endpoint(view, endpoint, worker_rank)
             if endpoint is None or live is None:
                 self._resume(rank, 0, view)
                 self._ranks.clear(rank)
                 self._ranks.set(rank, words.R_GENERATION, view.generation)
-                self._ranks.set(rank, words.R_REASON, _PUBLISHES_NO_EVENTS)
+                self._ranks.set(rank, words.R_REASON, why)
                 self._ranks.set(rank, words.R_STATE, RANK_BLIND)
-                if endpoint is not None:
-                    self._log.error("rank %d of %s would publish on port %d: not followed", worker_rank, view.record.url,
-                                    endpoint.port_base + worker_rank)  # fmt: skip
                 continue
             log = logging.LoggerAdapter(self._log, {"fields": {"worker": view.record.url, "rank": worker_rank}})
             index = RankIndex(
@@ -143,7 +150,8 @@ class Index:
             )
             identity = xxh3(repr((_stream_of(view), worker_rank)).encode()) or 1
             resume = self._resume(rank, identity, view)
-            endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode())
+            is_shared = view.record.kv_connects_out
+            endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode(), is_shared)
             subscriber = Subscriber(
                 self._context,
                 endpoints,
@@ -159,6 +167,32 @@ class Index:
             subscribers.append(subscriber)
             log.info("following KV events")
         return subscribers
+
+    def _live_endpoint(self, view: WorkerView, endpoint: KvEndpoint | None, worker_rank: int) -> tuple[str | None, int]:
+        """(where to connect for a rank's live events, 0), or (None, why not: position in RANK_REASONS)."""
+        if endpoint is None:
+            return None, _PUBLISHES_NO_EVENTS
+        url, port = view.record.url, endpoint.port_base + worker_rank
+        if not view.record.kv_connects_out:
+            live = endpoint.live_endpoint(worker_rank)
+            if live is None:
+                self._log.error("rank %d of %s would publish on port %d: not followed", worker_rank, url, port)
+            return live, 0 if live else _PUBLISHES_NO_EVENTS
+        if self._kv_listen is None:
+            self._log.error("%s connects its KV events out to %s:%d: start the router with --kv-listen", url, endpoint.host, port)
+            return None, _NOT_LISTENING
+        for other, _ in self._followed.values():
+            if other.record.kv_connects_out and other.record.kv_topic == endpoint.topic:
+                self._log.error("%s and %s both connect out with topic %r: not told apart", url, other.record.url, endpoint.topic)
+                return None, _SAME_TOPIC
+        try:
+            place = listen_endpoint(self._kv_listen, worker_rank)
+            if place not in self._listeners:
+                self._listeners[place] = Listener(self._context, place, self._log)
+        except (ConfigError, zmq.ZMQError) as error:
+            self._log.error("no KV events of rank %d of %s: %s", worker_rank, url, error)
+            return None, _NOT_LISTENING
+        return self._listeners[place].inner, 0
 
     def _drop(self, worker_idxs: list[int]) -> bool:
         """Stop following workers and clear their ranks; False when a thread did not end in time."""
@@ -185,7 +219,8 @@ def _endpoint_of(view: WorkerView) -> KvEndpoint | None:
         return None
     return KvEndpoint(
         publisher="zmq",
-        host=record.kv_host,
+        # An engine that connects out names our host; what it binds itself (replay) is at its own.
+        host=(urlsplit(record.url).hostname or record.kv_host) if record.kv_connects_out else record.kv_host,
         port_base=record.kv_port_base,
         topic=record.kv_topic,
         block_size=view.block_size,
@@ -199,7 +234,7 @@ def _stream_of(view: WorkerView) -> tuple[object, ...]:
     # The model's name is in the token route's keys; on the SHA route it may become known later without harm.
     model = view.record.model if view.key_route == "tokens" else None
     place = view.generation, view.rank_base, view.dp_size
-    return *place, view.bigram, view.record.startup_time, _endpoint_of(view), view.key_route, model
+    return *place, view.bigram, view.record.startup_time, _endpoint_of(view), view.record.kv_connects_out, view.key_route, model
 
 
 def serve(boot: Boot, log: logging.Logger) -> None:
@@ -208,7 +243,7 @@ def serve(boot: Boot, log: logging.Logger) -> None:
     stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     previous = signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(stop_fd, 1))
     segment.process_start(INDEX_SLOT, os.getpid(), _now_ms())
-    index = Index(segment, log)
+    index = Index(segment, log, kv_listen=boot.config.kv_listen)
     try:
         index_loop(index, boot, stop_fd, log)
     finally:

@@ -34,11 +34,15 @@ _NOTICES = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Where a rank publishes: ZMQ endpoints (`tcp://host:port`), replay None when it is not offered, and the topic prefix."""
+    """Where a rank publishes: ZMQ endpoints (`tcp://host:port`), replay None when it is not offered, and the topic prefix.
+
+    is_shared: other workers' messages arrive there, too (index/listener); ours have exactly this topic.
+    """
 
     live: str
     replay: str | None
     topic: bytes
+    is_shared: bool = False
 
 
 def connect(source: zmq.Socket[bytes], endpoint: str) -> None:
@@ -253,6 +257,8 @@ class Subscriber:
                 frames = live.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return True
+            if self._endpoints.is_shared and frames[0] != self._endpoints.topic:
+                continue
             try:
                 seq, payload = parse_live(frames)
             except KvEventError as error:

@@ -29,7 +29,7 @@
 #include <string.h>
 
 #define SF_MAGIC UINT64_C(0x31545341464c4753) /* "SGLFAST1" in little-endian bytes */
-#define SF_LAYOUT_MAJOR 2u
+#define SF_LAYOUT_MAJOR 1u
 #define SF_LAYOUT_MINOR 0u
 #define SF_PAGE 4096u
 #define SF_TIERS 3u /* device, host, disk */

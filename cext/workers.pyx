@@ -16,6 +16,7 @@ from sf_shm cimport *
 
 FREE, JOINING, READY, UNHEALTHY, DRAINING = range(5)
 FLAG_BIGRAM = 1
+FLAG_TOKENS = 2  # block keys are made of tokens, not of the engine's hashes
 FLAG_PARITY_SHIFT = 8  # two bits: shm.PARITY_*
 BLOB_BYTES = SF_WORKER_BLOB_BYTES
 

@@ -16,7 +16,7 @@ from sglfast._blockhash import chain_seed, token_keys, xxh3
 from sglfast._hashtree import TreeWriter
 from sglfast._keymap import KeyMap
 from sglfast._kvdecode import token_ids
-from sglfast.wire.kv_events import BlockRemoved, BlockStored, decode_token_ids
+from sglfast.wire.kv_events import NIL, BlockRemoved, BlockStored, decode_token_ids
 
 _MAX_SEEDS = 4096
 _PRUNE_SLACK = 1024
@@ -103,7 +103,7 @@ class TokenRoute:
             if isinstance(last, tuple):
                 tokens.append(last[1])
         seed = self._seed(event, is_bigram)
-        extras = _extras_of(event)
+        extras = [] if event.extra_keys is NIL else _extras_of(event)
         if not any(extras):
             return token_keys(tokens, event.block_size, bigram=is_bigram, seed=seed, parent=parent)
         keys = []

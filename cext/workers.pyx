@@ -23,7 +23,7 @@ BLOB_BYTES = SF_WORKER_BLOB_BYTES
 cdef enum:
     # A write takes less than a microsecond, unless control is preempted in its middle: then spinning does not help it on.
     c_SPINS = 1000
-    c_NAPS = 100
+    c_NAPS = 1000
     c_NAP_US = 1000
 
 

@@ -63,10 +63,6 @@ class ServeConfig:
         32, "cache is ignored when in-flight requests of workers differ by more than this ...", group="routing", low=0
     )
     balance_rel_threshold: float = _setting(1.1, "... and the busiest has more than this times the idlest", group="routing", low=1.0)
-    key_route: str = _setting(
-        "auto", "how block keys are made: sha256 = the engine's own chain (SGLang from 0.5.6 on), tokens = ours, from the token ids in its "
-        "events (any engine); auto = by what the worker says of itself", group="routing", choices=("auto", "sha256", "tokens"),
-    )  # fmt: skip
     kv_listen: str | None = _setting(
         None, "where to listen for the KV events of workers that connect out, such as tcp://0.0.0.0:5557; rank r arrives at its port + r, "
         "workers are told apart by their topics", group="routing",

@@ -12,7 +12,6 @@ from sglfast import _counters as c
 from sglfast import _workers
 from sglfast._counters import Column
 from sglfast._hashtree import DEVICE, HOST, TreeWriter
-from sglfast.edge.policy import Prompt
 from sglfast.edge.request import Facts
 from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard

@@ -38,6 +38,44 @@ def page_keys_of_8192_tokens_by_64() -> Call:
     return partial(page_keys, list(range(8192)), 64)
 
 
+# ---- a chat prompt to block keys, as far as anybody owns its blocks ----
+
+
+@case
+def prompt_path_of_a_32_kb_chat_seen_but_for_its_newest_message() -> Call:
+    """Parsed body to keys: 19 messages were seen and are owned, the 20th is new to the prefixes (its piece is not, after one call)."""
+    return prompt_path(is_seen=True)
+
+
+@case
+def prompt_path_of_a_32_kb_chat_that_nobody_owns() -> Call:
+    """Parsed body to the first key, which no rank owns; nothing is remembered from call to call."""
+    return prompt_path(is_seen=False)
+
+
+def prompt_path(*, is_seen: bool) -> Call:
+    from sglfast._hashtree import TreeReader, TreeWriter
+    from sglfast.prompt.keys import PromptReader, RequestKind
+    from sglfast.prompt.lazy import LazyKeyer
+    from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
+
+    _, segment = small_segment()
+    tokenizer = load_tokenizer(DEMO_TOKENIZER_PATH)
+    reader, keyer, tree = PromptReader(tokenizer), LazyKeyer(tokenizer, (4 << 20) * is_seen), TreeReader(segment)
+    text = "for every word that was said before there is a block of tokens " * 27
+    messages = [{"role": ("user", "assistant")[n % 2], "content": f"{n} {text}"} for n in range(19)]
+    if is_seen:
+        prompt = reader.text_of(RequestKind.CHAT, {"messages": messages})
+        TreeWriter(segment).store(0, 0, reader.keys_of(reader.tokens_of(prompt), 64))
+        assert keyer.begin(prompt, ((64, False),)).run(tree.match)
+    body = {"messages": [*messages, {"role": "user", "content": "and what now?"}]}
+
+    def key() -> None:
+        assert keyer.begin(reader.text_of(RequestKind.CHAT, body, 1024), ((64, False),)).run(tree.match)
+
+    return key
+
+
 # ---- KV events ----
 
 

@@ -1,17 +1,24 @@
-"""Token ids -> block keys: the SHA-256 chain that SGLang publishes in its KV events.
+"""Token ids -> block keys: the SHA-256 chain that SGLang publishes in its KV events, and our own XXH3 chain for other engines.
 
-Runs in: shard (once per request), index (checks a rank's first root block), simulator (once per request and page).
+Runs in: shard (once per request), index (checks a rank's first root block; every block on the token route), simulator.
 
-Contract: key i is the first 8 bytes, as a big-endian number, of digest i; digest i = SHA-256(digest i-1 || page i), nothing
+SHA route (`page_keys`): key i is the first 8 bytes, as a big-endian number, of digest i; digest i = SHA-256(digest i-1 || page i), nothing
     before page 0, or the salt's digest (spec/kv_events.md 2.1-2.3). A page is its ids as 4 bytes little-endian each; with
     bigram each unit is an id and its successor; a page that holds an id of 2^32 or more is the byte 0xff and all its ids as
     8 bytes. Ids behind the last full page are not looked at. The GIL is held: 8192 tokens take some 30 microseconds.
 
-Why chain on the whole digest: a key alone (8 bytes) cannot continue a chain; so all keys are made from the root on.
+Token route (`token_keys`): key i = XXH3-64(key i-1 as 8 bytes little-endian || page i, seed), 0 before page 0, so that a chain
+    continues from any key. Page i is its ids as 4 bytes little-endian each; with bigram the ids i*P .. i*P + P, one more than P; a
+    page that holds an id of 2^32 or more is the byte 0xff and all its ids as 8 bytes. The seed (`chain_seed`) keeps models, block
+    sizes, adapters and salts apart.
+
+Why chain on the whole digest: a key alone (8 bytes) cannot continue a chain; so all keys are made from the root on, or by a
+    KeyChain, which keeps the digest and the ids behind the last full page. A KeyChain must not be shared between threads.
 """
 
 import os
 
+cimport cython
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -44,6 +51,11 @@ cdef extern from "sf_sha256.h":
     void sf_sha256_add(sf_sha256_t *s, const void *data, size_t length) noexcept nogil
     void sf_sha256_finish(sf_sha256_t *s, uint8_t *digest) noexcept nogil
 
+cdef extern from "sf_xxh3.h":
+    int SF_XXH3_SECRET_BYTES
+    void sf_xxh3_make_secret(uint8_t *secret, uint64_t seed) noexcept nogil
+    uint64_t sf_xxh3(const void *data, size_t n, uint64_t seed, const uint8_t *secret) noexcept nogil
+
 
 cdef enum Code:
     OK, NOT_AN_INT, OUT_OF_RANGE
@@ -60,12 +72,133 @@ def kernel():
     return _KERNEL
 
 
+# What one call makes keys with: SHA-256 after a salt, or XXH3 with a seed from a parent's key on.
+cdef struct chain_t:
+    bint is_sha
+    bint has_prior        # SHA-256: digest holds the digest before page 0
+    uint8_t digest[32]
+    uint64_t seed         # XXH3
+    uint64_t parent
+    uint8_t secret[192]
+
+
 def page_keys(tokens, Py_ssize_t page_size, *, bint bigram=False, Py_ssize_t max_pages=-1, bytes cache_salt not None=b""):
+    cdef chain_t chain
+    chain.is_sha = True
+    chain.has_prior = _salt_digest(cache_salt, chain.digest)
+    return _keys(tokens, page_size, bigram, max_pages, &chain)
+
+
+def token_keys(
+    tokens, Py_ssize_t page_size, *, bint bigram=False, Py_ssize_t max_pages=-1, uint64_t seed=0, uint64_t parent=0
+):
+    cdef chain_t chain
+    chain.is_sha = False
+    chain.seed = seed
+    chain.parent = parent
+    sf_xxh3_make_secret(chain.secret, seed)
+    return _keys(tokens, page_size, bigram, max_pages, &chain)
+
+
+def xxh3(data, uint64_t seed=0):
+    cdef Py_buffer view
+    cdef uint8_t secret[192]
+    cdef uint64_t value
+    PyObject_GetBuffer(data, &view, PyBUF_C_CONTIGUOUS)
+    sf_xxh3_make_secret(secret, seed)
+    value = sf_xxh3(view.buf, view.len, seed, secret)
+    PyBuffer_Release(&view)
+    return value
+
+
+def chain_seed(str model not None, unsigned int block_size, *, bint bigram=False, str lora_name not None="", str cache_salt not None=""):
+    parts = [text.encode("utf-8", "surrogatepass") for text in (model, lora_name, cache_salt)]
+    head = block_size.to_bytes(4, "little") + (b"\1" if bigram else b"\0")
+    return xxh3(head + b"".join([len(part).to_bytes(4, "little") + part for part in parts]))
+
+
+cdef _keys(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages, chain_t *chain):
     if page_size < 1:
         raise ValueError(f"page_size must be at least 1 token, not {page_size}")
     if not isinstance(tokens, (list, tuple)) and PyObject_CheckBuffer(tokens):
-        return _keys_of_buffer(tokens, page_size, bigram, max_pages, cache_salt)
-    return _keys_of_sequence(tokens, page_size, bigram, max_pages, cache_salt)
+        return _keys_of_buffer(tokens, page_size, bigram, max_pages, chain)
+    return _keys_of_sequence(tokens, page_size, bigram, max_pages, chain)
+
+
+@cython.final
+cdef class KeyChain:
+    """The chain of one text that becomes known bit by bit; see the stub."""
+
+    cdef readonly Py_ssize_t page_size
+    cdef readonly bint bigram
+    cdef readonly Py_ssize_t tokens
+    cdef readonly Py_ssize_t pages
+    cdef bint has_prior
+    cdef uint8_t digest[32]
+    cdef Py_ssize_t n_waiting  # ids behind the last full page; with bigram also that page's last id, which begins the next
+    cdef uint8_t *waiting      # room for one page of ids (and one more for bigram), then scratch for one page of pairs
+
+    def __cinit__(self, Py_ssize_t page_size, *, bint bigram=False, bytes cache_salt not None=b""):
+        if page_size < 1 or page_size > 1 << 24:
+            raise ValueError(f"page_size must be from 1 to 2**24 tokens, not {page_size}")
+        self.page_size = page_size
+        self.bigram = bigram
+        self.waiting = <uint8_t *> PyMem_RawMalloc(4 * (page_size + 1) + 8 * page_size)
+        if self.waiting == NULL:
+            raise MemoryError
+        self.has_prior = _salt_digest(cache_salt, self.digest)
+
+    def __dealloc__(self):
+        PyMem_RawFree(self.waiting)
+
+    def copy(self):
+        cdef KeyChain other = KeyChain(self.page_size, bigram=self.bigram)
+        other.tokens = self.tokens
+        other.pages = self.pages
+        other.has_prior = self.has_prior
+        other.n_waiting = self.n_waiting
+        memcpy(other.digest, self.digest, 32)
+        memcpy(other.waiting, self.waiting, 4 * self.n_waiting)
+        return other
+
+    def extend(self, tokens):
+        cdef Py_buffer view
+        _open_uint32(tokens, &view)
+        try:
+            return self._extend(<const uint8_t *> view.buf, view.len // 4)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef bytes _extend(self, const uint8_t *ids, Py_ssize_t count):
+        cdef Py_ssize_t full = self.page_size + self.bigram, taken = 0, pages
+        cdef uint8_t *scratch = self.waiting + 4 * (self.page_size + 1)
+        cdef bytes keys
+        cdef char *out
+        self.tokens += count
+        if self.n_waiting + count < full:
+            memcpy(self.waiting + 4 * self.n_waiting, ids, 4 * count)
+            self.n_waiting += count
+            return b""
+        pages = (self.n_waiting + count - self.bigram) // self.page_size
+        keys = PyBytes_FromStringAndSize(NULL, pages * sizeof(uint64_t))
+        out = PyBytes_AS_STRING(keys)
+        self.pages += pages
+        if self.n_waiting:
+            # Complete the page that began before where it waits. The others are hashed where they lie.
+            taken = full - self.n_waiting
+            memcpy(self.waiting + 4 * self.n_waiting, ids, 4 * taken)
+            _chain_narrow(self.waiting, self.page_size, self.bigram, 1, self.has_prior, self.digest, scratch, out)
+            self.has_prior = True
+            out += sizeof(uint64_t)
+            pages -= 1
+            taken -= self.bigram  # the last id of a page of pairs begins the next one
+        if pages:
+            _chain_narrow(ids + 4 * taken, self.page_size, self.bigram, pages, self.has_prior, self.digest, scratch, out)
+            self.has_prior = True
+            taken += pages * self.page_size
+        self.n_waiting = count - taken
+        memcpy(self.waiting, ids + 4 * taken, 4 * self.n_waiting)
+        return keys
 
 
 cdef inline Py_ssize_t _pages(Py_ssize_t tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages) noexcept nogil:
@@ -74,25 +207,33 @@ cdef inline Py_ssize_t _pages(Py_ssize_t tokens, Py_ssize_t page_size, bint bigr
     return max_pages if 0 <= max_pages < pages else pages
 
 
-cdef _keys_of_buffer(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages, bytes cache_salt):
+cdef _keys_of_buffer(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages, chain_t *chain):
     """Hash the buffer where it lies. It may be misaligned: its bytes are only ever copied or fed to SHA-256."""
     cdef Py_buffer view
+    _open_uint32(tokens, &view)
     try:
-        PyObject_GetBuffer(tokens, &view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
-    except BufferError as error:
-        raise ValueError(f"a buffer of token ids must be contiguous: {error}") from error
-    try:
-        if view.ndim != 1 or view.itemsize != 4 or not _is_uint32(view.format):
-            raise ValueError(
-                f"a buffer of token ids must be one-dimensional uint32, not {view.ndim}-dimensional of format "
-                f"{'B' if view.format == NULL else view.format.decode()!r}"
-            )
         return _chain(
             <const uint8_t *> view.buf, 4, page_size, bigram,
-            _pages(view.len // 4, page_size, bigram, max_pages), cache_salt
+            _pages(view.len // 4, page_size, bigram, max_pages), chain
         )
     finally:
         PyBuffer_Release(&view)
+
+
+cdef int _open_uint32(tokens, Py_buffer *view) except -1:
+    """Open a buffer of ids, which the caller must release. Raises ValueError, then there is nothing to release."""
+    try:
+        PyObject_GetBuffer(tokens, view, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
+    except BufferError as error:
+        raise ValueError(f"a buffer of token ids must be contiguous: {error}") from error
+    if view.ndim == 1 and view.itemsize == 4 and _is_uint32(view.format):
+        return 0
+    cdef object text = (
+        f"a buffer of token ids must be one-dimensional uint32, not {view.ndim}-dimensional of format "
+        f"{'B' if view.format == NULL else view.format.decode()!r}"
+    )
+    PyBuffer_Release(view)
+    raise ValueError(text)
 
 
 cdef bint _is_uint32(const char *format) noexcept:
@@ -103,7 +244,7 @@ cdef bint _is_uint32(const char *format) noexcept:
     return strcmp(format, "I") == 0 or strcmp(format, "L") == 0
 
 
-cdef _keys_of_sequence(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages, bytes cache_salt):
+cdef _keys_of_sequence(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages, chain_t *chain):
     cdef object items = PySequence_Fast(tokens, "token ids must be a sequence of int or a buffer of uint32")
     cdef Py_ssize_t pages = _pages(PySequence_Fast_GET_SIZE(items), page_size, bigram, max_pages)
     if pages == 0:
@@ -122,9 +263,9 @@ cdef _keys_of_sequence(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max
         if code == OUT_OF_RANGE:
             raise ValueError(f"token id {bad} must be from 0 to 2**64 - 1, is {items[bad]}")
         if all_bits >> 32:
-            return _chain(<const uint8_t *> ids, 8, page_size, bigram, pages, cache_salt)
+            return _chain(<const uint8_t *> ids, 8, page_size, bigram, pages, chain)
         _narrow(ids, <uint8_t *> ids, count)
-        return _chain(<const uint8_t *> ids, 4, page_size, bigram, pages, cache_salt)
+        return _chain(<const uint8_t *> ids, 4, page_size, bigram, pages, chain)
     finally:
         PyMem_RawFree(ids)
 
@@ -165,24 +306,55 @@ cdef void _narrow(const uint64_t *ids, uint8_t *narrow, Py_ssize_t count) noexce
 
 
 cdef bytes _chain(
-    const uint8_t *ids, int id_bytes, Py_ssize_t page_size, bint bigram, Py_ssize_t pages, bytes cache_salt
+    const uint8_t *ids, int id_bytes, Py_ssize_t page_size, bint bigram, Py_ssize_t pages, chain_t *chain
 ):
     """Make the keys of `pages` full pages of ids of 4 or 8 bytes each."""
     if pages == 0:
         return b""
     cdef bytes keys = PyBytes_FromStringAndSize(NULL, pages * sizeof(uint64_t))
-    # Room for one page of pairs of 8-byte ids.
-    cdef uint8_t *scratch = <uint8_t *> PyMem_RawMalloc(page_size * 16)
+    # Room for one page of pairs of 8-byte ids, and for a key and a mark before a page.
+    cdef uint8_t *scratch = <uint8_t *> PyMem_RawMalloc(page_size * 16 + 32)
     if scratch == NULL:
         raise MemoryError
-    cdef uint8_t digest[32]
-    cdef bint has_prior = _salt_digest(cache_salt, digest)
-    if id_bytes == 4:
-        _chain_narrow(ids, page_size, bigram, pages, has_prior, digest, scratch, PyBytes_AS_STRING(keys))
+    if not chain.is_sha:
+        _chain_tokens(ids, id_bytes, page_size, bigram, pages, chain, scratch, PyBytes_AS_STRING(keys))
+    elif id_bytes == 4:
+        _chain_narrow(ids, page_size, bigram, pages, chain.has_prior, chain.digest, scratch, PyBytes_AS_STRING(keys))
     else:
-        _chain_wide(<const uint64_t *> ids, page_size, bigram, pages, has_prior, digest, scratch, PyBytes_AS_STRING(keys))
+        _chain_wide(
+            <const uint64_t *> ids, page_size, bigram, pages, chain.has_prior, chain.digest, scratch, PyBytes_AS_STRING(keys)
+        )
     PyMem_RawFree(scratch)
     return keys
+
+
+cdef void _chain_tokens(
+    const uint8_t *ids, int id_bytes, Py_ssize_t page_size, bint bigram, Py_ssize_t pages, const chain_t *chain,
+    uint8_t *scratch, char *keys
+) noexcept nogil:
+    cdef Py_ssize_t page, j, count = page_size + bigram
+    cdef const uint64_t *wide
+    cdef uint64_t key = chain.parent, bits
+    cdef size_t n_bytes
+    for page in range(pages):
+        memcpy(scratch, &key, 8)
+        n_bytes = 8 + 4 * count
+        if id_bytes == 4:
+            memcpy(scratch + 8, ids, 4 * count)
+        else:
+            wide = <const uint64_t *> ids
+            bits = 0
+            for j in range(count):
+                bits |= wide[j]
+            if bits >> 32:
+                scratch[8] = 0xff
+                memcpy(scratch + 9, ids, 8 * count)
+                n_bytes = 9 + 8 * count
+            else:
+                _narrow(wide, scratch + 8, count)
+        key = sf_xxh3(scratch, n_bytes, chain.seed, chain.secret)
+        memcpy(keys + 8 * page, &key, 8)
+        ids += id_bytes * page_size
 
 
 cdef bint _salt_digest(bytes cache_salt, uint8_t *digest):

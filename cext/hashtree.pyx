@@ -86,68 +86,7 @@ cdef inline bint slot_is_ownerless(const uint64_t *slot, uint64_t words) noexcep
     return True
 
 
-@cython.final
-cdef class TreeReader:
-    cdef sf_table_t table
-    cdef object segment
-    cdef uint32_t *overlaps
-    cdef uint32_t *touched
-    cdef uint32_t n_touched
-    cdef uint64_t max_ranks
-    cdef readonly unsigned long long torn_total
-
-    def __cinit__(self, segment):
-        self.segment = segment
-        cdef void *base = <void *><uintptr_t>segment.address
-        sf_table_init(&self.table, base)
-        self.max_ranks = sf_header(base).max_ranks
-        self.overlaps = <uint32_t *>calloc(self.max_ranks, sizeof(uint32_t))
-        self.touched = <uint32_t *>calloc(self.max_ranks, sizeof(uint32_t))
-        if self.overlaps == NULL or self.touched == NULL:
-            raise MemoryError
-
-    def __dealloc__(self):
-        free(self.overlaps)
-        free(self.touched)
-
-    def match(self, keys, unsigned int tiers=7):
-        """Walk the prompt's keys; return the longest overlap in blocks. `hits` and `overlap` then tell it per rank."""
-        cdef Py_buffer view
-        cdef uint32_t i
-        cdef int is_torn = 0
-        PyObject_GetBuffer(keys, &view, PyBUF_SIMPLE)
-        if view.len & 7 or view.len >> 3 > 0x7fffffff:
-            PyBuffer_Release(&view)
-            raise ValueError(f"keys must be whole 8-byte words, not {view.len} bytes")
-        for i in range(self.n_touched):
-            self.overlaps[self.touched[i]] = 0
-        self.n_touched = 0
-        cdef uint32_t best = sf_match(&self.table, view.buf, <uint32_t>(view.len >> 3), tiers,
-                                      self.overlaps, self.touched, &self.n_touched, &is_torn)
-        PyBuffer_Release(&view)
-        self.torn_total += is_torn
-        return best
-
-    def hits(self):
-        """Ranks with any overlap in the last match, as a list of (rank, overlap_blocks), in no order."""
-        cdef uint32_t i
-        return [(self.touched[i], self.overlaps[self.touched[i]]) for i in range(self.n_touched)]
-
-    def overlap(self, unsigned int rank):
-        """Overlap of one rank in the last match, in blocks."""
-        return self.overlaps[rank] if rank < self.max_ranks else 0
-
-    def stats(self):
-        """live_blocks, capacity_blocks, stored, removed, evicted (totals) and generation of the tree."""
-        cdef sf_tree_t *tree = self.table.tree
-        return {
-            "live_blocks": sf_load(&tree.live_blocks),
-            "capacity_blocks": self.segment.capacity_blocks,
-            "stored_total": sf_load(&tree.stored_total),
-            "removed_total": sf_load(&tree.removed_total),
-            "evicted_total": sf_load(&tree.evicted_total),
-            "generation": sf_load(&tree.generation),
-        }
+include "treereader.pxi"
 
 
 @cython.final
@@ -365,6 +304,13 @@ cdef class TreeWriter:
         _sf_add(&tree.removed_total, gone)
         return gone
 
+    cdef void c_forget(self) noexcept nogil:
+        cdef uint64_t rank
+        for rank in range(self.max_ranks):
+            self.ranks[rank].count = 0
+            self.owned[rank] = 0
+        self.order.count = self.order.head = 0
+
     # ---- Python layer ----
 
     def _check(self, unsigned int rank):
@@ -375,7 +321,6 @@ cdef class TreeWriter:
 
     def reset(self):
         """Empty the whole tree: what a new index process does first, because it does not know what it missed."""
-        cdef uint64_t rank
         self._check(0)
         # Nobody ever wrote at version 0, so all is zero: do not make the kernel back it with memory.
         cdef bint is_fresh = _sf_load(&self.table.tree.version) == 0
@@ -385,10 +330,27 @@ cdef class TreeWriter:
         _sf_store(&self.table.tree.live_blocks, 0)
         sf_write_end(&self.table.tree.version)
         _sf_add(&self.table.tree.generation, 1)
-        for rank in range(self.max_ranks):
-            self.ranks[rank].count = 0
-            self.owned[rank] = 0
-        self.order.count = self.order.head = 0
+        self.c_forget()
+
+    def adopt(self):
+        """Take over what a killed writer left, repaired; returns the live blocks, or -1 when it is no sound tree (then `reset`).
+
+        Cost: one pass over all slots. The blocks' age is lost: which go first when the tree is full is any order.
+        """
+        cdef int code
+        self._check(0)
+        with nogil:
+            code = 0
+            # The version stays odd while slots are repaired, as the dead writer left it; an even one means that nothing is torn.
+            if _sf_load(&self.table.tree.version) & 1:
+                sf_write_begin(&self.table.tree.version)
+                code = repair_slots(self)
+                sf_write_end(&self.table.tree.version)
+            if code == 0:
+                code = -2 if rebuild_logs(self) else 0
+        if code == -2:
+            raise MemoryError
+        return -1 if code else self.live_blocks
 
     def store(self, unsigned int rank, unsigned int tier, keys):
         """`rank` now holds the blocks in `tier` (0 device, 1 host, 2 disk). Returns how many it did not own before."""
@@ -428,6 +390,26 @@ cdef class TreeWriter:
         log.count = 0
         return gone
 
+    def owns(self, unsigned int rank, keys):
+        """One byte a key: 1 where `rank` owns the block in any tier, else 0."""
+        cdef Py_buffer view
+        cdef uint64_t i, key
+        cdef uint64_t *slot
+        cdef unsigned char *marks
+        self._check(rank)
+        PyObject_GetBuffer(keys, &view, PyBUF_SIMPLE)
+        try:
+            if view.len & 7:
+                raise ValueError(f"keys must be whole 8-byte words, not {view.len} bytes")
+            owned = bytearray(view.len >> 3)
+            marks = owned
+            for i in range(<uint64_t>view.len >> 3):
+                slot = sf_find(&self.table, sf_key_at(view.buf, i))
+                marks[i] = slot != NULL and _sf_load(slot) != 0 and slot_has(slot, self.table.words, rank, 7)
+            return bytes(owned)
+        finally:
+            PyBuffer_Release(&view)
+
     def owned_blocks(self, unsigned int rank):
         """Blocks that `rank` owns in any tier."""
         self._check(rank)
@@ -436,6 +418,9 @@ cdef class TreeWriter:
     @property
     def live_blocks(self):
         return _sf_load(&self.table.tree.live_blocks)
+
+
+include "treeadopt.pxi"
 
 
 cdef extern from *:

@@ -7,7 +7,7 @@
  *     +---------------------------------------------------------------+
  *     | sf_worker_t[max_workers]        4096 B    writer: control     | seqlock per worker, one version for the table
  *     +---------------------------------------------------------------+
- *     | sf_rank_t[max_ranks]             128 B    writer: index       | state and counters of a rank's event stream
+ *     | sf_rank_t[max_ranks]             256 B    writer: index       | state and counters of a rank's event stream
  *     +---------------------------------------------------------------+
  *     | column[max_shards + 1]                    writer: that shard  | last column: sums of dead shards, writer: control
  *     |   4096 B of shard words, then 128 B a worker                  |
@@ -36,7 +36,7 @@
 #define SF_WORKER_BLOB_BYTES (SF_PAGE - 64u)
 #define SF_SHARD_WORDS 512u
 #define SF_WORKER_WORDS 16u
-#define SF_RANK_WORDS 16u
+#define SF_RANK_WORDS 32u
 #define SF_WORKERS_MAX 65536u
 #define SF_RANKS_MAX 1024u
 #define SF_SHARDS_MAX 1024u
@@ -110,14 +110,14 @@ typedef struct { /* exported */
 
 enum { SF_STATE_STARTING = 0, SF_STATE_SERVING = 1, SF_STATE_DRAINING = 2, SF_STATE_STOPPED = 3 };
 enum { SF_WORKER_FREE = 0, SF_WORKER_JOINING = 1, SF_WORKER_READY = 2, SF_WORKER_UNHEALTHY = 3, SF_WORKER_DRAINING = 4 };
-enum { SF_WORKER_FLAG_BIGRAM = 1 };
+enum { SF_WORKER_FLAG_BIGRAM = 1, SF_WORKER_FLAG_TOKENS = 2 };
 
 _Static_assert(sizeof(sf_header_t) == SF_PAGE, "header");
 _Static_assert(offsetof(sf_header_t, state) == 128, "run-time words start a cache line");
 _Static_assert(sizeof(sf_process_t) == 64, "process slot");
 _Static_assert(sizeof(sf_worker_t) == SF_PAGE, "worker");
 _Static_assert(offsetof(sf_worker_t, blob) == 64, "worker blob");
-_Static_assert(sizeof(sf_rank_t) == 128, "rank");
+_Static_assert(sizeof(sf_rank_t) == 256, "rank");
 _Static_assert(sizeof(sf_tree_t) == SF_PAGE, "tree header");
 _Static_assert(offsetof(sf_tree_t, live_blocks) == 64, "tree version has a cache line of its own");
 

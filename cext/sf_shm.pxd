@@ -64,7 +64,7 @@ cdef extern from "sf_shm.h" nogil:
         uint8_t blob[1]
 
     ctypedef struct sf_rank_t:
-        uint64_t words[16]
+        uint64_t words[32]
 
     ctypedef struct sf_tree_t:
         uint64_t version

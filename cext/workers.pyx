@@ -16,13 +16,14 @@ from sf_shm cimport *
 
 FREE, JOINING, READY, UNHEALTHY, DRAINING = range(5)
 FLAG_BIGRAM = 1
+FLAG_TOKENS = 2  # block keys are made of tokens, not of the engine's hashes
 FLAG_PARITY_SHIFT = 8  # two bits: shm.PARITY_*
 BLOB_BYTES = SF_WORKER_BLOB_BYTES
 
 cdef enum:
     # A write takes less than a microsecond, unless control is preempted in its middle: then spinning does not help it on.
     c_SPINS = 1000
-    c_NAPS = 100
+    c_NAPS = 1000
     c_NAP_US = 1000
 
 

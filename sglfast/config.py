@@ -63,6 +63,10 @@ class ServeConfig:
         32, "cache is ignored when in-flight requests of workers differ by more than this ...", group="routing", low=0
     )
     balance_rel_threshold: float = _setting(1.1, "... and the busiest has more than this times the idlest", group="routing", low=1.0)
+    kv_listen: str | None = _setting(
+        None, "where to listen for the KV events of workers that connect out, such as tcp://0.0.0.0:5557; rank r arrives at its port + r, "
+        "workers are told apart by their topics", group="routing",
+    )  # fmt: skip
     kv_index_blocks: int = _setting(
         2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", group="routing",
         low=1024, high=1 << 32,
@@ -147,6 +151,8 @@ def check(config: ServeConfig) -> ServeConfig:
         )
     if config.tokenizer_path is not None and not os.path.exists(config.tokenizer_path):
         raise ConfigError(f"--tokenizer-path {config.tokenizer_path}: no such file or folder")
+    if config.kv_listen is not None and not _is_tcp_address(config.kv_listen):
+        raise ConfigError(f"--kv-listen {config.kv_listen}: must look like tcp://0.0.0.0:5557")
     if not config.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {config.health_check_endpoint}: must begin with /")
     max_ranks = config.max_ranks or min(1024, max(64, -(-4 * len(urls) // 64) * 64))
@@ -154,6 +160,14 @@ def check(config: ServeConfig) -> ServeConfig:
         raise ConfigError(f"--max-ranks {max_ranks}: must be a multiple of 64")
     shards = config.shards or len(os.sched_getaffinity(0))
     return dataclasses.replace(config, worker_urls=urls, max_ranks=max_ranks, shards=shards)
+
+
+def _is_tcp_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme == "tcp" and bool(parts.hostname and parts.port) and not parts.path
+    except ValueError:
+        return False
 
 
 def _worker_url(text: str) -> str:

@@ -82,6 +82,9 @@ INTERNAL_ERROR = Reason("internal_error", 500, "router", "internal error")
 EXPECTATION_FAILED = Reason("expectation_failed", 417, "client", "only `Expect: 100-continue` is understood")
 URI_TOO_LONG = Reason("uri_too_long", 414, "client", "the request target is longer than the limit")
 UPSTREAM_BODY_INCOMPLETE = Reason("upstream_body_incomplete", 502, "worker", "upstream stopped in the middle of its answer", True)
+UNSUPPORTED_MEDIA_TYPE = Reason("unsupported_media_type", 415, "client", "the body must be sent with `content-type: application/json`")
+UNPROCESSABLE = Reason("unprocessable", 422, "client", "the body does not have the fields of this path")
+SERVICE_OVERLOADED = Reason("service_overloaded", 503, "router", "too much waits for the tokenizer", True)
 
 # Position = word in each shard's column of shared memory: append only.
 REASONS: tuple[Reason, ...] = (
@@ -103,5 +106,8 @@ REASONS: tuple[Reason, ...] = (
     EXPECTATION_FAILED,
     URI_TOO_LONG,
     UPSTREAM_BODY_INCOMPLETE,
+    UNSUPPORTED_MEDIA_TYPE,
+    UNPROCESSABLE,
+    SERVICE_OVERLOADED,
 )
 REASON_INDEX: dict[str, int] = {reason.code: position for position, reason in enumerate(REASONS)}

@@ -8,11 +8,12 @@ Contract: the layout is cext/sf_shm.h; a Segment of another layout version raise
 import fcntl
 import mmap
 import os
+from typing import Literal
 
 import msgspec
 
 from sglfast._segment import Segment, segment_bytes
-from sglfast._workers import FLAG_BIGRAM, FLAG_PARITY_SHIFT, WorkerTable
+from sglfast._workers import FLAG_BIGRAM, FLAG_PARITY_SHIFT, FLAG_TOKENS, WorkerTable
 from sglfast.errors import ShmLayoutError
 
 # Why a rank's KV index state is not EXACT; position = word R_REASON of the rank table, so append only.
@@ -26,6 +27,9 @@ RANK_REASONS: tuple[str, ...] = (
     "block hashes differ from the SHA-256 chain of the event's tokens",
     "the event stream is disconnected",
     "the index is being started again",
+    "kept from before the index process started again, not confirmed by the event stream yet",
+    "connects its event socket to the router, which does not listen there (--kv-listen)",
+    "connects out with the topic of another worker: each needs a topic of its own",
 )
 
 # Why a worker was chosen: label `decision` of the metric; position = word after S_DECISIONS in a shard's column, so append only.
@@ -45,6 +49,10 @@ DECISIONS: tuple[str, ...] = (
 PARITY_OK, PARITY_HIGH, PARITY_LOW = range(3)
 
 
+# How a worker's block keys are made: the engine's own SHA-256 chain, or ours over the tokens of its events.
+KeyRoute = Literal["sha256", "tokens"]
+
+
 class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is read of a worker only when the table changes: the blob of its slot. Never holds a secret of the worker."""
 
@@ -57,6 +65,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_port_base: int = 0
     kv_topic: str = ""
     kv_replay_port_base: int | None = None
+    kv_connects_out: bool = False
 
 
 class WorkerView(msgspec.Struct, frozen=True):
@@ -71,6 +80,7 @@ class WorkerView(msgspec.Struct, frozen=True):
     bigram: bool
     record: WorkerRecord
     parity: int = PARITY_OK
+    key_route: KeyRoute = "sha256"
 
 
 _encode_record = msgspec.msgpack.Encoder().encode
@@ -122,7 +132,7 @@ def put_worker(table: WorkerTable, view: WorkerView, *, is_new: bool) -> None:
         rank_base=view.rank_base,
         dp_size=view.dp_size,
         block_size=view.block_size,
-        flags=(FLAG_BIGRAM if view.bigram else 0) | view.parity << FLAG_PARITY_SHIFT,
+        flags=(FLAG_BIGRAM if view.bigram else 0) | (FLAG_TOKENS if view.key_route == "tokens" else 0) | view.parity << FLAG_PARITY_SHIFT,
         blob=_encode_record(view.record),
         is_new=is_new,
     )
@@ -146,6 +156,7 @@ def read_workers(table: WorkerTable) -> list[WorkerView]:
                     bigram=bool(flags & FLAG_BIGRAM),
                     record=_decode_record(blob),
                     parity=flags >> FLAG_PARITY_SHIFT & 3,
+                    key_route="tokens" if flags & FLAG_TOKENS else "sha256",
                 )
             )
     return views

@@ -6,6 +6,8 @@ The compiled modules are compared with these by property tests; nothing at run t
 import hashlib
 import itertools
 
+import xxhash
+
 # ---- sglfast._radix ----
 
 
@@ -96,6 +98,22 @@ def page_hashes(token_ids: list[int], page_size: int, *, bigram: bool = False, m
             page = b"\xff" + b"".join(token.to_bytes(8, "little") for token in ids)
         digest = hashlib.sha256(digest + page).digest()
         keys.append(int.from_bytes(digest[:8], "big"))
+    return keys
+
+
+def token_hashes(
+    token_ids: list[int], page_size: int, *, bigram: bool = False, max_pages: int = -1, seed: int = 0, parent: int = 0
+) -> list[int]:
+    """Block keys of the token route, as cext/blockhash.pyx tells them."""
+    keys: list[int] = []
+    for start in range(0, len(token_ids) - bigram - page_size + 1, page_size):
+        if len(keys) == max_pages:
+            break
+        ids = token_ids[start : start + page_size + bigram]
+        mark, n_bytes = (b"", 4) if max(ids) < 2**32 else (b"\xff", 8)
+        page = mark + b"".join(token.to_bytes(n_bytes, "little") for token in ids)
+        parent = xxhash.xxh3_64_intdigest(parent.to_bytes(8, "little") + page, seed)
+        keys.append(parent)
     return keys
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model import page_hashes
 
-from sglfast._blockhash import kernel, page_keys
+from sglfast._blockhash import KeyChain, kernel, page_keys
 
 GOLDEN = Path(__file__).parent / "golden" / "kv_events" / "sglang_hashes"
 # The cases of namespaces.json that concern a router: what a LoRA adapter or the dynamo format does to hashes, it cannot know.
@@ -163,6 +163,45 @@ class TestBuffers:
         with pytest.raises(ValueError, match="uint32"):
             page_keys(buffer, 2)
         buffer.extend(b"x")  # BufferError while someone holds it
+
+
+class TestKeyChain:
+    @given(
+        parts=st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=20), max_size=8),
+        page_size=st.integers(1, 9),
+        bigram=st.booleans(),
+        cache_salt=st.sampled_from([b"", b"tenant"]),
+        forks=st.sets(st.integers(0, 7)),
+    )
+    def test_equals_page_keys_however_the_tokens_come(
+        self, parts: list[list[int]], page_size: int, bigram: bool, cache_salt: bytes, forks: set[int]
+    ) -> None:
+        chain = KeyChain(page_size, bigram=bigram, cache_salt=cache_salt)
+        keys, tokens = b"", array.array("I")
+        for number, part in enumerate(parts):
+            if number in forks:
+                left, chain = chain, chain.copy()
+                left.extend(array.array("I", range(3 * page_size)))  # the copy does not feel it
+            keys += chain.extend(array.array("I", part))
+            tokens.extend(part)
+            assert keys == page_keys(tokens, page_size, bigram=bigram, cache_salt=cache_salt)
+            assert (chain.tokens, 8 * chain.pages) == (len(tokens), len(keys))
+        assert (chain.page_size, chain.bigram) == (page_size, bigram)
+
+    @pytest.mark.parametrize("page_size", [0, -1, 2**24 + 1])
+    def test_page_size(self, page_size: int) -> None:
+        with pytest.raises(ValueError, match="page_size"):
+            KeyChain(page_size)
+
+    @pytest.mark.parametrize(
+        "tokens", [array.array("Q", [1]), b"abcd", np.zeros((2, 2), np.uint32), array.array("I", range(8))[::2].tolist()]
+    )
+    def test_a_refused_buffer_changes_nothing(self, tokens: Any) -> None:
+        chain = KeyChain(2)
+        with pytest.raises((ValueError, TypeError)):
+            chain.extend(tokens)
+        assert chain.tokens == 0
+        assert chain.extend(array.array("I", [1, 2])) == page_keys([1, 2], 2)
 
 
 class TestBadInput:

@@ -30,10 +30,11 @@ FROZEN = {
     "S_PROMPTS_UNKEYED": 17, "S_PROMPT_TOKENS": 18, "S_DECISIONS": 32, "S_REASONS": 64, "S_TTFT": 128, "S_DURATION": 160,
     "R_STATE": 0, "R_LAST_SEQ": 1, "R_BATCHES": 2, "R_EVENTS": 3, "R_BLOCKS_STORED": 4, "R_BLOCKS_REMOVED": 5, "R_GAPS": 6,
     "R_DUPLICATES": 7, "R_RESTARTS": 8, "R_UNDECODED": 9, "R_REPLAYS": 10, "R_GIVE_UPS": 11, "R_OWNED_BLOCKS": 12,
-    "R_LAST_EVENT_MS": 13, "R_REASON": 14, "R_GENERATION": 15,
+    "R_LAST_EVENT_MS": 13, "R_REASON": 14, "R_GENERATION": 15, "R_ORPHANS": 16,
+    "R_STREAM": 17, "R_NEXT_SEQ": 18, "R_LAST_PRINT": 19, "R_LOSS": 20, "R_MAPPED_BLOCKS": 21,
     "RANK_BLIND": 0, "RANK_SYNCING": 1, "RANK_EXACT": 2, "RANK_DEGRADED": 3,
 }  # fmt: skip
-SHARD_WORDS, WORKER_WORDS, RANK_WORDS = 512, 16, 16
+SHARD_WORDS, WORKER_WORDS, RANK_WORDS = 512, 16, 32
 Z = 6.0  # standard deviations that a random count may be off: one run in a billion
 
 
@@ -359,9 +360,9 @@ def test_bad_indexes_raise_and_corrupt_nothing() -> None:
             (lambda: loads.span(pool(0), 16), "^no worker word 16$"),
             (lambda: totals.retire(2), r"^shard 2 is outside 0\.\.1$"),
             (lambda: ranks.set(64, 0, 1), r"^rank 64 is outside 0\.\.63$"),
-            (lambda: ranks.set(0, 16, 1), "^no rank word 16$"),
+            (lambda: ranks.set(0, 32, 1), "^no rank word 32$"),
             (lambda: ranks.get(64, 0), r"^rank 64 is outside 0\.\.63$"),
-            (lambda: ranks.get(0, 16), "^no rank word 16$"),
+            (lambda: ranks.get(0, 32), "^no rank word 32$"),
             (lambda: ranks.row(64), r"^rank 64 is outside 0\.\.63$"),
             (lambda: ranks.clear(64), r"^rank 64 is outside 0\.\.63$"),
         ]

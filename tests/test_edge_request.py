@@ -14,19 +14,16 @@ from model import page_hashes
 from sglfast.edge import request as request_module
 from sglfast.edge.request import ENDPOINTS, Facts, PromptKeyer, model_of
 from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
-from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
+from sglfast.prompt.lazy import LazyKeyer
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 
 IDS = list(range(100, 400))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(DEMO_TOKENIZER_PATH)
+TOKENIZER = load_tokenizer(DEMO_TOKENIZER_PATH)
 
 
 @pytest.fixture
-def reader(tokenizer: Tokenizer) -> PromptReader:
-    return PromptReader(tokenizer)
+def reader() -> PromptReader:
+    return PromptReader(TOKENIZER)
 
 
 def test_endpoints_are_those_of_the_prompt_reader() -> None:
@@ -65,7 +62,20 @@ class Keyed:
     """A keyer in a running loop; `facts` waits for what it found."""
 
     def __init__(self, reader: Any) -> None:
-        self.keyer = PromptKeyer(reader, RequestKind, asyncio.get_running_loop())
+        keyer = LazyKeyer(TOKENIZER, 1 << 20)
+        self.keyer = PromptKeyer(reader, keyer, RequestKind, asyncio.get_running_loop(), here=self.here, there=self.there)
+        self.threads: set[str] = set()  # where the KV index was asked
+        self.owns_all = True
+
+    def here(self, keys: bytes) -> int:
+        assert threading.current_thread() is threading.main_thread()
+        self.threads.add("loop")
+        return len(keys) // 8 * self.owns_all
+
+    def there(self, keys: bytes) -> int:
+        assert threading.current_thread().name.startswith("tokenize")
+        self.threads.add("thread")
+        return len(keys) // 8 * self.owns_all
 
     def __enter__(self) -> "Keyed":
         return self
@@ -120,11 +130,44 @@ def test_a_long_prompt_leaves_the_loop(reader: PromptReader) -> None:
             facts = await keyed.later(0, body)
             assert facts.prompt_tokens > 4000
             assert len(facts.keys[(64, False)]) == (facts.prompt_tokens - 1) // 64 * 8
+            assert "thread" in keyed.threads
 
     run(test())
 
 
-@pytest.mark.parametrize("padding", ["", " " * 5000], ids=["at once", "in a thread"])
+@pytest.mark.parametrize("chars", [10_000, 500_000], ids=["at once", "in a thread"])
+def test_a_long_prompt_that_nobody_owns_is_estimated(reader: PromptReader, chars: int) -> None:
+    async def test() -> None:
+        with Keyed(reader) as keyed:
+            keyed.owns_all = False
+            body = orjson.dumps({"messages": [{"role": "user", "content": "word " * (chars // 5)}]})
+            found = keyed.now(0, body)
+            is_now = bool(found)
+            assert is_now == (chars < 65_536)
+            facts = found[0] if is_now else await keyed.later(0, body)
+            assert facts.is_estimated
+            assert facts.prompt_tokens == pytest.approx(chars / 5, rel=0.3)
+            assert keyed.threads == {"loop" if is_now else "thread"}
+            whole: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
+            keyed.keyer.key(0, body, ((64, False),), whole.set_result, is_whole=True)
+            facts = await whole
+            assert not facts.is_estimated
+            assert len(facts.keys[(64, False)]) == (facts.prompt_tokens - 1) // 64 * 8
+
+    run(test())
+
+
+def test_many_objects_are_too_much_for_the_loop(reader: PromptReader) -> None:
+    async def test() -> None:
+        with Keyed(reader) as keyed:
+            body = orjson.dumps({"messages": [{"role": "user", "content": "x"}] * 500})
+            assert keyed.now(0, body) == []
+            assert (await keyed.later(0, body)).prompt_tokens > 500
+
+    run(test())
+
+
+@pytest.mark.parametrize("padding", ["", " " * 70_000], ids=["at once", "in a thread"])
 @pytest.mark.parametrize(
     "body",
     [
@@ -147,11 +190,11 @@ def test_what_cannot_be_keyed_is_no_error(body: bytes, padding: str, reader: Pro
 class FailingReader:
     """Has a bug."""
 
-    def text_of(self, kind: RequestKind, body: object) -> PromptText:
+    def text_of(self, kind: RequestKind, body: object, head_chars: int) -> PromptText:
         raise KeyError("secret prompt")
 
 
-@pytest.mark.parametrize("size", [10, 10_000], ids=["at once", "in a thread"])
+@pytest.mark.parametrize("size", [10, 70_000], ids=["at once", "in a thread"])
 def test_a_bug_in_the_prompt_path_costs_no_request(size: int, caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         with Keyed(FailingReader()) as keyed:
@@ -170,7 +213,7 @@ class SlowReader:
     def __init__(self) -> None:
         self.may_go_on = threading.Event()
 
-    def text_of(self, kind: RequestKind, body: object) -> PromptText:
+    def text_of(self, kind: RequestKind, body: object, head_chars: int) -> PromptText:
         assert self.may_go_on.wait(5)
         return PromptText(detail="slow")
 
@@ -181,7 +224,7 @@ def test_waiting_prompts_are_bounded_and_the_loop_goes_on(monkeypatch: pytest.Mo
     async def test() -> None:
         reader = SlowReader()
         with Keyed(reader) as keyed:
-            body = b'"' + b"x" * 5000 + b'"'
+            body = b'"' + b"x" * 70_000 + b'"'
             waiting = [asyncio.ensure_future(keyed.later(0, body)) for _ in range(3)]
             await asyncio.sleep(0)
             start = time.monotonic()
@@ -199,7 +242,7 @@ def test_close_forgets_what_waits(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         reader = SlowReader()
         with Keyed(reader) as keyed:
-            body = b'"' + b"x" * 5000 + b'"'
+            body = b'"' + b"x" * 70_000 + b'"'
             found = [keyed.now(0, body) for _ in range(3)]
             await asyncio.sleep(0.05)
             keyed.keyer.close()

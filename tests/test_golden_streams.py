@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from sglfast import shm
-from sglfast._blockhash import page_keys
+from sglfast._blockhash import chain_seed, page_keys, token_keys
 from sglfast._counters import RANK_EXACT
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.stream import Outcome, RankStream
+from sglfast.shm import KeyRoute
 from sglfast.wire.frames import parse_live
 
 STREAMS = sorted((Path(__file__).parent / "golden" / "kv_events" / "sglang_streams").glob("*.jsonl"))
@@ -41,8 +42,9 @@ def test_all_streams_are_here() -> None:
     assert len(STREAMS) == 3
 
 
+@pytest.mark.parametrize("route", ["sha256", "tokens"])
 @pytest.mark.parametrize("path", STREAMS, ids=lambda path: path.stem)
-def test_every_query_is_answered_exactly(path: Path) -> None:
+def test_every_query_is_answered_exactly(path: Path, route: KeyRoute) -> None:
     lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
     meta = lines[0]
     page_size, is_bigram, n_workers = meta["page_size"], meta["is_bigram"], meta["workers"]
@@ -53,7 +55,10 @@ def test_every_query_is_answered_exactly(path: Path) -> None:
         os.close(fd)
     tree = TreeLock(TreeWriter(writing))
     log = logging.LoggerAdapter(logging.getLogger("test"), {})
-    indexes = [RankIndex(tree, rank, block_size=page_size, is_bigram=is_bigram, log=log) for rank in RANKS[:n_workers]]
+    indexes = [
+        RankIndex(tree, rank, block_size=page_size, is_bigram=is_bigram, log=log, key_route=route, model="m") for rank in RANKS[:n_workers]
+    ]
+    seed = chain_seed("m", page_size, bigram=is_bigram)
     streams = [RankStream(Feed(index), has_replay=False) for index in indexes]
     n_batches = n_queries = n_hits = 0
     for number, line in enumerate(lines[1:], start=2):
@@ -62,7 +67,11 @@ def test_every_query_is_answered_exactly(path: Path) -> None:
             streams[line["worker"]].on_live(seq, payload, 0.0)
             n_batches += 1
             continue
-        longest = reader.match(page_keys(line["token_ids"], page_size, bigram=is_bigram))
+        if route == "sha256":
+            keys = page_keys(line["token_ids"], page_size, bigram=is_bigram)
+        else:
+            keys = token_keys(line["token_ids"], page_size, bigram=is_bigram, seed=seed)
+        longest = reader.match(keys)
         overlaps = dict(reader.hits())
         found = [overlaps.pop(index.rank, 0) for index in indexes]
         assert found == line["expected_matched_pages"], f"{path.name}:{number}"
@@ -71,7 +80,8 @@ def test_every_query_is_answered_exactly(path: Path) -> None:
         n_queries += 1
         n_hits += any(found)
     assert (n_batches, n_queries, n_hits) == tuple(meta["stats"][name] for name in ("batches", "queries", "hits"))
-    assert sum(index.counters.undecoded for index in indexes) == 0
+    assert sum(index.counters.undecoded + index.counters.orphans for index in indexes) == 0
+    assert [index.mapped_blocks for index in indexes] == [index.owned_blocks * (route == "tokens") for index in indexes]
     assert all(stream.status() == (RANK_EXACT, 0) for stream in streams)
     assert all(index.mismatch == "" for index in indexes)
     for index in indexes:

@@ -1,6 +1,7 @@
 """The index process: it follows the worker table, clears what goes, says what it lost, and ends when it should."""
 
 import contextlib
+import ctypes
 import fcntl
 import logging
 import mmap
@@ -42,6 +43,13 @@ class Control:
         self.ranks = RankTable(segment)
         self.reader = TreeReader(segment)
 
+    def segment_bytes(self) -> bytes:
+        """The whole segment as it is now."""
+        return ctypes.string_at(self.segment.address, self.segment.total_bytes)
+
+    def write_bytes(self, memory: bytes) -> None:
+        ctypes.memmove(self.segment.address, memory, len(memory))
+
     def put(
         self,
         worker_idx: int,
@@ -52,6 +60,7 @@ class Control:
         state: int = READY,
         startup_time: float = 1.0,
         is_new: bool = True,
+        key_route: shm.KeyRoute = "sha256",
     ) -> None:
         record = WorkerRecord(url=f"http://worker-{worker_idx}:1", startup_time=startup_time)
         if publisher is not None:
@@ -62,7 +71,7 @@ class Control:
                 kv_port_base=publisher.port,
                 kv_replay_port_base=publisher.replay_port or None,
             )
-        view = WorkerView(worker_idx, 0, state, rank_base, dp_size, BLOCK_SIZE if publisher else 0, False, record)
+        view = WorkerView(worker_idx, 0, state, rank_base, dp_size, BLOCK_SIZE if publisher else 0, False, record, key_route=key_route)
         shm.put_worker(self.table, view, is_new=is_new)
 
     def state(self, rank: int) -> tuple[int, int]:
@@ -82,8 +91,8 @@ class House:
         self.index = Index(self.control.segment, logging.getLogger("test.index"))
         self.publishers: list[Publisher] = []
 
-    def publisher(self) -> Publisher:
-        self.publishers.append(Publisher(self.context, has_replay=True))
+    def publisher(self, *, has_replay: bool = True) -> Publisher:
+        self.publishers.append(Publisher(self.context, has_replay=has_replay))
         return self.publishers[-1]
 
     def wait_exact(self, rank: int, conversation: int, *publishers: Publisher) -> None:
@@ -122,7 +131,7 @@ def test_follows_workers_as_they_come_and_go(house: House) -> None:
     control.table.set_state(0, FREE)
     assert index.sync()
     assert (control.overlap(0, 1), control.overlap(7, 2)) == (0, 4)
-    assert control.ranks.row(0) == [0] * 16
+    assert control.ranks.row(0) == [0] * 32
     house.wait_exact(7, 2, two)
 
 
@@ -292,16 +301,17 @@ def test_killed_index_comes_back_exact(shared: tuple[int, Control, Publisher]) -
         wait_until(lambda: control.segment.process_info(0)[2] > before_ms, engine, what="the heartbeat")
         process.popen.kill()
         _, log = process.end()
-    assert "lost" not in log
+    assert "goes on" not in log
     assert control.overlap(0, 1) == 4  # shards go on with the last tree
     with started(fd) as process:
         wait_until(is_exact, engine)
-        assert control.reader.stats()["generation"] == 2
+        assert control.reader.stats()["generation"] == 1  # the tree was not emptied
+        assert engine.requests == [0, 0]  # batch 0 was the last one: it is asked for again, and compared
         assert control.reader.stats()["live_blocks"] == 4
         process.popen.send_signal(signal.SIGTERM)
         code, log = process.end()
     assert code == 0
-    assert "the KV index was lost: it starts from an empty tree" in log
+    assert "goes on with the 4 blocks of the process before this one" in log
     assert "Traceback" not in log
     assert not control.segment.process_info(0)[4]
 

@@ -7,55 +7,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers import Tokenizer as RustTokenizer
+from tokenizer_kinds import all_kinds
 
 from sglfast.prompt.pieces import PIECE_CHARS, PieceCache, PieceTokenizer
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer, single_token_words
 
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-CORPUS = [
-    "the quick brown fox jumps over the lazy dog's back",
-    "def f(x):\n    return x + 1\n",
-    "été à la plage, naïve café",
-    "漢字かな交じり文",
-] * 20
-
-
-def build(kind: str, folder: Path) -> Tokenizer:
-    """A small real tokenizer of a kind, through the same loader as a model's."""
-    specials = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "[UNK]"]
-    if kind == "wordpiece":
-        rust = RustTokenizer(models.WordPiece(unk_token="[UNK]"))
-        rust.normalizer = normalizers.BertNormalizer(lowercase=True)
-        rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=specials)
-    elif kind == "unigram":
-        rust = RustTokenizer(models.Unigram())
-        rust.pre_tokenizer = pre_tokenizers.Metaspace()
-        rust.decoder = decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=specials, unk_token="[UNK]")
-    elif kind == "llama2":  # a marker before every text, no pre-tokenizer: must be taken whole
-        rust = RustTokenizer(models.BPE(unk_token="[UNK]", byte_fallback=True))
-        rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials)
-    else:
-        rust = RustTokenizer(models.BPE())
-        rust.normalizer = normalizers.NFC()
-        rust.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    rust.train_from_iterator(CORPUS, trainer)
-    rust.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "tokenizer_class": "LlamaTokenizerFast"}))
-    return load_tokenizer(str(folder))
-
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
-    kinds = ("byte_level", "wordpiece", "unigram", "llama2")
-    return {"demo": load_tokenizer(DEMO_TOKENIZER_PATH)} | {kind: build(kind, tmp_path_factory.mktemp(kind)) for kind in kinds}
+    return all_kinds(tmp_path_factory.mktemp("tokenizers"))
 
 
 def test_cutting_is_used_where_the_tokenizer_allows_it(tokenizers: dict[str, Tokenizer]) -> None:
@@ -100,9 +60,44 @@ def test_texts_that_begin_alike_share_their_pieces(tokenizers: dict[str, Tokeniz
 def test_a_message_border_is_a_cut(tokenizers: dict[str, Tokenizer]) -> None:
     pieces = PieceTokenizer(tokenizers["demo"], 1 << 20)
     turn = "<|im_start|>user\n" + "hello there " * 40 + "<|im_end|>"
-    cut = pieces.cut(turn * 5)
-    assert all(piece.endswith("<|im_end|>") for piece in cut)
-    assert max(map(len, cut)) <= PIECE_CHARS + len(turn)
+    for times in (1, 5, 60):
+        text = turn * times
+        borders = {at for at in range(len(text) + 1) if text.endswith("<|im_end|>", 0, at)}
+        assert borders <= set(pieces.ends(text))
+        assert max(map(len, pieces.cut(text))) <= 1.5 * PIECE_CHARS
+    assert pieces.border == "<|im_end|>"
+    assert pieces.last_borders(turn * 5, 2) == [len(turn), 4 * len(turn), 5 * len(turn)]
+    assert pieces.last_borders(turn * 2, 8) == [len(turn), 2 * len(turn)]
+
+
+def test_pieces_begin_short_and_start_again_behind_a_known_beginning(tokenizers: dict[str, Tokenizer]) -> None:
+    pieces = PieceTokenizer(tokenizers["demo"], 1 << 20)
+    text = "hello there " * 4000
+    sizes = [len(piece) for piece in pieces.cut(text)]
+    assert max(sizes[:2]) < 270
+    assert max(sizes) >= PIECE_CHARS
+    assert next(pieces.ends(text, sum(sizes[:20]))) - sum(sizes[:20]) < 270
+    middle = len(text) // 2 + 3  # in the middle of a word, so no cut of its own
+    assert middle in pieces.ends(text, 0, middle)
+
+
+def test_a_token_that_overlaps_another_is_no_border(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((Path(DEMO_TOKENIZER_PATH) / name).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for extra, border in (["<|other|>"], "<|im_end|>"), (["x<|im_e"], ""), (["<|im_end|>x"], ""):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"additional_special_tokens": extra}))
+        assert PieceTokenizer(load_tokenizer(str(tmp_path)), 1 << 20).border == border
+
+
+def test_the_estimate_learns(tokenizers: dict[str, Tokenizer]) -> None:
+    pieces = PieceTokenizer(tokenizers["demo"], 1 << 20)
+    assert pieces.tokens_estimate(400) == 100
+    text = "漢字かな交じり文 " * 500
+    ids = pieces.encode(text, False)
+    assert pieces.tokens_estimate(len(text)) == len(ids)
+    assert pieces.tokens_estimate(1) >= 1
+    assert pieces.tokens_estimate(0) == 0
 
 
 def test_a_long_run_without_a_place_to_cut_stays_whole(tokenizers: dict[str, Tokenizer]) -> None:

@@ -131,7 +131,7 @@ def test_wrong_types_cost_only_their_field() -> None:
         ),
         "http://h:1",
     )
-    assert facts == server_info.WorkerFacts(None, None, 4, None, None, False, None, None, None)
+    assert facts == server_info.WorkerFacts(None, None, 4, None, None, False, None, None, None, "tokens")
 
 
 @pytest.mark.parametrize(
@@ -196,3 +196,54 @@ def test_model_names() -> None:
     assert server_info.parse_models(body(object="list", data=models)) == "m"
     assert server_info.parse_models(body(object="list", data=[])) is None
     assert server_info.parse_models(body(object="list")) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "route"),
+    [
+        ("0.5.6", "sha256"),
+        ("0.5.6.post2", "sha256"),
+        ("0.5.23", "sha256"),
+        ("v0.5.10rc0", "sha256"),
+        ("0.6.0.dev12+gabc", "sha256"),
+        ("1.0.0", "sha256"),
+        ("0.5.5", "tokens"),
+        ("0.4.9.post1", "tokens"),
+        ("0.0.0.dev1", "tokens"),
+        ("main", "tokens"),
+        ("", "tokens"),
+        (None, "tokens"),
+        (7, "tokens"),
+    ],
+)
+def test_key_route_follows_the_version(version: Any, route: str) -> None:
+    assert server_info.parse_server_info(body(version=version), "http://w:1").key_route == route
+
+
+def test_key_route_of_other_formats_and_engines() -> None:
+    def route(**fields: Any) -> str:
+        return server_info.parse_server_info(body(version="0.5.23", **fields), "http://w:1").key_route
+
+    assert route(kv_events_config=json.dumps({"publisher": "zmq", "format": "dynamo"})) == "tokens"
+    assert route(kv_events_config=json.dumps({"publisher": "zmq", "format": "default"})) == "sha256"
+    assert route(kv_events_config="{") == "sha256"
+    assert route(vllm_config={}) == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("config", "connects_out"),
+    [
+        ({"endpoint": "tcp://*:5557"}, False),
+        ({"endpoint": "tcp://0.0.0.0:5557"}, False),
+        ({"endpoint": "tcp://10.0.0.5:5557"}, True),
+        ({"endpoint": "tcp://10.0.0.5:5557", "bind": True}, False),
+        ({"endpoint": "tcp://*:5557", "bind": False}, True),
+        ({"endpoint": "ipc:///tmp/x"}, False),
+        ({}, False),
+    ],
+)
+def test_engines_that_connect_out(config: dict[str, Any], connects_out: bool) -> None:
+    text = json.dumps({"publisher": "zmq", **config})
+    facts = server_info.parse_server_info(body(kv_events=DESCRIPTOR, kv_events_config=text), "http://w:1")
+    assert facts.kv_connects_out == connects_out
+    assert not server_info.parse_server_info(body(kv_events_config=text), "http://w:1").kv_connects_out

@@ -144,6 +144,7 @@ class Workers:
                 kv_port_base=kv.port_base if kv else 0,
                 kv_topic=kv.topic if kv else "",
                 kv_replay_port_base=kv.replay_port_base if kv else None,
+                kv_connects_out=facts.kv_connects_out,
             )
             if _fits(full) and (kv is None or kv.block_size <= _BLOCK_SIZE_LIMIT):
                 record = full

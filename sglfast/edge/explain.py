@@ -40,7 +40,8 @@ def explain(shard: Shard, endpoint: Endpoint, body: bytes, then: Callable[[dict[
         why = "no tokenizer is loaded" if shard.router.keyer is None else "no worker publishes KV events"
         then(_explanation(shard, pool, Facts(0, {}, why)))
     else:
-        shard.router.keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(_explanation(shard, pool, facts)))
+        # A reader wants the whole prompt counted, although the choice would not need it.
+        shard.router.keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(_explanation(shard, pool, facts)), is_whole=True)
 
 
 def _explanation(shard: Shard, pool: Pool, facts: Facts) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import time
 
 import uvloop
 
+from sglfast._hashtree import TreeReader
 from sglfast.boot import Boot, boot_child
 from sglfast.edge.request import PromptKeyer
 from sglfast.edge.server import ClientConnection
@@ -22,13 +23,22 @@ from sglfast.logs import setup_logs
 
 def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | None:
     """The prompt path, when the settings name a tokenizer; loaded only then, because it is most of a shard's memory."""
-    if boot.config.tokenizer_path is None or boot.config.policy not in ("auto", "cache_aware"):
+    if boot.config.tokenizer_path is None:
         return None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time, in our own thread
     from sglfast.prompt.keys import PromptReader, RequestKind
+    from sglfast.prompt.lazy import LazyKeyer
     from sglfast.prompt.tokenizer import load_tokenizer
 
-    return PromptKeyer(PromptReader(load_tokenizer(boot.config.tokenizer_path), boot.config.prompt_cache_bytes), RequestKind, loop)
+    tokenizer = load_tokenizer(boot.config.tokenizer_path)
+    return PromptKeyer(
+        PromptReader(tokenizer),
+        LazyKeyer(tokenizer, boot.config.prompt_cache_bytes),
+        RequestKind,
+        loop,
+        here=TreeReader(boot.segment).match,
+        there=TreeReader(boot.segment).match,
+    )
 
 
 async def _wait_for_stop(control: socket.socket) -> str:

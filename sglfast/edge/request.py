@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import orjson
@@ -21,11 +22,20 @@ from sglfast.errors import PromptError
 
 if TYPE_CHECKING:
     from sglfast.prompt.keys import PromptReader, RequestKind
+    from sglfast.prompt.lazy import Keying, LazyKeyer, Probe, Variant
+    from sglfast.prompt.tokenizer import Tokenizer
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-# A body up to this size is rendered and tokenized on the loop (about 0.2 us a byte: under a millisecond); above, in a thread.
-_INLINE_BYTES = 4096
+# What the loop does itself, in about half a millisecond at worst: parse and render a body of this size (30 us) with so many objects and
+# arrays in it (2 us each), and tokenize so many characters (0.2 us each): all that a known or an unowned prompt needs. More goes to a
+# thread.
+_INLINE_BYTES = 65536
+_INLINE_OBJECTS = 150
+_INLINE_CHARS = 1500
+# A chat is rendered so far at first: enough for the first blocks, which tell whether anybody owns anything.
+_HEAD_CHARS = 1024
 # Prompts that wait for a thread. Beyond it a request is routed by load: a late best choice is worse than a good one now.
 _MAX_WAITING = 256
 
@@ -53,12 +63,14 @@ ENDPOINTS: dict[bytes, Endpoint] = {
 class Facts:
     """What a policy knows of a prompt. prompt_tokens: 0 = unknown; keys: (block_size, bigram) -> block keys, 8 bytes each.
 
-    why_unkeyed: "" or why the prompt has no keys.
+    keys end where no rank's overlap goes on; is_estimated: so the rest of the prompt was not tokenized, and prompt_tokens counts it by
+    its characters; why_unkeyed: "" or why the prompt has no keys.
     """
 
     prompt_tokens: int
     keys: dict[tuple[int, bool], bytes]
     why_unkeyed: str = ""
+    is_estimated: bool = False
 
 
 class _ModelPeek(msgspec.Struct):
@@ -77,52 +89,121 @@ def model_of(body: bytes) -> str | None:
 
 
 class PromptKeyer:
-    """Turns bodies into Facts with the model's tokenizer: short ones at once, long ones in a bounded pool of threads."""
+    """Turns bodies into Facts with the model's tokenizer: short work at once, long work in a bounded pool of threads.
 
-    def __init__(self, reader: PromptReader, kinds: type[RequestKind], loop: asyncio.AbstractEventLoop) -> None:
+    here, there: what the KV index owns, asked by the loop and by the thread: each by a TreeReader of its own.
+    """
+
+    def __init__(
+        self,
+        reader: PromptReader,
+        keyer: LazyKeyer,
+        kinds: type[RequestKind],
+        loop: asyncio.AbstractEventLoop,
+        *,
+        here: Probe,
+        there: Probe,
+    ) -> None:
         self._reader = reader
+        self._keyer = keyer
         self._kinds = kinds
         self._loop = loop
+        self._here = here
+        self._there = there
         # The tokenizer releases the GIL; one thread a shard keeps the machine's cores for all shards.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
         self._waiting = 0
 
-    def key(self, kind: int, body: bytes, variants: tuple[tuple[int, bool], ...], then: Callable[[Facts], None]) -> None:
-        """Call `then` with the facts: before this returns for a short body, later on the loop for a long one."""
-        if len(body) <= _INLINE_BYTES:
-            then(self._facts(kind, body, variants))
-        elif self._waiting >= _MAX_WAITING:
-            then(Facts(0, {}, "too many prompts wait for the tokenizer"))
-        else:
-            self._waiting += 1
-            future = self._threads.submit(self._facts, kind, body, variants)
-            future.add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._landed, done, then))
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._keyer.tokenizer
 
-    def _landed(self, done: Future[Facts], then: Callable[[Facts], None]) -> None:
+    def key(self, kind: int, body: bytes, variants: tuple[Variant, ...], then: Callable[[Facts], None], *, is_whole: bool = False) -> None:
+        """Call `then` with the facts: before this returns when that takes no time, else later on the loop.
+
+        is_whole: all keys of the prompt and its exact number of tokens, whoever owns them.
+        """
+        keying: Keying | None = None
+        here, there = (None, None) if is_whole else (self._here, self._there)
+        if len(body) <= _INLINE_BYTES and body.count(b"{") + body.count(b"[") <= _INLINE_OBJECTS:
+            found = self._begin(kind, body, variants)
+            if isinstance(found, Facts):
+                then(found)
+                return
+            facts = self._run(found, here, _INLINE_CHARS)
+            if facts is not None:
+                then(facts)
+                return
+            keying = found
+        if not self.submit(lambda: self._finish(keying, kind, body, variants, there), lambda facts: then(facts or _FAILED)):
+            then(Facts(0, {}, "too many prompts wait for the tokenizer"))
+
+    def chat_tokens(self, body: bytes) -> list[int] | array[int]:
+        """Token ids of a chat body's prompt. For the thread: takes as long as it takes. Raises PromptError, JSONDecodeError."""
+        return self._reader.tokens_of(self._reader.text_of(self._kinds(0), orjson.loads(body)))
+
+    def submit(self, work: Callable[[], T], then: Callable[[T | None], None]) -> bool:
+        """Do `work` in the thread and call `then` on the loop with its result, None if it raised; False: too much waits already."""
+        if self._waiting >= _MAX_WAITING:
+            return False
+        self._waiting += 1
+        self._threads.submit(work).add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._landed, done, then))
+        return True
+
+    def _landed(self, done: Future[T], then: Callable[[T | None], None]) -> None:
         self._waiting -= 1
-        if not done.cancelled():  # else the shard stops
+        if done.cancelled():
+            return  # the shard stops
+        if error := done.exception():
+            # Its text may quote a prompt, so only its kind is told.
+            _log.error("the tokenizer's thread failed", extra={"fields": {"error": type(error).__name__}})
+            then(None)
+        else:
             then(done.result())
 
-    def _facts(self, kind: int, body: bytes, variants: tuple[tuple[int, bool], ...]) -> Facts:
+    def _begin(self, kind: int, body: bytes, variants: tuple[Variant, ...]) -> Keying | Facts:
         try:
-            parsed: Any = orjson.loads(body)
-            prompt = self._reader.text_of(self._kinds(kind), parsed)
+            prompt = self._reader.text_of(self._kinds(kind), orjson.loads(body), _HEAD_CHARS)
             if prompt.text is None and prompt.token_ids is None:
                 return Facts(0, {}, prompt.detail or str(prompt.reason))
-            tokens = self._reader.tokens_of(prompt)
-            keys = {
-                (block_size, bigram): self._reader.keys_of(tokens, block_size, bigram=bigram, cache_salt=prompt.cache_salt)
-                for block_size, bigram in variants
-            }
+            return self._keyer.begin(prompt, variants)
         except orjson.JSONDecodeError:
             return Facts(0, {}, "the body is no JSON")
         except PromptError as error:
             return Facts(0, {}, str(error))
-        except Exception as error:  # whatever it is, the request must go on; its text may quote the prompt, so only its kind is told
-            _log.error("a prompt could not be read, routed by load", extra={"fields": {"error": type(error).__name__}})
-            return Facts(0, {}, "the prompt could not be read")
-        return Facts(len(tokens), keys)
+        except Exception as error:
+            return _unread(error)
+
+    def _run(self, keying: Keying, probe: Probe | None, budget_chars: int) -> Facts | None:
+        try:
+            if not keying.run(probe, budget_chars):
+                return None
+        except PromptError as error:
+            return Facts(0, {}, str(error))
+        except Exception as error:
+            return _unread(error)
+        keys = keying.keys
+        return Facts(keys.tokens, keys.keys, is_estimated=keys.is_estimated)
+
+    def _finish(self, keying: Keying | None, kind: int, body: bytes, variants: tuple[Variant, ...], probe: Probe | None) -> Facts | None:
+        if keying is None:
+            found = self._begin(kind, body, variants)
+            if isinstance(found, Facts):
+                return found
+            keying = found
+        return self._run(keying, probe, 1 << 62)
 
     def close(self) -> None:
         """Forget what waits; the thread ends after its present prompt."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+_FAILED = Facts(0, {}, "the tokenizer failed")
+
+
+def _unread(error: Exception) -> Facts:
+    """Whatever it is, the request must go on."""
+    # Its text may quote the prompt, so only its kind is told.
+    _log.error("a prompt could not be read, routed by load", extra={"fields": {"error": type(error).__name__}})
+    return Facts(0, {}, "the prompt could not be read")

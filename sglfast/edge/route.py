@@ -33,7 +33,10 @@ _STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A choice: the worker's connections, what its cache holds of the prompt, and why it was chosen."""
+    """A choice: the worker's connections, what its cache holds of the prompt, and why it was chosen.
+
+    is_estimated: prompt_blocks and uncached_tokens count a part of the prompt by its characters.
+    """
 
     pool: Pool
     upstream: Upstream
@@ -45,6 +48,7 @@ class Route:
     prompt_blocks: int = 0
     predicted_tokens: int = -1  # of the prompt, in the worker's cache; -1 = nobody looked
     is_trusted: bool = True  # the worker's reports agree with the predictions
+    is_estimated: bool = False
 
 
 class Pool:
@@ -202,6 +206,7 @@ class Router:
             prompt_blocks=prompt_blocks,
             predicted_tokens=hit.overlap_tokens if worker.block_size else -1,
             is_trusted=worker.parity == PARITY_OK,
+            is_estimated=prompt.is_estimated,
         )
 
     def look_up(self, pool: Pool, facts: Facts) -> Prompt:
@@ -224,7 +229,7 @@ class Router:
                 known = best.get(position)
                 if known is None or overlap_blocks > known.overlap_blocks:
                     best[position] = Hit(position, rank, overlap_blocks, overlap_blocks * block_size)
-        return Prompt(facts.prompt_tokens, prompt_blocks, tuple(best.values()), True)
+        return Prompt(facts.prompt_tokens, prompt_blocks, tuple(best.values()), True, facts.is_estimated)
 
     def next_choice(self, failed: Route, tried: tuple[int, ...]) -> Route | None:
         """The least loaded worker of the pool that was not tried yet, or None. Only after a failure, so a scan is fine."""

@@ -8,20 +8,19 @@ Runs in: shards, event loop. States: HEAD -> (BODY | CHUNKED) -> BUSY -> HEAD ..
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, cast
-
-import orjson
+from typing import TYPE_CHECKING, cast
 
 from sglfast import _counters, errors
 from sglfast._httphead import MORE, TOO_LARGE, Chunks, RequestHead, scan_request
 from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
-from sglfast.edge.explain import PREFIX, explain
+from sglfast.edge.later import LATER
 from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.unusual import UnusualRequest
 
 if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
+    from sglfast.edge.tokenize import Answer
 
 HEAD, BODY, CHUNKED, BUSY, UNUSUAL, CLOSED = range(6)
 _PIPELINE_BYTES = 65536  # waiting bytes of further requests above which the connection is not read
@@ -276,19 +275,15 @@ class ClientConnection(asyncio.Protocol):
         if endpoint is None:
             path = target.partition(b"?")[0]
             endpoint = ENDPOINTS.get(path)
-            explained = ENDPOINTS.get(path[len(PREFIX) :]) if path.startswith(PREFIX) else None
-            if endpoint is None and explained is None:
+            if endpoint is None and path not in LATER:
                 self._answer_locally(head, path)
                 return
-        else:
-            explained = None
         if head.method != b"POST":
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only POST", head.method == b"HEAD")
             return
         self.state = BUSY
         if endpoint is None:
-            assert explained is not None
-            explain(self.shard, explained, body, lambda found: self._answer_explained(found, head.request_id))
+            LATER[path](self.shard, head, body, lambda found: self._answer_later(found, head.request_id))
             return
         exchange = self.exchange = Exchange(self, endpoint, head, body)
         exchange.start()
@@ -307,14 +302,13 @@ class ClientConnection(asyncio.Protocol):
             status, content_type, body = local(self.shard)
             self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, head.request_id)
 
-    def _answer_explained(self, found: dict[str, Any] | errors.Reason, request_id: bytes | None) -> None:
+    def _answer_later(self, found: Answer, request_id: bytes | None) -> None:
         if self.state != BUSY:
-            return  # the client left while its prompt was being tokenized
-        if isinstance(found, errors.Reason):
-            self.answer_error(found, request_id)
+            return  # the client left while the tokenizer worked
+        if isinstance(found, bytes):
+            self._answer(answers.head(200, answers.JSON, len(found)), found, request_id)
         else:
-            body = orjson.dumps(found)
-            self._answer(answers.head(200, answers.JSON, len(body)), body, request_id)
+            self.answer_error(found[0], request_id, found[1])
         self.on_exchange_end()
 
     async def _ask_control(self, path: bytes, request_id: bytes | None, is_head: bool) -> None:

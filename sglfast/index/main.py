@@ -1,9 +1,11 @@
 """The index process: one per router. Follows the worker table, keeps a subscriber per rank, owns the only tree writer.
 
 Runs in: index (`python -m sglfast.index.main`, started by control with inherited descriptors, see sglfast.boot).
-Contract: it starts from an empty tree, because it cannot know what it missed, and says so when there was an index before it. Of a
-    worker that goes, or comes back with other endpoints, ranks or blocks, all ranks are cleared before their numbers are used
-    again. It ends on SIGTERM and when control is gone.
+Contract: when there was an index before it, it takes over that one's tree and says so. A rank's blocks stay, as hints, if its
+    stream is still the one that was followed; they count as exact again when the stream shows that nothing was missed
+    (index/stream), and are cleared when it shows otherwise. Ranks on the token route begin empty: the map of their engine's hashes
+    died with the process. Of a worker that goes, or comes back with other endpoints, ranks or blocks, all ranks are cleared before
+    their numbers are used again. It ends on SIGTERM and when control is gone.
 """
 
 import logging
@@ -14,35 +16,40 @@ import signal
 import socket
 import sys
 import time
+from urllib.parse import urlsplit
 
 import zmq
 
 from sglfast import _counters as words
+from sglfast._blockhash import xxh3
 from sglfast._counters import RANK_BLIND, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.boot import Boot, boot_child
+from sglfast.errors import ConfigError
+from sglfast.index.listener import Listener, listen_endpoint
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.index.stream import Limits
+from sglfast.index.stream import Limits, Resume
 from sglfast.index.subscriber import Endpoints, Subscriber
 from sglfast.logs import setup_logs
 from sglfast.shm import WorkerView, read_workers
 from sglfast.wire.server_info import KvEndpoint
 
 INDEX_SLOT = 0
-_PUBLISHES_NO_EVENTS = 1  # position in sglfast.shm.RANK_REASONS
+# Positions in sglfast.shm.RANK_REASONS.
+_PUBLISHES_NO_EVENTS, _NOT_LISTENING, _SAME_TOPIC = 1, 10, 11
 _TICK_S = 0.05
 _HEARTBEAT_S = 0.5
 _STOP_S = 1.0
-# A rank has at most a SUB, a DEALER and the two ends of a monitor, each with a descriptor or two.
-_SOCKETS_A_RANK = 4
+# A rank has at most a SUB, a DEALER, the two ends of a monitor and the two sockets of a listener, each with a descriptor or two.
+_SOCKETS_A_RANK = 6
 
 
 class Index:
     """Everything the index process owns. `sync` follows the worker table, `close` lets go of all."""
 
-    def __init__(self, segment: Segment, log: logging.Logger, limits: Limits | None = None) -> None:
+    def __init__(self, segment: Segment, log: logging.Logger, limits: Limits | None = None, kv_listen: str | None = None) -> None:
         self._segment = segment
         self._log = log
         self._limits = limits
@@ -50,15 +57,38 @@ class Index:
         self._ranks = RankTable(segment)
         self._tree = TreeLock(TreeWriter(segment))
         self._followed: dict[int, tuple[WorkerView, list[Subscriber]]] = {}
+        self._kv_listen = kv_listen
+        self._listeners: dict[str, Listener] = {}
         self._version = -1
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.max_sockets = 64 + _SOCKETS_A_RANK * segment.max_ranks
-        was_there = TreeReader(segment).stats()["generation"] > 0
-        self._tree.writer.reset()
-        for rank in range(segment.max_ranks):
-            self._ranks.clear(rank)
-        if was_there:
-            log.warning("the KV index was lost: it starts from an empty tree, overlap comes back with the event streams")
+        # Rows of the rank table that an index process before this one left, by rank; empty after the first `sync`.
+        self._inheritance: dict[int, list[int]] = self._inherit()
+
+    def _inherit(self) -> dict[int, list[int]]:
+        was_there = TreeReader(self._segment).stats()["generation"] > 0
+        writer, n_ranks = self._tree.writer, self._segment.max_ranks
+        n_blocks = writer.adopt() if was_there else -1
+        if n_blocks < 0:
+            writer.reset()
+            for rank in range(n_ranks):
+                self._ranks.clear(rank)
+            if was_there:
+                self._log.error("the KV index of the process before this one is damaged: it starts from an empty tree")
+            return {}
+        self._log.warning("the KV index goes on with the %d blocks of the process before this one, as far as the streams allow", n_blocks)
+        return {rank: self._ranks.row(rank) for rank in range(n_ranks)}
+
+    def _resume(self, rank: int, identity: int, view: WorkerView) -> Resume | None:
+        """Where the stream was left, None when the rank begins empty (and then it is empty)."""
+        row = self._inheritance.pop(rank, None)
+        if row is None:
+            return None
+        is_same = row[words.R_STREAM] == identity and row[words.R_NEXT_SEQ] > 0
+        if is_same and view.key_route == "sha256" and row[words.R_MAPPED_BLOCKS] == 0:
+            return Resume(row[words.R_NEXT_SEQ] - 1, row[words.R_LAST_PRINT], row[words.R_LOSS])
+        self._tree.writer.clear(rank)
+        return None
 
     def sync(self) -> bool:
         """Follow the worker table; True when it had changed. Cheap when it had not."""
@@ -73,6 +103,10 @@ class Index:
                 self._followed[idx] = (view, self._followed[idx][1])
             else:
                 self._followed[idx] = (view, self._follow(view))
+        for rank in self._inheritance:  # nobody's now
+            self._tree.writer.clear(rank)
+            self._ranks.clear(rank)
+        self._inheritance = {}
         self._version = version
         return True
 
@@ -84,7 +118,11 @@ class Index:
 
     def close(self) -> None:
         """Stop all threads and close all sockets."""
-        if self._drop(list(self._followed)):
+        all_ended = self._drop(list(self._followed))
+        for listener in self._listeners.values():
+            all_ended &= listener.close(_STOP_S)
+        self._listeners = {}
+        if all_ended:
             self._context.term()
 
     def _follow(self, view: WorkerView) -> list[Subscriber]:
@@ -92,24 +130,69 @@ class Index:
         subscribers = []
         for worker_rank in range(view.dp_size):
             rank = view.rank_base + worker_rank
-            live = endpoint.live_endpoint(worker_rank) if endpoint else None
+            live, why = self._live_endpoint(view, endpoint, worker_rank)
             if endpoint is None or live is None:
+                self._resume(rank, 0, view)
                 self._ranks.clear(rank)
                 self._ranks.set(rank, words.R_GENERATION, view.generation)
-                self._ranks.set(rank, words.R_REASON, _PUBLISHES_NO_EVENTS)
+                self._ranks.set(rank, words.R_REASON, why)
                 self._ranks.set(rank, words.R_STATE, RANK_BLIND)
-                if endpoint is not None:
-                    self._log.error("rank %d of %s would publish on port %d: not followed", worker_rank, view.record.url,
-                                    endpoint.port_base + worker_rank)  # fmt: skip
                 continue
             log = logging.LoggerAdapter(self._log, {"fields": {"worker": view.record.url, "rank": worker_rank}})
-            index = RankIndex(self._tree, rank, block_size=view.block_size, is_bigram=view.bigram, log=log)
-            endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode())
-            subscriber = Subscriber(self._context, endpoints, index, self._ranks, generation=view.generation, log=log, limits=self._limits)
+            index = RankIndex(
+                self._tree,
+                rank,
+                block_size=view.block_size,
+                is_bigram=view.bigram,
+                log=log,
+                key_route=view.key_route,
+                model=view.record.model or "",
+            )
+            identity = xxh3(repr((_stream_of(view), worker_rank)).encode()) or 1
+            resume = self._resume(rank, identity, view)
+            is_shared = view.record.kv_connects_out
+            endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode(), is_shared)
+            subscriber = Subscriber(
+                self._context,
+                endpoints,
+                index,
+                self._ranks,
+                generation=view.generation,
+                log=log,
+                limits=self._limits,
+                identity=identity,
+                resume=resume,
+            )
             subscriber.start()
             subscribers.append(subscriber)
             log.info("following KV events")
         return subscribers
+
+    def _live_endpoint(self, view: WorkerView, endpoint: KvEndpoint | None, worker_rank: int) -> tuple[str | None, int]:
+        """(where to connect for a rank's live events, 0), or (None, why not: position in RANK_REASONS)."""
+        if endpoint is None:
+            return None, _PUBLISHES_NO_EVENTS
+        url, port = view.record.url, endpoint.port_base + worker_rank
+        if not view.record.kv_connects_out:
+            live = endpoint.live_endpoint(worker_rank)
+            if live is None:
+                self._log.error("rank %d of %s would publish on port %d: not followed", worker_rank, url, port)
+            return live, 0 if live else _PUBLISHES_NO_EVENTS
+        if self._kv_listen is None:
+            self._log.error("%s connects its KV events out to %s:%d: start the router with --kv-listen", url, endpoint.host, port)
+            return None, _NOT_LISTENING
+        for other, _ in self._followed.values():
+            if other.record.kv_connects_out and other.record.kv_topic == endpoint.topic:
+                self._log.error("%s and %s both connect out with topic %r: not told apart", url, other.record.url, endpoint.topic)
+                return None, _SAME_TOPIC
+        try:
+            place = listen_endpoint(self._kv_listen, worker_rank)
+            if place not in self._listeners:
+                self._listeners[place] = Listener(self._context, place, self._log)
+        except (ConfigError, zmq.ZMQError) as error:
+            self._log.error("no KV events of rank %d of %s: %s", worker_rank, url, error)
+            return None, _NOT_LISTENING
+        return self._listeners[place].inner, 0
 
     def _drop(self, worker_idxs: list[int]) -> bool:
         """Stop following workers and clear their ranks; False when a thread did not end in time."""
@@ -136,7 +219,8 @@ def _endpoint_of(view: WorkerView) -> KvEndpoint | None:
         return None
     return KvEndpoint(
         publisher="zmq",
-        host=record.kv_host,
+        # An engine that connects out names our host; what it binds itself (replay) is at its own.
+        host=(urlsplit(record.url).hostname or record.kv_host) if record.kv_connects_out else record.kv_host,
         port_base=record.kv_port_base,
         topic=record.kv_topic,
         block_size=view.block_size,
@@ -147,7 +231,10 @@ def _endpoint_of(view: WorkerView) -> KvEndpoint | None:
 
 def _stream_of(view: WorkerView) -> tuple[object, ...]:
     """What makes a worker's event streams the ones we follow; another start time is another engine process."""
-    return view.generation, view.rank_base, view.bigram, view.record.startup_time, view.dp_size, _endpoint_of(view)
+    # The model's name is in the token route's keys; on the SHA route it may become known later without harm.
+    model = view.record.model if view.key_route == "tokens" else None
+    place = view.generation, view.rank_base, view.dp_size
+    return *place, view.bigram, view.record.startup_time, _endpoint_of(view), view.record.kv_connects_out, view.key_route, model
 
 
 def serve(boot: Boot, log: logging.Logger) -> None:
@@ -156,7 +243,7 @@ def serve(boot: Boot, log: logging.Logger) -> None:
     stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     previous = signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(stop_fd, 1))
     segment.process_start(INDEX_SLOT, os.getpid(), _now_ms())
-    index = Index(segment, log)
+    index = Index(segment, log, kv_listen=boot.config.kv_listen)
     try:
         index_loop(index, boot, stop_fd, log)
     finally:

@@ -6,7 +6,7 @@ Contract: the tree has one writer object in the process (`TreeLock`), its lock i
     and logged, never fatal.
 Why the check: a shard finds a block only if it computes the engine's key from the prompt. EAGLE pairs, another block size, another
     format or another engine make all keys differ, and then every lookup misses without a word. So root blocks are recomputed
-    from their own tokens until one agrees.
+    from their own tokens until one agrees. On the token route the keys are ours, so there only block size and pairs can differ.
 Source: spec/kv_events.md 2.1 to 2.3, 2.6, 2.8.
 """
 
@@ -17,8 +17,11 @@ from dataclasses import dataclass, field
 
 from sglfast._blockhash import page_keys
 from sglfast._hashtree import TreeWriter
+from sglfast._kvdecode import CLEAR, STORE, runs
 from sglfast.errors import KvEventError
 from sglfast.index.stream import Outcome
+from sglfast.index.token_route import TokenRoute
+from sglfast.shm import KeyRoute
 from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, decode_token_ids, tier_mask
 
 _PLAIN, _CLEARED, _LOSSY = Outcome(), Outcome(is_cleared=True), Outcome(is_lossy=True)
@@ -38,18 +41,35 @@ class TreeLock:
 
 @dataclass(slots=True)
 class BlockCounters:
-    """Totals since the rank was taken up. undecoded: events, and batches of which no event could be read (each as one)."""
+    """Totals since the rank was taken up. undecoded: events, and batches of which no event could be read (each as one).
+
+    orphans: blocks of the token route left out because their place in the prompt is unknown.
+    """
 
     events: int = 0
     blocks_stored: int = 0
     blocks_removed: int = 0
     undecoded: int = 0
+    orphans: int = 0
 
 
 class RankIndex:
-    """The blocks of tree rank `rank`; block_size in tokens and is_bigram are what shards use for this worker's keys."""
+    """The blocks of tree rank `rank`; the keyword arguments are what shards use for this worker's keys (block_size in tokens).
 
-    def __init__(self, tree: TreeLock, rank: int, *, block_size: int, is_bigram: bool, log: logging.LoggerAdapter[logging.Logger]) -> None:
+    key_route: "sha256", the engine's hash is the key, except in events of a LoRA adapter; "tokens", keys are made of the tokens.
+    """
+
+    def __init__(
+        self,
+        tree: TreeLock,
+        rank: int,
+        *,
+        block_size: int,
+        is_bigram: bool,
+        log: logging.LoggerAdapter[logging.Logger],
+        key_route: KeyRoute = "sha256",
+        model: str = "",
+    ) -> None:
         self.counters = BlockCounters()
         self.last_event_ms = 0  # wall clock
         self.has_agreed = False  # a root block was found to have the keys that shards compute
@@ -58,6 +78,8 @@ class RankIndex:
         self._tree = tree
         self._block_size = block_size
         self._is_bigram = is_bigram
+        self._is_by_tokens = key_route == "tokens"
+        self._by_tokens = TokenRoute(model=model, block_size=block_size, is_bigram=is_bigram)
         self._log = log
         self._is_retired = False
         self._roots = 0
@@ -68,14 +90,25 @@ class RankIndex:
         """Blocks that the rank owns in the tree."""
         return self._tree.writer.owned_blocks(self.rank)
 
+    @property
+    def mapped_blocks(self) -> int:
+        """Blocks whose engine hash is not their key, so that only this process can remove them."""
+        return len(self._by_tokens)
+
     def apply(self, payload: bytes) -> Outcome:
         """Apply one batch, whatever it holds."""
+        # The check of root blocks needs their tokens, and removals the map of blocks keyed by tokens: else one pass is enough.
+        if self.has_agreed and not self._is_by_tokens and not len(self._by_tokens):
+            usual = runs(payload)
+            if usual is not None:
+                return self._apply_runs(*usual)
         try:
             batch = decode_batch(payload)
         except KvEventError as error:
             self.note_undecoded(str(error))
             return _LOSSY
         outcome = _PLAIN
+        undecoded, orphans = batch.undecoded, self._by_tokens.orphans
         stored_in: BlockStored | None = None
         with self._tree.lock:
             if self._is_retired:
@@ -84,29 +117,54 @@ class RankIndex:
             for event in batch.events:
                 match event:
                     case BlockStored():
-                        self._store(writer, event)
+                        try:
+                            self._store(writer, event)
+                        except KvEventError:
+                            undecoded += 1
                         if event.parent_block_hash is None:
                             stored_in = event
                     case BlockRemoved():
-                        tiers = tier_mask(event.medium, is_removal=True)
-                        if tiers:
-                            self.counters.blocks_removed += writer.remove(self.rank, tiers, event.keys)
+                        self._remove(writer, event)
                     case AllBlocksCleared():
                         self.counters.blocks_removed += writer.clear(self.rank)
-                        outcome = _CLEARED
+                        self._by_tokens.clear()
+                        outcome, orphans = _CLEARED, self._by_tokens.orphans
+            self._by_tokens.prune(writer, self.rank)
         self.counters.events += len(batch.events)
         self.last_event_ms = time.time_ns() // 1_000_000
         if stored_in is not None and not self.has_agreed:
             self._check(stored_in)
-        if batch.undecoded:
+        self.counters.orphans = self._by_tokens.orphans
+        if undecoded:
             n_events = len(batch.events) + batch.undecoded
-            self.note_undecoded(f"{batch.undecoded} of {n_events} events are unknown or malformed", batch.undecoded)
+            self.note_undecoded(f"{undecoded} of {n_events} events are unknown or malformed", undecoded)
             return _LOSSY
+        return outcome if orphans == self._by_tokens.orphans else _LOSSY
+
+    def _apply_runs(self, n_events: int, found: list[tuple[int, int, bytes]]) -> Outcome:
+        outcome = _PLAIN
+        with self._tree.lock:
+            if self._is_retired:
+                return _PLAIN
+            writer, counters, rank = self._tree.writer, self.counters, self.rank
+            for kind, tiers, keys in found:
+                if kind == CLEAR:
+                    counters.blocks_removed += writer.clear(rank)
+                    outcome = _CLEARED
+                elif not tiers:
+                    continue
+                elif kind == STORE:
+                    counters.blocks_stored += writer.store(rank, tiers.bit_length() - 1, keys)
+                else:
+                    counters.blocks_removed += writer.remove(rank, tiers, keys)
+        counters.events += n_events
+        self.last_event_ms = time.time_ns() // 1_000_000
         return outcome
 
     def clear(self) -> int:
         """Forget all blocks of the rank; returns how many they were."""
         with self._tree.lock:
+            self._by_tokens.clear()
             return 0 if self._is_retired else self._tree.writer.clear(self.rank)
 
     def retire(self) -> None:
@@ -119,7 +177,20 @@ class RankIndex:
     def _store(self, writer: TreeWriter, event: BlockStored) -> None:
         tier = tier_mask(event.medium).bit_length() - 1
         if tier >= 0:
-            self.counters.blocks_stored += writer.store(self.rank, tier, event.keys)
+            is_by_tokens = self._is_by_tokens or event.lora_name is not None
+            keys = self._by_tokens.place(event) if is_by_tokens else event.keys
+            self.counters.blocks_stored += writer.store(self.rank, tier, keys)
+
+    def _remove(self, writer: TreeWriter, event: BlockRemoved) -> None:
+        tiers = tier_mask(event.medium, is_removal=True)
+        if not tiers:
+            return
+        if not self._is_by_tokens:
+            self.counters.blocks_removed += writer.remove(self.rank, tiers, event.keys)
+        if len(self._by_tokens):
+            hashes, keys = self._by_tokens.resolve(event)
+            self.counters.blocks_removed += writer.remove(self.rank, tiers, keys)
+            self._by_tokens.forget(hashes, keys, writer, self.rank)
 
     def _check(self, event: BlockStored) -> None:
         """Recompute a root block from its tokens and note whether shards will find it."""
@@ -140,8 +211,9 @@ class RankIndex:
         self.has_agreed = not why
 
     def _disagreement(self, event: BlockStored) -> str | None:
-        """Empty when keys agree, None when this event cannot tell (no tokens, or a LoRA adapter whose keys nobody can compute)."""
-        if event.lora_name is not None or event.lora_id is not None or not event.block_size or not event.keys:
+        """Empty when keys agree, None when this event cannot tell (no tokens, or the hashes of a LoRA adapter)."""
+        is_adapter = event.lora_name is not None or event.lora_id is not None
+        if (is_adapter and not self._is_by_tokens) or not event.block_size or not event.keys:
             return None
         units = decode_token_ids(event.token_ids)
         if not units:
@@ -153,6 +225,8 @@ class RankIndex:
         if is_bigram != self._is_bigram:
             said = "pairs of tokens (EAGLE)" if self._is_bigram else "single tokens"
             return f"its blocks hold {'pairs of tokens (EAGLE)' if is_bigram else 'single tokens'}, /server_info says {said}"
+        if self._is_by_tokens:
+            return ""
         n_units = _CHECKED_PAGES * event.block_size
         tokens = [unit[0] if isinstance(unit, tuple) else unit for unit in units[: n_units + 1]]
         if is_bigram and len(units) <= n_units:

@@ -22,16 +22,20 @@ number that we wait for; its time stamps give it away, and so does an answer tha
 The end marker of a replay proves nothing (engines drop what their send queue does not hold): what counts is that no hole is left.
 A hole is asked for again as long as each answer brings the front forward, `max_tries` times when it does not.
 Batches held back are bounded; one that finds no room is dropped and comes back by replay, because its number was noted.
+A stream may begin where a former index process left it (`Resume`): as after a lost connection, and not called exact before replay or
+the next number shows that nothing was missed.
 Source: spec/kv_events.md 1.6, 6.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
+from sglfast._blockhash import xxh3
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
 
 # Positions in sglfast.shm.RANK_REASONS.
 NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY, LOST, HASH_MISMATCH, DISCONNECTED = 2, 3, 4, 5, 6, 7
+RESUMED = 9
 
 # A restarted engine has published at most some dozens of batches by the time the subscription reaches it.
 _LOW_SEQ = 64
@@ -40,12 +44,10 @@ _CONFIRM_ABOVE_BATCHES = 256
 # Live batches that a replay overtook and that are still on their way: as many as one round of the subscriber reads, at most.
 _REPLAYED_MEMORY_BATCHES = 1024
 
-Print = tuple[int, bytes, bytes]
 
-
-def _print_of(payload: bytes) -> Print:
-    """Enough of a batch to know it again: its length, its head (with the time of publishing) and its tail."""
-    return len(payload), payload[:32], payload[-32:]
+def print_of(payload: bytes) -> int:
+    """Enough of a batch to know it again, as 64 bits: its length, its head (with the time of publishing) and its tail. Never 0."""
+    return xxh3(payload[:32] + payload[-32:], len(payload)) or 1
 
 
 class Sink(Protocol):
@@ -79,6 +81,15 @@ class Limits:
     max_held_bytes: int = 64 << 20
 
 
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Where a former index process was in this stream. last_print: `print_of` batch next_seq - 1; loss: as `RankStream.loss`."""
+
+    next_seq: int
+    last_print: int
+    loss: int
+
+
 @dataclass(slots=True)
 class Counters:
     """Totals since the stream began. batches: applied; replays: requests sent."""
@@ -104,7 +115,7 @@ class _Request:
 class RankStream:
     """State of one rank's stream. Feed it with the `on_*` methods; call `on_time` when `deadline_s` has passed."""
 
-    def __init__(self, sink: Sink, *, has_replay: bool, limits: Limits | None = None) -> None:
+    def __init__(self, sink: Sink, *, has_replay: bool, limits: Limits | None = None, resume: Resume | None = None) -> None:
         self.counters = Counters()
         self.next_seq: int | None = None  # number of the batch that comes next; None = nothing is known yet
         self._sink = sink
@@ -114,14 +125,26 @@ class RankStream:
         self._was_lost = False  # disconnected, and not heard of since
         self._is_suspect = False  # reconnected, and nobody can tell whether to the same engine process
         self._loss = NO_EVENT_YET  # 0: every batch since the rank was empty has been applied
-        self._last_print: Print | None = None  # of batch next_seq - 1
+        self._last_print: int | None = None  # of batch next_seq - 1
         self._last_live = -1  # live numbers only grow while one engine process speaks
         self._highest = -1  # highest number seen anywhere
         self._held: dict[int, bytes] = {}
         self._held_bytes = 0
-        self._replayed: dict[int, Print] = {}  # replayed batches that may still come live
+        self._replayed: dict[int, int] = {}  # replayed batches that may still come live
         self._request: _Request | None = None
         self._tries = 0
+        self._is_resumed = resume is not None  # the blocks are a former process's, and nothing has confirmed them yet
+        if resume is not None:
+            self.next_seq = resume.next_seq
+            self._last_print = resume.last_print
+            self._loss = resume.loss
+            self._highest = resume.next_seq - 1
+            self._was_lost = True
+
+    @property
+    def resume(self) -> Resume | None:
+        """What another process would need to go on from here; None when nothing is known yet."""
+        return None if self.next_seq is None else Resume(self.next_seq, self._last_print or 0, self._loss)
 
     @property
     def deadline_s(self) -> float | None:
@@ -137,6 +160,8 @@ class RankStream:
         """(RANK_* state, position in RANK_REASONS)."""
         if self._request is not None:
             return RANK_SYNCING, REPLAYING
+        if self._is_resumed:
+            return RANK_SYNCING, RESUMED
         if self._was_lost:
             return RANK_DEGRADED, DISCONNECTED
         if self._loss == 0:
@@ -166,6 +191,7 @@ class RankStream:
             if self._is_copy(seq, payload):
                 self.counters.duplicates += 1
                 self._last_live = max(self._last_live, seq)
+                self._is_resumed = self._is_resumed and self._request is not None
                 return
             self._restart("its sequence went back", now_s)
             expected = None
@@ -179,7 +205,9 @@ class RankStream:
             self._hold(seq, payload)
             if self._request.is_verified:
                 self._drain()
-        elif seq == expected or seq == 0:
+            return
+        self._is_resumed = False
+        if seq == expected or seq == 0:
             self._loss = 0 if expected is None else self._loss
             self._replayed.clear()
             self._apply(seq, payload)
@@ -210,7 +238,7 @@ class RankStream:
             expected = self.next_seq = seq
             request.is_verified = True
         elif not request.is_verified:
-            if seq == expected - 1 and _print_of(payload) == self._last_print:
+            if seq == expected - 1 and print_of(payload) == self._last_print:
                 request.is_verified = True
                 return
             if seq < expected:
@@ -225,7 +253,7 @@ class RankStream:
             self._hold(seq, payload)
         else:
             self._apply(seq, payload)
-            self._replayed[seq] = _print_of(payload)
+            self._replayed[seq] = print_of(payload)
             if len(self._replayed) > _REPLAYED_MEMORY_BATCHES:
                 del self._replayed[next(iter(self._replayed))]
             self._drain()
@@ -271,7 +299,7 @@ class RankStream:
         if seq in self._held:
             return self._held[seq] == payload
         known = self._last_print if self.next_seq is not None and seq == self.next_seq - 1 else self._replayed.get(seq)
-        return known == _print_of(payload)
+        return known == print_of(payload)
 
     def _begin_late(self, seq: int, payload: bytes, now_s: float) -> None:
         if self._can_replay:
@@ -285,6 +313,7 @@ class RankStream:
     def _restart(self, why: str, now_s: float) -> None:
         """Another engine process speaks: nothing of the old one holds. A replay under way is asked for anew."""
         self.counters.restarts += 1
+        self._is_resumed = False
         self._sink.clear(f"the engine restarted: {why}")
         self._drop_held()
         self._replayed.clear()
@@ -309,6 +338,7 @@ class RankStream:
         self._request = None
         is_behind = self.next_seq is None or self.next_seq <= self._highest
         if is_ended and not is_behind and request.n_batches <= _CONFIRM_ABOVE_BATCHES:
+            self._is_resumed = False
             return
         if self.next_seq == request.front and (is_behind or not is_ended):
             self._tries += 1
@@ -353,7 +383,7 @@ class RankStream:
         outcome = self._sink.apply(payload)
         self.counters.batches += 1
         self.next_seq = seq + 1
-        self._last_print = _print_of(payload)
+        self._last_print = print_of(payload)
         if outcome.is_cleared:
             self._loss = 0
         if outcome.is_lossy:

@@ -22,7 +22,7 @@ from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RankTable
 from sglfast.errors import KvEventError
 from sglfast.index.rank import RankIndex
-from sglfast.index.stream import HASH_MISMATCH, Limits, Outcome, RankStream
+from sglfast.index.stream import HASH_MISMATCH, Limits, Outcome, RankStream, Resume
 from sglfast.wire.frames import parse_live, parse_replay, replay_request
 
 _ROUND_MESSAGES = 1000
@@ -34,11 +34,15 @@ _NOTICES = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """Where a rank publishes: ZMQ endpoints (`tcp://host:port`), replay None when it is not offered, and the topic prefix."""
+    """Where a rank publishes: ZMQ endpoints (`tcp://host:port`), replay None when it is not offered, and the topic prefix.
+
+    is_shared: other workers' messages arrive there, too (index/listener); ours have exactly this topic.
+    """
 
     live: str
     replay: str | None
     topic: bytes
+    is_shared: bool = False
 
 
 def connect(source: zmq.Socket[bytes], endpoint: str) -> None:
@@ -71,6 +75,8 @@ class Subscriber:
         generation: int,
         log: logging.LoggerAdapter[logging.Logger],
         limits: Limits | None = None,
+        identity: int = 0,
+        resume: Resume | None = None,
     ) -> None:
         self._context = context
         self._endpoints = endpoints
@@ -82,11 +88,14 @@ class Subscriber:
         self._dealer: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
         self._published: dict[int, int] = {}
-        self._stream = RankStream(self, has_replay=endpoints.replay is not None, limits=limits)
+        self._stream = RankStream(self, has_replay=endpoints.replay is not None, limits=limits, resume=resume)
         self._limits = limits
+        self._saved: Resume | None = None
         self._thread = threading.Thread(target=self._run, name=f"kv-rank-{index.rank}", daemon=True)
         ranks.clear(index.rank)
         ranks.set(index.rank, words.R_GENERATION, generation)
+        ranks.set(index.rank, words.R_STREAM, identity)
+        self._save()
         self.publish()
 
     def start(self) -> None:
@@ -129,6 +138,7 @@ class Subscriber:
             words.R_OWNED_BLOCKS: index.owned_blocks,
             words.R_LAST_EVENT_MS: index.last_event_ms,
             words.R_LAST_SEQ: stream.next_seq or 0,
+            words.R_ORPHANS: index.counters.orphans,
             words.R_REASON: reason,
             words.R_STATE: state,
         }
@@ -136,6 +146,27 @@ class Subscriber:
             if self._published.get(word) != value:
                 self._ranks.set(index.rank, word, value)
         self._published = row
+
+    def _save(self) -> None:
+        """Note in shared memory how far the rank's blocks are, for the next index process (main.Index._inherit).
+
+        Written after the blocks: a process that dies in between leaves a tree that is ahead, and applying a batch again does no harm.
+        """
+        resume, index, ranks = self._stream.resume, self._index, self._ranks
+        if resume == self._saved or self._is_stopping.is_set():
+            return
+        self._unsave()
+        if resume is not None:
+            ranks.set(index.rank, words.R_MAPPED_BLOCKS, index.mapped_blocks)
+            ranks.set(index.rank, words.R_LAST_PRINT, resume.last_print)
+            ranks.set(index.rank, words.R_LOSS, resume.loss)
+            ranks.set(index.rank, words.R_NEXT_SEQ, resume.next_seq + 1)
+        self._saved = resume
+
+    def _unsave(self) -> None:
+        if not self._is_stopping.is_set():
+            self._ranks.set(self._index.rank, words.R_NEXT_SEQ, 0)
+            self._saved = None
 
     def publish_size(self) -> None:
         """Bring the number of owned blocks up to date, from another thread: eviction changes it without an event of this rank."""
@@ -150,6 +181,7 @@ class Subscriber:
 
     def clear(self, why: str) -> None:
         """Forget the rank's blocks and say why."""
+        self._unsave()
         n_blocks = self._index.clear()
         self._log.warning("KV events: %s; %d blocks of this rank are forgotten", why, n_blocks)
 
@@ -171,6 +203,7 @@ class Subscriber:
                 self._follow()
             except Exception:
                 self._log.exception("the KV event stream failed; it starts again in %g s with no blocks known", _RESTART_DELAY_S)
+                self._unsave()
                 self._index.clear()
                 counters = self._stream.counters
                 self._stream = RankStream(self, has_replay=self._endpoints.replay is not None, limits=self._limits)
@@ -224,12 +257,15 @@ class Subscriber:
                 frames = live.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return True
+            if self._endpoints.is_shared and frames[0] != self._endpoints.topic:
+                continue
             try:
                 seq, payload = parse_live(frames)
             except KvEventError as error:
                 self._index.note_undecoded(str(error))
                 continue
             self._stream.on_live(seq, payload, time.monotonic())
+            self._save()
         return False
 
     def _read_replay(self, dealer: zmq.Socket[bytes]) -> None:
@@ -247,8 +283,10 @@ class Subscriber:
                 continue
             if item is None:
                 self._stream.on_replay_end(time.monotonic())
+                self._save()
             else:
                 self._stream.on_replay(*item, time.monotonic())
+                self._save()
 
     def _read_notices(self, monitor: zmq.Socket[bytes]) -> list[int]:
         events = []

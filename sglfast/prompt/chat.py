@@ -101,6 +101,8 @@ def _message(raw: object, content_format: ContentFormat) -> dict[str, Any]:
     if role not in GENERIC_ROLES:
         raise _malformed(f"unknown role {role!r}")
     message = {"role": role, "content": _content(raw.get("content"), role, content_format)}
+    if len(raw) == 2 and "content" in raw:
+        return message  # nearly every one
     for field in MESSAGE_FIELDS:
         value = raw.get(field)
         if value is None:

@@ -11,14 +11,15 @@ Why a request has at most (n - 1) // block_size keys: SGLang computes at least t
 
 import enum
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sglfast._blockhash import page_keys
 from sglfast.errors import PromptError
-from sglfast.prompt.chat import Reason, UnkeyableError, chat_input, function_schemas
+from sglfast.prompt.chat import ChatInput, Reason, UnkeyableError, chat_input, function_schemas
 from sglfast.prompt.pieces import PieceTokenizer
+from sglfast.prompt.template import ChatTemplate
 from sglfast.prompt.tokenizer import Tokenizer
 
 
@@ -38,6 +39,7 @@ class PromptText:
     add_special_tokens: for text, whether the model's BOS or EOS goes around it (a chat template prints its own);
     continuation: text tokenized apart and put after `text`; cache_salt: "" for none; reason: why there is neither text nor
     ids, "" else; detail: the same as a sentence, for logs.
+    rest: `text` is only the beginning, and this makes what follows it, once (it can raise PromptError); rest_chars: about how much.
     """
 
     text: str | None = None
@@ -47,6 +49,8 @@ class PromptText:
     cache_salt: str = ""
     reason: Reason | None = None
     detail: str = ""
+    rest: Callable[[], str] | None = None
+    rest_chars: int = 0
 
 
 class PromptReader:
@@ -61,13 +65,16 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._pieces = PieceTokenizer(tokenizer, cache_bytes) if tokenizer is not None and cache_bytes else None
 
-    def text_of(self, kind: RequestKind, body: Mapping[str, Any]) -> PromptText:
-        """Return the prompt of a decoded JSON body, in the form in which the engine hands it to its tokenizer."""
+    def text_of(self, kind: RequestKind, body: Mapping[str, Any], head_chars: int = 0) -> PromptText:
+        """Return the prompt of a decoded JSON body, in the form in which the engine hands it to its tokenizer.
+
+        head_chars: of a chat, render only so many characters (at least), if the rest can follow later.
+        """
         try:
             if not isinstance(body, Mapping):
                 raise UnkeyableError("malformed", "the body must be a JSON object")
             if kind == RequestKind.CHAT:
-                return self._chat(body)
+                return self._chat(body, head_chars)
             if kind == RequestKind.COMPLETIONS:
                 return self._plain(body.get("prompt"), "prompt", _cache_salt(body))
             if kind == RequestKind.GENERATE:
@@ -117,7 +124,7 @@ class PromptReader:
         except (ValueError, TypeError) as error:
             raise PromptError(f"no block keys can be made of this prompt: {error}") from error
 
-    def _chat(self, body: Mapping[str, Any]) -> PromptText:
+    def _chat(self, body: Mapping[str, Any], head_chars: int) -> PromptText:
         salt = _cache_salt(body)
         if body.get("input_ids") is not None:
             return self._plain(body["input_ids"], "input_ids", salt)
@@ -127,6 +134,8 @@ class PromptReader:
         if template is None:
             raise UnkeyableError("no_chat_template", "the tokenizer has no chat template")
         given = chat_input(body, template.content_format)
+        if head_chars and not given.tools:
+            return _head(template, given, head_chars, salt)
         try:
             text = template.render(given.messages, tools=given.tools, kwargs=given.kwargs)
         except PromptError as error:
@@ -164,6 +173,31 @@ class PromptReader:
             if isinstance(prompt[0], int):
                 return PromptText(token_ids=prompt, cache_salt=salt)
         raise UnkeyableError("malformed", f"{field} must be a string or an array of token ids")
+
+
+def _head(template: ChatTemplate, given: ChatInput, head_chars: int, salt: str) -> PromptText:
+    """Return a prompt whose text is rendered only as far as it is wanted at first. Without tools there is no second try."""
+    text = ""
+    try:
+        parts = template.parts(given.messages, kwargs=given.kwargs)
+        for part in parts:
+            text += part
+            if len(text) >= head_chars:
+                break
+        else:
+            return PromptText(text=text, continuation=given.continuation, cache_salt=salt)
+    except Exception as error:  # a template can raise anything
+        raise UnkeyableError("template", f"the chat template refuses the conversation: {error}") from error
+
+    def rest() -> str:
+        try:
+            return "".join(parts)
+        except Exception as error:
+            raise PromptError(f"the chat template refuses the conversation: {error}") from error
+
+    contents = (message["content"] for message in given.messages)
+    chars = sum(len(content) if isinstance(content, str) else sum(len(item.get("text", "")) for item in content) for content in contents)
+    return PromptText(text=text, continuation=given.continuation, cache_salt=salt, rest=rest, rest_chars=max(0, chars - len(text)))
 
 
 def _cache_salt(body: Mapping[str, Any]) -> str:

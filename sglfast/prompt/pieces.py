@@ -4,7 +4,8 @@ Runs in: shards (the loop and the tokenizer's thread), simulator; any thread may
 Theory: a tokenizer first takes added tokens (such as <|im_end|>) out of the text, then cuts the rest into words (pre-tokenizer), and
     merges inside a word only. So the ids of a text are the ids of its pieces, when every cut lies behind an added token or before
     a space that stands between two ASCII letters: every word pattern in use ends a word there, whatever stands around it.
-    Cuts depend on the text before them alone, so texts that begin alike are cut alike and share pieces.
+    Cuts depend on the text before them alone, so texts that begin alike are cut alike and share pieces. The first pieces are short:
+    most prompts are known, or known to be unknown, after a few hundred characters (prompt/lazy.py).
 Contract: `encode` equals the tokenizer's own result, always. Whether a tokenizer keeps the theory is tried once, at construction, with
     texts made to break it; one that does not (no pre-tokenizer, a marker put before every text) is given whole texts.
 """
@@ -14,11 +15,19 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterator
 
+from sglfast.errors import PromptError
 from sglfast.prompt.tokenizer import Tokenizer
 
-# Long enough that the cost of a look-up is nothing, short enough that a new message seldom makes an old piece new.
+# The longest pieces: long enough that the cost of a look-up is nothing, short enough that a new message seldom makes an old piece new.
 PIECE_CHARS = 2048
+# (characters behind the first cut, length of pieces up to there)
+_SHORTEST_CHARS = 64  # less is not worth a look-up: short messages go together
+_SIZES = ((512, 256), (2048, 512), (8192, 1024))
+# Before anything was tokenized; English prose and code have 3 to 5 with the vocabularies of today.
+_CHARS_PER_TOKEN = 4.0
+_STATISTICS_CHARS = 1 << 22  # what was learned longer ago counts half
 # Without a place to cut for this long, the piece goes on: correctness before size.
 _CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
@@ -66,18 +75,28 @@ def _cost_bytes(text: str, ids: "array[int]") -> int:
 
 
 class PieceTokenizer:
-    """A tokenizer that remembers pieces. is_cutting: the tokenizer keeps the theory; else every text is one piece."""
+    """A tokenizer that remembers pieces.
+
+    is_cutting: the tokenizer keeps the theory; else every text is one piece. before, after: ids around a text with special tokens;
+    border: the added token that ends messages in the chat template, "" for none;
+    longest_token: characters of the longest added one. Any thread may use it; what the estimate has learned may then be a little off.
+    """
 
     def __init__(self, tokenizer: Tokenizer, cache_bytes: int) -> None:
         self._tokenizer = tokenizer
         self.cache = PieceCache(cache_bytes)
         bare, dressed = tokenizer.encode("a", False), tokenizer.encode("a", True)
         start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
-        self._before = array("I", dressed[:start])
-        self._after = array("I", dressed[start + len(bare) :])
+        self.before = array("I", dressed[:start])
+        self.after = array("I", dressed[start + len(bare) :])
+        self._chars = 0
+        self._tokens = 0
         added = tokenizer.added_tokens()
         tokens = sorted((text for text, is_alone in added.items() if is_alone and text), key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        border = _message_end(tokenizer, self._added)
+        self.longest_token = max(map(len, added), default=0)
+        self.border = border if _is_clean(border, list(added)) else ""
         spans_a_cut = any(_CUT.search(text) for text in added)
         self.is_cutting = tokenizer.has_pre_tokenizer and not spans_a_cut and self._keeps_theory(tokens)
 
@@ -85,37 +104,80 @@ class PieceTokenizer:
         """Token ids of a text. Raises what the tokenizer raises for text that is no Unicode."""
         ids = array("I")
         if add_special_tokens:
-            ids += self._before
-        for piece in self.cut(text) if self.is_cutting else (text,):
+            ids += self.before
+        for piece in self.cut(text):
             known = self.cache.get(piece)
-            if known is None:
-                known = array("I", self._tokenizer.encode(piece, False))
-                self.cache.put(piece, known)
-            ids += known
+            ids += self.encode_piece(piece) if known is None else known
         if add_special_tokens:
-            ids += self._after
+            ids += self.after
         return ids
 
+    def encode_piece(self, piece: str) -> "array[int]":
+        """Token ids of a piece that is not in the cache, where it is put."""
+        ids = array("I", self._tokenizer.encode(piece, False))
+        self.cache.put(piece, ids)
+        self._chars += len(piece)
+        self._tokens += len(ids)
+        if self._chars > _STATISTICS_CHARS:
+            self._chars //= 2
+            self._tokens //= 2
+        return ids
+
+    def tokens_estimate(self, chars: int) -> int:
+        """Tokens that a text of so many characters probably has, by what was tokenized so far: at least 1 for any text."""
+        per_token = self._chars / self._tokens if self._tokens else _CHARS_PER_TOKEN
+        return max(1, round(chars / per_token)) if chars else 0
+
     def cut(self, text: str) -> list[str]:
-        """The pieces of a text, in order; joined they are the text. One pass, whatever stands in it."""
-        pieces = []
-        start, size = 0, len(text)
-        shortest = PIECE_CHARS // 8  # a piece of a few characters is not worth a look-up
-        border = -1  # end of the first added token behind a piece of at least the shortest length
-        while size - start > shortest:
-            if border < start + shortest:
-                token = self._added.search(text, start + shortest) if self._added is not None else None
-                border = token.end() if token is not None else size
-            end = border
-            if border - start > PIECE_CHARS:
-                # No message border in reach: a space between letters, looked for before the border only.
-                space = _CUT.search(text, start + PIECE_CHARS, border)
-                end = space.start() if space is not None else border
+        """The pieces of a text, in order; joined they are the text."""
+        pieces, start = [], 0
+        for end in self.ends(text):
             pieces.append(text[start:end])
             start = end
-        if start < size:
-            pieces.append(text[start:])
         return pieces
+
+    def ends(self, text: str, start: int = 0, last_border: int = -1, first: int | None = None) -> Iterator[int]:
+        """Where the pieces of text[start:] end. `start` must be a cut. One pass, whatever stands in the text.
+
+        last_border: a cut that ends a piece in any case; first: the cut from which pieces grow, `start` if None.
+        """
+        if start < last_border:
+            yield from self._ends(text, start, last_border, start if first is None else first)
+            start, first = last_border, None
+        yield from self._ends(text, start, len(text), start if first is None else first)
+
+    def _ends(self, text: str, start: int, size: int, first: int) -> Iterator[int]:
+        border = -1  # end of the first added token behind a piece of at least the shortest length
+        while start < size:
+            behind = start - first
+            piece_chars = next((chars for limit, chars in _SIZES if behind < limit), PIECE_CHARS)
+            if size - start <= _SHORTEST_CHARS or not self.is_cutting:
+                yield size
+                return
+            if border < start + _SHORTEST_CHARS:
+                token = self._added.search(text, start + _SHORTEST_CHARS, size) if self._added is not None else None
+                border = token.end() if token is not None else size
+            end = border
+            if border - start > piece_chars + piece_chars // 2:
+                # No message border in reach: a space between letters, looked for before the border only.
+                space = _CUT.search(text, start + piece_chars, border)
+                end = space.start() if space is not None else border
+            yield end
+            start = end
+
+    def last_borders(self, text: str, count: int) -> list[int]:
+        """Cuts of a text from left to right: ends of the first and of at most `count` last tokens of the kind that ends messages."""
+        border = self.border
+        found: list[int] = []
+        at = len(text)
+        if border:
+            size = len(border)
+            while len(found) < count and (at := text.rfind(border, 0, at)) >= 0:
+                found.append(at + size)
+            if len(found) == count and (first := text.find(border) + size) < found[-1]:
+                found.append(first)
+            found.reverse()
+        return found
 
     def _keeps_theory(self, tokens: list[str]) -> bool:
         rng = random.Random(1)
@@ -152,3 +214,23 @@ class PieceTokenizer:
             if whole != self._tokenizer.encode(left, False) + self._tokenizer.encode(right, False):
                 return False
         return True
+
+
+def _message_end(tokenizer: Tokenizer, added: "re.Pattern[str] | None") -> str:
+    """The first added token that the chat template prints behind a user's message; "" for none."""
+    if tokenizer.chat is None or added is None:
+        return ""
+    roles_and_texts = (("user", "first words"), ("assistant", "second words"), ("user", "third words"))
+    try:
+        text = tokenizer.chat.render([{"role": role, "content": content} for role, content in roles_and_texts])
+    except PromptError:
+        return ""
+    place = text.find("first words")
+    found = added.search(text, place) if place >= 0 else None
+    return found.group() if found is not None else ""
+
+
+def _is_clean(token: str, added: list[str]) -> bool:
+    """Whether every place where `token` stands in a text is one where it is taken out: no added token ends in it or holds it."""
+    starts = [token[:size] for size in range(1, len(token))]
+    return not any((text != token and token in text) or any(text.endswith(start) for start in starts) for text in added)

@@ -13,7 +13,7 @@ Why the content format is found here: SGLang looks at the template's syntax tree
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal, NoReturn
 
@@ -77,6 +77,25 @@ class ChatTemplate:
         tokens; continue_final_message: end inside the last message, after its text, so that the model goes on writing it
         (needs add_generation_prompt=False). Raises PromptError, also when the template itself refuses the conversation.
         """
+        chat = self._chat(messages, kwargs)
+        continued = ""
+        if continue_final_message:
+            if add_generation_prompt:
+                raise PromptError("continue_final_message and add_generation_prompt exclude each other")
+            continued = _mark_end(chat[-1])
+        try:
+            text = self._template.render(self._variables(kwargs), messages=chat, tools=tools, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template can raise anything: its own errors, TypeError, RecursionError ...
+            raise PromptError(f"the chat template refuses the conversation: {error}") from error
+        return _cut_at_mark(text, continued) if continue_final_message else text
+
+    def parts(self, messages: Sequence[Mapping[str, Any]], *, kwargs: Mapping[str, Any] | None = None) -> Iterator[str]:
+        """The text of `render(messages, kwargs=kwargs)` bit by bit, each rendered when it is asked for; then it can raise anything."""
+        variables = self._variables(kwargs)
+        variables.update(messages=self._chat(messages, kwargs), tools=None, add_generation_prompt=True)
+        return self._template.root_render_func(self._template.new_context(variables))
+
+    def _chat(self, messages: Sequence[Mapping[str, Any]], kwargs: Mapping[str, Any] | None) -> list[dict[str, Any]]:
         reserved = sorted(RESERVED_KWARGS.intersection(kwargs)) if kwargs else []
         if reserved:
             raise PromptError(f"chat_template_kwargs must not contain {', '.join(reserved)}")
@@ -85,18 +104,10 @@ class ChatTemplate:
         if not all(isinstance(message, Mapping) for message in messages):
             raise PromptError("every message must be an object")
         # Clients write `"content": null`; templates expect a missing key instead.
-        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        continued = ""
-        if continue_final_message:
-            if add_generation_prompt:
-                raise PromptError("continue_final_message and add_generation_prompt exclude each other")
-            continued = _mark_end(chat[-1])
-        try:
-            variables = {"documents": None, **self._special_tokens, **(kwargs or {})}
-            text = self._template.render(variables, messages=chat, tools=tools, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template can raise anything: its own errors, TypeError, RecursionError ...
-            raise PromptError(f"the chat template refuses the conversation: {error}") from error
-        return _cut_at_mark(text, continued) if continue_final_message else text
+        return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+    def _variables(self, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {"documents": None, **self._special_tokens, **(kwargs or {})}
 
 
 class _Generation(Extension):
@@ -114,10 +125,26 @@ class _Generation(Extension):
         return caller()
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox with a short way to `message.content`, which else is an exception caught and two calls."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As jinja2: an attribute, else an item, else undefined. A plain dict has no attributes but those of its class."""
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            try:
+                return obj[attribute]
+            except KeyError:
+                return self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+
+
 @functools.cache
-def _environment() -> ImmutableSandboxedEnvironment:
+def _environment() -> _Environment:
     """Return the one jinja2 environment: block trimming, extensions, filters and globals as transformers sets them."""
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, normalizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
 from sglfast.errors import ConfigError
@@ -68,6 +68,14 @@ class Tokenizer:
     def has_pre_tokenizer(self) -> bool:
         """Whether text is cut into words before it is tokenized; without it a token may span any two characters."""
         return self._rust.pre_tokenizer is not None
+
+    @property
+    def normalized_growth(self) -> int:
+        """UTF-8 bytes that normalizing makes of one at most; 0 = unknown. No token holds less than a byte of normalized text."""
+        normalizer = self._rust.normalizer
+        if normalizer is None:
+            return 1
+        return 3 if isinstance(normalizer, normalizers.NFC) else 0  # UAX #15, table 6
 
     def added_tokens(self) -> dict[str, bool]:
         """Texts that are taken out before all else -> whether the token stands alone (strips no spaces, needs no word border)."""

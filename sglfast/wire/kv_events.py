@@ -31,7 +31,7 @@ ALL_TIERS = DEVICE | HOST | DISK
 
 _FEW = 16  # below it the strided copies cost more than they save
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
-_NIL = msgspec.Raw(b"\xc0")
+NIL = msgspec.Raw(b"\xc0")  # an absent field that stays undecoded
 _UNDECODABLE = (msgspec.DecodeError, RecursionError, ValueError)
 # EXTERNAL storage belongs to no worker, so it is known but owns nothing; the rest of the names are SGLang's and vLLM's.
 _TIERS = {"GPU": DEVICE, "CPU_PINNED": HOST, "CPU": HOST, "DISK": DISK, "STORAGE": DISK, "EXTERNAL": 0}
@@ -42,6 +42,8 @@ class BlockStored(msgspec.Struct):
 
     keys: n block keys, little-endian uint64, 8*n bytes; parent_block_hash: key of the block before the first, None = root;
     token_ids: undecoded msgpack array (see `decode_token_ids`); block_size: tokens a block, 0 when a vLLM store has no tokens.
+    Of vLLM only: extra_keys: undecoded array with one entry a block, what was hashed beside its tokens, nil for nothing;
+    group_idx: which of a hybrid model's caches, None when there is one; spec_kind: the kind of that cache, None when not told.
     """
 
     keys: bytes
@@ -52,6 +54,9 @@ class BlockStored(msgspec.Struct):
     lora_name: str | None = None
     medium: str | None = None
     cache_salt: str | None = None
+    extra_keys: msgspec.Raw = NIL
+    group_idx: int | None = None
+    spec_kind: str | None = None
 
     @property
     def block_hashes(self) -> list[int]:
@@ -60,10 +65,11 @@ class BlockStored(msgspec.Struct):
 
 
 class BlockRemoved(msgspec.Struct):
-    """Blocks that a rank dropped from one tier, or from all when `medium` is None; in no particular order."""
+    """Blocks that a rank dropped from one tier, or from all when `medium` is None; in no particular order. group_idx: as stored."""
 
     keys: bytes
     medium: str | None = None
+    group_idx: int | None = None
 
     @property
     def block_hashes(self) -> list[int]:
@@ -99,11 +105,15 @@ class _StoredMap(msgspec.Struct, tag="BlockStored"):
     medium: str | None = None
     lora_name: str | None = None
     cache_salt: str | None = None
+    extra_keys: msgspec.Raw = NIL
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
 
 
 class _RemovedMap(msgspec.Struct, tag="BlockRemoved"):
     block_hashes: msgspec.Raw
     medium: str | None = None
+    group_idx: int | None = None
 
 
 class _ClearedMap(msgspec.Struct, tag="AllBlocksCleared"):
@@ -119,11 +129,15 @@ class _StoredArray(msgspec.Struct, tag="BlockStored", array_like=True):
     medium: str | None = None
     # sglang 0.5.18-19: a map with cache_salt, only when salted. vLLM: lora_name.
     last: dict[str, msgspec.Raw] | str | None = None
+    # vLLM 0.20 to 0.23
+    extra_keys: msgspec.Raw = NIL
+    group_idx: int | None = None
 
 
 class _RemovedArray(msgspec.Struct, tag="BlockRemoved", array_like=True):
     block_hashes: msgspec.Raw
     medium: str | None = None
+    group_idx: int | None = None
 
 
 class _ClearedArray(msgspec.Struct, tag="AllBlocksCleared", array_like=True):
@@ -138,7 +152,7 @@ E = TypeVar("E")
 class _WireBatch(msgspec.Struct, Generic[E], array_like=True):
     ts: float
     events: list[E]
-    rank: msgspec.Raw = _NIL
+    rank: msgspec.Raw = NIL
 
 
 _map_batch_decoder = msgspec.msgpack.Decoder(_WireBatch[_MapEvent])
@@ -206,14 +220,14 @@ def _rank_of(raw: msgspec.Raw) -> int | None:
 
 def _event_of(wire: _MapEvent | _ArrayEvent) -> Event:
     if isinstance(wire, (_RemovedMap, _RemovedArray)):
-        return BlockRemoved(_keys_of(wire.block_hashes), wire.medium)
+        return BlockRemoved(_keys_of(wire.block_hashes), wire.medium, wire.group_idx)
     if isinstance(wire, (_ClearedMap, _ClearedArray)):
         return AllBlocksCleared()
     if isinstance(wire, _StoredMap):
         lora_name, cache_salt = wire.lora_name, wire.cache_salt
     else:
         lora_name = wire.last if isinstance(wire.last, str) else None
-        cache_salt = _salt_decoder.decode(wire.last.get("cache_salt", _NIL)) if isinstance(wire.last, dict) else None
+        cache_salt = _salt_decoder.decode(wire.last.get("cache_salt", NIL)) if isinstance(wire.last, dict) else None
     parent = wire.parent_block_hash
     if wire.block_size < 0:
         raise ValueError("negative block_size")
@@ -226,6 +240,9 @@ def _event_of(wire: _MapEvent | _ArrayEvent) -> Event:
         lora_name,
         wire.medium,
         cache_salt,
+        wire.extra_keys,
+        wire.group_idx,
+        wire.kv_cache_spec_kind if isinstance(wire, _StoredMap) else None,
     )
 
 
@@ -241,6 +258,8 @@ def _key_of(block_hash: int | bytes) -> int:
 def _keys_of(raw: msgspec.Raw) -> bytes:
     view = memoryview(raw)
     first = view[0]
+    if first == 0x91 and len(view) == 10 and view[1] in (0xCF, 0xD3):  # an event a block, as sglang <= 0.5.14 sends
+        return bytes(view[:1:-1])
     if first & 0xF0 == 0x90:
         n, start = first & 0x0F, 1
     elif first == 0xDC:

@@ -8,7 +8,8 @@ Contract: `/server_info` carries api_key, admin_api_key, ssl_keyfile_password an
 Source: spec/kv_events.md 3; spec/router.md 3.4.
 """
 
-from typing import Any, TypeVar
+import re
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -19,6 +20,7 @@ _WILDCARD_HOSTS = frozenset({"*", "0.0.0.0", "::", "[::]"})
 # Their draft models key pairs of tokens; NEXTN is resolved to EAGLE by the engine, but older ones may still show it.
 _BIGRAM_ALGORITHMS = frozenset({"EAGLE", "EAGLE3", "NEXTN", "FROZEN_KV_MTP"})
 _PORT_LIMIT = 65_535
+_FIRST_CHAINED = (0, 5, 6)  # of SGLang: block hashes are the SHA-256 chain
 
 T = TypeVar("T")
 
@@ -47,7 +49,11 @@ class KvEndpoint(msgspec.Struct, frozen=True):
 
 
 class WorkerFacts(msgspec.Struct, frozen=True):
-    """What we keep of `/server_info`. kv: None when the worker publishes no KV events over ZMQ; startup_time: unix seconds."""
+    """What we keep of `/server_info`. kv: None when the worker publishes no KV events over ZMQ; startup_time: unix seconds.
+
+    key_route: whether the engine's block hashes can be recomputed ("sha256"), or keys are to be made of the events' tokens.
+    kv_connects_out: the engine connects its event socket to whoever listens; nothing is heard by connecting to it.
+    """
 
     model: str | None
     kv: KvEndpoint | None
@@ -58,6 +64,8 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     version: str | None
     startup_time: float | None
     page_size: int | None
+    key_route: Literal["sha256", "tokens"] = "sha256"
+    kv_connects_out: bool = False
 
 
 def zmq_endpoint(host: str, port: int) -> str | None:
@@ -76,6 +84,8 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
     kv = _parse_descriptor(fields, worker_url)
     dp_size = kv.dp_size if kv else (_positive(fields, "dp_size") or 1) * (_positive(fields, "attn_dp_size") or 1)
     algorithm = _take(fields, "speculative_algorithm", str) or ""
+    version = _take(fields, "version", str) or None
+    config = _load_config(_take(fields, "kv_events_config", str))
     return WorkerFacts(
         model=_take(fields, "served_model_name", str) or None,
         kv=kv,
@@ -83,10 +93,31 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         disaggregation_mode=_take(fields, "disaggregation_mode", str) or None,
         disaggregation_bootstrap_port=_port(fields, "disaggregation_bootstrap_port"),
         bigram=algorithm.upper() in _BIGRAM_ALGORITHMS,
-        version=_take(fields, "version", str) or None,
+        version=version,
         startup_time=_take(fields, "startup_time", float),
         page_size=_positive(fields, "page_size"),
+        # vLLM answers this path, too, with its own version numbers.
+        key_route=key_route_of(None if "vllm_config" in fields else version, is_dynamo=config is not None and config.format == "dynamo"),
+        kv_connects_out=kv is not None and config is not None and not _binds(config),
     )
+
+
+def key_route_of(version: str | None, *, is_dynamo: bool = False) -> Literal["sha256", "tokens"]:
+    """The way to block keys for an engine that gives this SGLang version: "sha256" from 0.5.6 on in the default format.
+
+    Development versions count as the release they lead to; a version that is none (`0.0.0...`, vLLM's absence) gets "tokens".
+    """
+    numbers = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version or "", re.ASCII)
+    is_chained = numbers is not None and tuple(map(int, numbers.groups())) >= _FIRST_CHAINED
+    return "sha256" if is_chained and not is_dynamo else "tokens"
+
+
+def _binds(config: "_KvEventsConfig") -> bool:
+    """Does the engine bind its event socket? As its publisher decides (spec/kv_events.md 1.1)."""
+    if config.bind is not None:
+        return config.bind
+    endpoint = config.endpoint
+    return any(part in endpoint for part in ("*", "::", "0.0.0.0")) or endpoint.startswith(("ipc://", "inproc://"))
 
 
 def parse_model_info(body: bytes) -> str | None:

@@ -30,12 +30,16 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the KV index says of one prompt. prompt_tokens: 0 = unknown, then `hits` is empty."""
+    """What the KV index says of one prompt. prompt_tokens: 0 = unknown, then `hits` is empty.
+
+    is_estimated: prompt_tokens and prompt_blocks count what lies behind every overlap by its characters.
+    """
 
     prompt_tokens: int = 0
     prompt_blocks: int = 0
     hits: tuple[Hit, ...] = ()
     is_keyed: bool = False
+    is_estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,152 @@
+"""Block keys made from the tokens of events: for vLLM, LoRA adapters, SGLang's format "dynamo" and engines that nobody knows.
+
+Runs in: index, one a rank, under the tree's lock. Contract: the engine's hash is an opaque name. `place` gives the keys of a store's
+    blocks, chained to the key of its parent, and remembers hash -> key; removals and stores without tokens go through that
+    memory. A block whose place in its prompt is unknown (its parent was never seen, its tokens do not fill it) is an orphan:
+    left out and counted. The memory holds what the rank owns: `forget` and `prune` keep it so.
+What cannot be matched from a request must not be matched by accident: vLLM hashes images, salts and prompt embeddings beside a
+    block's tokens (`extra_keys`); their bytes go into our chain, so that no prompt of plain tokens finds these blocks.
+Of a hybrid vLLM model only the main attention's cache counts; the blocks of its sliding windows and states come and go beside it.
+Source: spec/kv_events.md 2.4, 2.7, 2.8; the chain itself is in sglfast._blockhash.
+"""
+
+import msgspec
+
+from sglfast._blockhash import chain_seed, token_keys, xxh3
+from sglfast._hashtree import TreeWriter
+from sglfast._keymap import KeyMap
+from sglfast._kvdecode import token_ids
+from sglfast.wire.kv_events import NIL, BlockRemoved, BlockStored, decode_token_ids
+
+_MAX_SEEDS = 4096
+_PRUNE_SLACK = 1024
+_MAIN_KINDS = ("full", "mla")
+
+_decode_extras = msgspec.msgpack.Decoder(list[msgspec.Raw] | None).decode
+_decode_names = msgspec.msgpack.Decoder().decode
+
+
+class TokenRoute:
+    """Keys of one rank's blocks. model, block_size and is_bigram are what shards put into their seed for this worker."""
+
+    def __init__(self, *, model: str, block_size: int, is_bigram: bool) -> None:
+        self.orphans = 0  # blocks
+        self._model = model
+        self._block_size = block_size
+        self._is_bigram = is_bigram
+        self._map = KeyMap()
+        self._seeds: dict[tuple[int, bool, str, str], int] = {}
+        self._main_group = 0
+
+    def __len__(self) -> int:
+        return len(self._map)
+
+    def place(self, event: BlockStored) -> bytes:
+        """Keys of the event's blocks, little-endian uint64; those of orphans and of other caches are left out.
+
+        Raises: KvEventError when the token ids cannot be read.
+        """
+        if not self._is_main(event):
+            return b""
+        n_blocks = len(event.keys) // 8
+        packed = token_ids(event.token_ids)
+        units = decode_token_ids(event.token_ids) if packed is None else memoryview(packed).cast("I")
+        if not units:
+            _, keys = self._map.find(event.keys)
+            self.orphans += n_blocks - len(keys) // 8
+            return keys
+        parent = 0 if event.parent_block_hash is None else self._map.get(event.parent_block_hash)
+        if parent is None or not event.block_size or len(units) != n_blocks * event.block_size:
+            self.orphans += n_blocks
+            return b""
+        keys = self._chain(event, units, parent)
+        self._map.put(event.keys, keys)
+        return keys
+
+    def resolve(self, event: BlockRemoved) -> tuple[bytes, bytes]:
+        """(engine hashes, keys) of the event's blocks, as far as they are known."""
+        if event.group_idx is not None and event.group_idx != self._main_group:
+            return b"", b""
+        return self._map.find(event.keys)
+
+    def forget(self, hashes: bytes, keys: bytes, writer: TreeWriter, rank: int) -> None:
+        """Drop what the rank does not own any more in any tier."""
+        self._map.drop(hashes, writer.owns(rank, keys))
+
+    def prune(self, writer: TreeWriter, rank: int) -> None:
+        """Drop what eviction took from the rank, once it may be half of the memory."""
+        if len(self._map) > 2 * writer.owned_blocks(rank) + _PRUNE_SLACK:
+            hashes, keys = self._map.items()
+            self.forget(hashes, keys, writer, rank)
+
+    def clear(self) -> None:
+        """The rank owns nothing."""
+        self._map.clear()
+
+    def _is_main(self, event: BlockStored) -> bool:
+        if event.group_idx is None:
+            return True
+        if event.spec_kind is not None:
+            if not any(kind in event.spec_kind for kind in _MAIN_KINDS):
+                return False
+            self._main_group = event.group_idx
+        return event.group_idx == self._main_group
+
+    def _chain(self, event: BlockStored, units: "list[int] | list[tuple[int, int]] | memoryview[int]", parent: int) -> bytes:
+        last = units[-1]
+        is_bigram = isinstance(last, tuple)
+        tokens: list[int] | memoryview[int]
+        if isinstance(units, memoryview):
+            tokens = units
+        else:
+            tokens = [unit[0] if isinstance(unit, tuple) else unit for unit in units]
+            if isinstance(last, tuple):
+                tokens.append(last[1])
+        seed = self._seed(event, is_bigram)
+        extras = [] if event.extra_keys is NIL else _extras_of(event)
+        if not any(extras):
+            return token_keys(tokens, event.block_size, bigram=is_bigram, seed=seed, parent=parent)
+        keys = []
+        size = event.block_size
+        for page, extra in enumerate(extras):
+            if extra:
+                parent = xxh3(extra, parent)
+            key = token_keys(tokens[page * size : (page + 1) * size + is_bigram], size, bigram=is_bigram, seed=seed, parent=parent)
+            parent = int.from_bytes(key, "little")
+            keys.append(key)
+        return b"".join(keys)
+
+    def _seed(self, event: BlockStored, is_bigram: bool) -> int:
+        # SGLang's tokens tell their block size and kind: an event that contradicts /server_info is kept apart, not matched wrongly.
+        lora_name = event.lora_name or ("" if event.lora_id is None else f"\0{event.lora_id}")
+        what = event.block_size, is_bigram, lora_name, event.cache_salt or ""
+        seed = self._seeds.get(what)
+        if seed is None:
+            if len(self._seeds) >= _MAX_SEEDS:
+                self._seeds.clear()
+            seed = chain_seed(self._model, event.block_size, bigram=is_bigram, lora_name=lora_name, cache_salt=what[3])
+            self._seeds[what] = seed
+        return seed
+
+
+def _extras_of(event: BlockStored) -> list[bytes]:
+    """What was hashed beside each block's tokens, empty for nothing; the adapter's name is in the seed already."""
+    n_blocks = len(event.keys) // 8
+    try:
+        extras = _decode_extras(event.extra_keys)
+    except (msgspec.DecodeError, RecursionError):
+        extras = [event.extra_keys]
+    if extras is None:
+        return [b""] * n_blocks
+    if len(extras) != n_blocks:
+        return [bytes(event.extra_keys)] * n_blocks
+    return [_unknown_part(bytes(extra), event.lora_name) for extra in extras]
+
+
+def _unknown_part(extra: bytes, lora_name: str | None) -> bytes:
+    try:
+        names = _decode_names(extra)
+    except (msgspec.DecodeError, RecursionError, ValueError, TypeError):
+        return extra
+    is_known = not names or (isinstance(names, list) and all(name == lora_name for name in names))
+    return b"" if is_known else extra

@@ -1,0 +1,279 @@
+"""Block keys of a prompt as far as anybody owns its blocks: tokenize forward, piece by piece, and stop there.
+
+Runs in: shards (the loop and the tokenizer's thread). A Keying belongs to one thread at a time; LazyKeyer may be used from any.
+Theory: the overlap of every rank ends at the first block that nobody owns, so no key behind it can change a choice. A key depends on
+    the tokens before it only, so a text can be tokenized forward and left where it is. What an earlier prompt had in common up to a
+    message border is not tokenized, nor hashed, again (prompt/prefixes.py).
+Contract: for any tree, matching `Keys.keys` gives the overlap that matching all keys would give, provided the tree holds still. `tokens`
+    is exact unless `is_estimated`; then it counts what was tokenized and estimates the rest by characters per token, as this
+    tokenizer's pieces had them so far. At most (tokens - 1) // block_size blocks count, because an engine computes a prompt's last
+    token itself; where a text is left in the middle that changes nothing.
+"""
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from sglfast._blockhash import KeyChain, page_keys
+from sglfast.errors import PromptError
+from sglfast.prompt.keys import PromptText
+from sglfast.prompt.pieces import PieceTokenizer
+from sglfast.prompt.prefixes import Name, Prefix, PrefixCache
+from sglfast.prompt.tokenizer import Tokenizer
+
+# (block_size, bigram): a way in which workers cut prompts into blocks.
+Variant = tuple[int, bool]
+# keys -> how many leading ones of them some single rank owns without a hole; TreeReader.match is one.
+Probe = Callable[[bytes], int]
+
+_LAST_BORDERS = 8  # message borders from the end at which a known beginning is looked for
+_UNBOUNDED_CHARS = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Block keys of a prompt by variant, 8 bytes each, as far as they matter. tokens: of the whole prompt."""
+
+    tokens: int
+    is_estimated: bool
+    keys: dict[Variant, bytes]
+
+
+class LazyKeyer:
+    """Makes block keys with one model's tokenizer. cache_bytes: for what it remembers (pieces and prefixes); 0 = nothing."""
+
+    def __init__(self, tokenizer: Tokenizer, cache_bytes: int) -> None:
+        self.tokenizer = tokenizer
+        self.pieces = PieceTokenizer(tokenizer, cache_bytes - cache_bytes // 4)
+        self.prefixes = PrefixCache(cache_bytes // 4)
+
+    def begin(self, prompt: PromptText, variants: Sequence[Variant]) -> "Keying":
+        """Begin with a prompt that has text or token ids; raises PromptError for one that has neither, or is no Unicode."""
+        if prompt.text is None and prompt.token_ids is None:
+            raise PromptError(prompt.detail or "this prompt has no text and no token ids")
+        return Keying(self, prompt, tuple(variants))
+
+
+class Keying:
+    """One prompt on its way to its keys: `run` until it says True, then `keys`."""
+
+    __slots__ = (
+        "_chains",
+        "_end",
+        "_ends",
+        "_is_open",
+        "_keyer",
+        "_keys",
+        "_kind",
+        "_live",
+        "_names",
+        "_pos",
+        "_probed",
+        "_prompt",
+        "_result",
+        "_saved",
+        "_text",
+        "_variants",
+    )
+
+    def __init__(self, keyer: LazyKeyer, prompt: PromptText, variants: tuple[Variant, ...]) -> None:
+        self._keyer = keyer
+        self._prompt = prompt
+        self._variants = variants
+        self._result: Keys | None = None
+        self._text = prompt.text or ""
+        self._pos = 0  # characters that are in the chains
+        self._is_open = False  # the whole text is rendered and looked up
+        self._end = 0  # of the next piece, once it is known
+        self._saved: tuple[int, Prefix] | None = None
+        if prompt.text is None:
+            return
+        self._live = [True] * len(variants)
+        self._kind = (variants, prompt.cache_salt, prompt.add_special_tokens)
+        self._names: list[Name] = []
+        self._ends: Iterator[int] = iter(())
+        try:
+            salt = prompt.cache_salt.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the cache salt is not valid Unicode text: {error}") from error
+        self._chains = [KeyChain(block_size, bigram=bigram, cache_salt=salt) for block_size, bigram in variants]
+        self._keys = [b""] * len(variants)
+        if prompt.add_special_tokens:
+            self._keys = [chain.extend(keyer.pieces.before) for chain in self._chains]
+        self._probed = [0] * len(variants)  # keys in bytes that the probe has seen
+
+    @property
+    def keys(self) -> Keys:
+        """The result, after `run` has returned True."""
+        assert self._result is not None
+        return self._result
+
+    def run(self, probe: Probe | None, budget_chars: int = _UNBOUNDED_CHARS) -> bool:
+        """Go on until the keys are known (True), or until more than `budget_chars` would have to be tokenized (False: call again).
+
+        probe: of the calling thread; None = all keys of the prompt, whoever owns them. Raises PromptError.
+        """
+        try:
+            if self._prompt.token_ids is not None:
+                self._result = self._of_ids(self._prompt.token_ids)
+            elif not self._run_text(probe, budget_chars):
+                return False
+        except (TypeError, ValueError) as error:  # UnicodeError is a ValueError
+            raise PromptError(f"no block keys can be made of this prompt: {error}") from error
+        return True
+
+    def _of_ids(self, ids: Sequence[int]) -> Keys:
+        salt = self._prompt.cache_salt.encode()
+        return Keys(
+            len(ids),
+            False,
+            {
+                (block_size, bigram): page_keys(
+                    ids, block_size, bigram=bigram, max_pages=_pages_max(len(ids), block_size, bigram), cache_salt=salt
+                )
+                for block_size, bigram in self._variants
+            },
+        )
+
+    def _run_head(self, probe: Probe, budget_chars: int) -> bool:
+        """Go through the beginning of the text that is rendered already; True: no overlap goes on behind it."""
+        pieces, head = self._keyer.pieces, self._text
+        # A token that is cut off at the end of the beginning could reach back so far.
+        limit = len(head) - pieces.longest_token if pieces.is_cutting else 0
+        for end in pieces.ends(head):
+            if end > limit:
+                break
+            piece = head[self._pos : end]
+            ids = pieces.cache.get(piece)
+            if ids is None:
+                budget_chars -= len(piece)
+                if budget_chars < 0:
+                    break
+                ids = pieces.encode_piece(piece)
+            self._extend(ids)
+            self._pos = end
+            if self._ask(probe):
+                return True
+            if all(self._probed):
+                break  # somebody owns something: now what is known of the whole text may save all further steps
+        return False
+
+    def _open(self) -> None:
+        """The whole text is there: find the longest beginning of it that is known."""
+        pieces, prefixes, text = self._keyer.pieces, self._keyer.prefixes, self._text
+        borders = pieces.last_borders(text, _LAST_BORDERS) if pieces.is_cutting else []
+        first = 0
+        if borders:
+            self._names = prefixes.names(text, borders, self._kind)
+            known = prefixes.longest(self._names)
+            if known is not None and known[0] > self._pos:
+                first = self._pos = known[0]
+                self._chains = [chain.copy() for chain in known[1].chains]
+                self._keys = list(known[1].keys)
+                self._probed = [0] * len(self._keys)
+        self._ends = pieces.ends(text, self._pos, borders[-1] if borders else -1, first)
+        self._is_open = True
+
+    def _estimated(self, rest_chars: int) -> bool:
+        tokens = self._chains[0].tokens if self._chains else 0
+        tokens += max(1, self._keyer.pieces.tokens_estimate(rest_chars + len(self._prompt.continuation)))
+        self._result = Keys(tokens, True, dict(zip(self._variants, self._keys, strict=True)))
+        return True
+
+    def _run_text(self, probe: Probe | None, budget_chars: int) -> bool:
+        if not self._is_open:
+            rest = self._prompt.rest
+            if rest is not None:
+                if probe is not None and self._run_head(probe, budget_chars):
+                    return self._estimated(len(self._text) - self._pos + self._prompt.rest_chars)
+                self._text += rest()
+            self._open()
+        pieces, text, size = self._keyer.pieces, self._text, len(self._text)
+        cache = pieces.cache
+        is_over = self._ask(probe)
+        while not is_over and self._pos < size:
+            if probe is not None and self._cannot_fill_a_block():
+                is_over = True
+                break
+            if not self._end:
+                self._end = next(self._ends)
+            piece = text[self._pos : self._end]
+            ids = cache.get(piece)
+            if ids is None:
+                budget_chars -= len(piece)
+                if budget_chars < 0:
+                    return False
+                ids = pieces.encode_piece(piece)
+            self._extend(ids)
+            self._pos, self._end = self._end, 0
+            border = pieces.border
+            if border and text.startswith(border, self._pos - len(border)):
+                self._saved = (self._pos, Prefix(tuple(chain.copy() for chain in self._chains), tuple(self._keys)))
+            is_over = self._ask(probe)
+        if self._saved is not None:
+            self._remember(*self._saved)
+            self._saved = None
+        tail_chars = len(self._prompt.continuation)
+        if is_over and (self._pos < size or tail_chars):
+            return self._estimated(size - self._pos)
+        if tail_chars > budget_chars:
+            return False
+        if self._prompt.add_special_tokens:
+            self._extend(pieces.after)
+        if tail_chars:
+            # SGLang encodes it as a text of its own and drops a BOS.
+            tail = self._keyer.tokenizer.encode(self._prompt.continuation, True)
+            self._extend(array("I", tail[1:] if tail and tail[0] == self._keyer.tokenizer.bos_token_id else tail))
+        tokens = self._chains[0].tokens if self._chains else 0
+        capped = {variant: keys[: 8 * _pages_max(tokens, *variant)] for variant, keys in zip(self._variants, self._keys, strict=True)}
+        self._result = Keys(tokens, False, capped)
+        return True
+
+    def _extend(self, ids: "array[int]") -> None:
+        for i, chain in enumerate(self._chains):
+            fresh = chain.extend(ids)
+            if fresh:
+                self._keys[i] += fresh
+
+    def _ask(self, probe: Probe | None) -> bool:
+        """Whether the overlap of every variant has ended. Only the keys that came since are asked for: the cost stays linear.
+
+        One rank may own what came before and another what comes after: then the text is followed further than needed, never less.
+        """
+        if probe is None:
+            return False
+        for i, keys in enumerate(self._keys):
+            if self._live[i] and len(keys) > self._probed[i]:
+                fresh = keys[self._probed[i] :]
+                self._probed[i] = len(keys)
+                self._live[i] = probe(fresh) == len(fresh) >> 3
+        return not any(self._live)
+
+    def _cannot_fill_a_block(self) -> bool:
+        """Whether even one token a byte would not complete a block of a variant whose overlap goes on."""
+        bytes_per_token = self._keyer.tokenizer.normalized_growth
+        if not bytes_per_token:
+            return False
+        missing = _UNBOUNDED_CHARS
+        for chain, is_live in zip(self._chains, self._live, strict=True):
+            if is_live:
+                behind = chain.tokens - chain.bigram - chain.pages * chain.page_size
+                if behind < 1:
+                    return False  # with no token behind a full block, the rest decides whether that block counts
+                missing = min(missing, chain.page_size - behind)
+        rest = len(self._text) - self._pos + len(self._prompt.continuation)
+        around = len(self._keyer.pieces.before) + len(self._keyer.pieces.after) + 4  # 4: markers before a text and its parts
+        if rest + around >= missing:
+            return False
+        rest_bytes = len(self._text[self._pos :].encode()) + len(self._prompt.continuation.encode())
+        return rest_bytes * bytes_per_token + around < missing
+
+    def _remember(self, end: int, prefix: Prefix) -> None:
+        name = next((name for name in self._names if name[1] == end), None)
+        if name is None:
+            name = self._keyer.prefixes.names(self._text, [end], self._kind)[0]
+        self._keyer.prefixes.put(name, prefix)
+
+
+def _pages_max(tokens: int, block_size: int, bigram: bool) -> int:
+    return max(0, (tokens - 1 - bigram) // block_size)

@@ -1,0 +1,56 @@
+"""Small real tokenizers of the kinds that models come with, trained here and read by the same loader as a model's."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RustTokenizer
+
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog's back",
+    "def f(x):\n    return x + 1\n",
+    "été à la plage, naïve café",
+    "漢字かな交じり文",
+] * 20
+
+
+def build(kind: str, folder: Path) -> Tokenizer:
+    """A small real tokenizer of a kind, through the same loader as a model's."""
+    specials = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "[UNK]"]
+    if kind == "wordpiece":
+        rust = RustTokenizer(models.WordPiece(unk_token="[UNK]"))
+        rust.normalizer = normalizers.BertNormalizer(lowercase=True)
+        rust.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=specials)
+    elif kind == "unigram":
+        rust = RustTokenizer(models.Unigram())
+        rust.pre_tokenizer = pre_tokenizers.Metaspace()
+        rust.decoder = decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=specials, unk_token="[UNK]")
+    elif kind == "llama2":  # a marker before every text, no pre-tokenizer: must be taken whole
+        rust = RustTokenizer(models.BPE(unk_token="[UNK]", byte_fallback=True))
+        rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials)
+    else:
+        rust = RustTokenizer(models.BPE())
+        rust.normalizer = normalizers.NFC()
+        rust.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    rust.train_from_iterator(CORPUS, trainer)
+    rust.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "tokenizer_class": "LlamaTokenizerFast"}))
+    return load_tokenizer(str(folder))
+
+
+def all_kinds(folder: Path) -> dict[str, Tokenizer]:
+    """One of each kind, by name; `folder` takes their files."""
+    found = {"demo": load_tokenizer(DEMO_TOKENIZER_PATH)}
+    for kind in ("byte_level", "wordpiece", "unigram", "llama2"):
+        (folder / kind).mkdir()
+        found[kind] = build(kind, folder / kind)
+    return found

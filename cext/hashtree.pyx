@@ -393,7 +393,7 @@ cdef class TreeWriter:
     def owns(self, unsigned int rank, keys):
         """One byte a key: 1 where `rank` owns the block in any tier, else 0."""
         cdef Py_buffer view
-        cdef uint64_t i, key
+        cdef uint64_t i
         cdef uint64_t *slot
         cdef unsigned char *marks
         self._check(rank)

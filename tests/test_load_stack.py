@@ -22,7 +22,6 @@ from sglfast.load.stack import (
     Stack,
     StackError,
     check_port,
-    free_port,
     sigterm_as_interrupt,
     wait_announced,
     wait_ready,
@@ -135,6 +134,13 @@ def test_ready_is_waited_for(children: Callable[[str, str], Child]) -> None:
     assert [seen.path for seen in server.seen] == ["/readyz"] * 3
 
 
+def free_port() -> int:
+    """A port that nobody listens on right now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def test_router_that_is_never_ready(children: Callable[[str, str], Child]) -> None:
     child = children("router", "import time; time.sleep(60)")
     with (
@@ -143,7 +149,7 @@ def test_router_that_is_never_ready(children: Callable[[str, str], Child]) -> No
     ):
         wait_ready("127.0.0.1", int(server.url.rpartition(":")[2]), child, timeout_s=0.2)
     with pytest.raises(StackError, match=r"not ready within 0 s \(/readyz: .*refused"):
-        wait_ready("127.0.0.1", free_port("127.0.0.1"), child, timeout_s=0.2)
+        wait_ready("127.0.0.1", free_port(), child, timeout_s=0.2)
 
 
 def test_port_in_use_names_another() -> None:

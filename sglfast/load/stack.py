@@ -13,6 +13,7 @@ import functools
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -96,9 +97,13 @@ class Child:
         if code is not None:
             raise StackError(f"the {self.name} ended by itself (exit code {code}); its last lines:\n{self.log_tail()}")
 
+    def output(self) -> str:
+        """All of its output so far."""
+        return read_all(self._log.fileno()).decode(errors="replace")
+
     def log_tail(self) -> str:
         """The last lines of its output."""
-        lines = read_all(self._log.fileno()).decode(errors="replace").splitlines()
+        lines = self.output().splitlines()
         return "\n".join(f"  | {line}" for line in lines[-LOG_TAIL_LINES:]) or "  | (no output)"
 
     def signal_stop(self) -> None:
@@ -153,15 +158,17 @@ class Stack:
         self.stop()
 
     def _start(self) -> None:
-        port = self._port or free_port(self._host)
-        check_port(self._host, port)
+        if self._port:
+            check_port(self._host, self._port)
         with tempfile.TemporaryFile() as announce:
             fd = announce.fileno()
             sim = self._run("simulator", [*SGLFAST, "sim", *self._sim.flags(), "--announce-fd", str(fd)], [fd])
             self.worker_urls = wait_announced(fd, sim)
-        serve = [*SGLFAST, "serve", "--worker-urls", *self.worker_urls, "--host", self._host, "--port", str(port)]
+        serve = [*SGLFAST, "serve", "--worker-urls", *self.worker_urls, "--host", self._host, "--port", str(self._port)]
         serve += ["--policy", self._policy, "--tokenizer-path", self._sim.tokenizer_path, *self._serve_flags]
         router = self._run("router", serve)
+        # Port 0: the router itself takes a free one; a port that was free a moment ago may be anybody's by now.
+        port = self._port or wait_listening(router)
         self.url = f"http://[{self._host}]:{port}" if ":" in self._host else f"http://{self._host}:{port}"
         wait_ready(self._host, port, router)
 
@@ -209,6 +216,18 @@ def wait_announced(fd: int, child: Child, timeout_s: float = READY_TIMEOUT_S) ->
     raise StackError(f"the {child.name} was not ready within {timeout_s:.0f} s; its last lines:\n{child.log_tail()}")
 
 
+def wait_listening(router: Child, timeout_s: float = READY_TIMEOUT_S) -> int:
+    """Wait for the router's line `listening on http://host:port`; returns the port. Raises StackError."""
+    end_s = time.monotonic() + timeout_s
+    while time.monotonic() < end_s:
+        found = re.search(r"^listening on http://\S+:(\d+)\b", router.output(), re.MULTILINE)
+        if found is not None:
+            return int(found[1])
+        router.check_alive()
+        time.sleep(POLL_S)
+    raise StackError(f"the {router.name} did not listen within {timeout_s:.0f} s; its last lines:\n{router.log_tail()}")
+
+
 def wait_ready(host: str, port: int, child: Child, timeout_s: float = READY_TIMEOUT_S) -> None:
     """Wait until GET /readyz answers 200. Raises StackError."""
     end_s = time.monotonic() + timeout_s
@@ -228,13 +247,6 @@ def wait_ready(host: str, port: int, child: Child, timeout_s: float = READY_TIME
             connection.close()
         time.sleep(POLL_S)
     raise StackError(f"the {child.name} was not ready within {timeout_s:.0f} s ({last}); its last lines:\n{child.log_tail()}")
-
-
-def free_port(host: str) -> int:
-    """A TCP port that nobody listens on right now."""
-    with _bound(host, 0) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def check_port(host: str, port: int) -> None:

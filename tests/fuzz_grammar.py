@@ -16,6 +16,7 @@ TARGETS = [
     b"/nothing", b"/", b"*", b"*x", b"", b"http://a.test/v1/chat/completions", b"https://a.test/generate?x=1#f",
     b"HTTP://A.test", b"http://", b"ftp://a/b", b"a.test:80", b"//a//b", b"/a%00b", b"/a#b", b"/a b", b"/\x80\xff", b"/\x7f",
     b"/a\tb", b"/<>\"{}|\\^`", b"?x=1", b"/v1/chat/completions?a=b?c#", b"/" + b"x" * 300,
+    b"http://a]b/", b"http://[::1]:1/generate",
 ]  # fmt: skip
 VERSIONS = [
     *[b"HTTP/1.1"] * 12, *[b"HTTP/1.0"] * 3, b"HTTP/1.2", b"HTTP/0.9", b"HTTP/2.0", b"HTTP/1", b"HTTP/11", b"http/1.1",

@@ -72,6 +72,8 @@ def test_rare_methods_become_one_that_no_path_takes() -> None:
         b"GET http://a/ HTTP/2.0\r\nhost: a\r\n\r\n",
         b"GET ftp://a/ HTTP/1.1\r\nhost: a\r\n\r\n",
         b"CONNECT a:1 HTTP/1.1\r\nhost: a\r\n\r\n",
+        b"GET http://a]b/ HTTP/1.1\r\nhost: a\r\n\r\n",
+        b"GET http://[::1/ HTTP/1.1\r\nhost: a\r\n\r\n",
         b"GET /\x80 HTTP/1.1\r\nhost: a\r\n\r\n",
         ABSOLUTE + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
         ABSOLUTE + b"transfer-encoding: gzip\r\n\r\n",

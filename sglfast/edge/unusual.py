@@ -86,7 +86,10 @@ class UnusualRequest:
         """The request in the one form that the fast scanner reads: origin target, framing by length."""
         method, target = self._method, self._target
         if not target.startswith((b"/", b"*")):
-            parts = urlsplit(target)
+            try:
+                parts = urlsplit(target)
+            except ValueError:  # brackets that are no IPv6 address
+                return errors.BAD_REQUEST
             if parts.scheme.lower() not in (b"http", b"https"):
                 return errors.BAD_REQUEST
             target = (parts.path or b"/") + (b"?" + parts.query if parts.query else b"")

@@ -3,7 +3,7 @@
 Runs in: shards, on the request path; never blocks; allocates one result object and its few bytes.
 Contract: `scan_request` and `scan_response` look at one head at the start of `data` (bytes). They return the head, or MORE (0: not
     all there), UNUSUAL (-1: hand a request to llhttp, refuse an answer), TOO_LARGE (-2: no end within the limit). Results own
-    copies; nothing points into `data`. Strictness and formats: cext/sf_http.h.
+    copies; nothing points into `data`. Strictness and formats: cext/sf_http.h, cext/sf_chunks.h.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
@@ -22,8 +22,6 @@ cdef extern from "sf_http.h" nogil:
         SF_HTTP_TOO_LARGE
         SF_CONN_CLOSE
         SF_CONN_KEEP_ALIVE
-        SF_CH_SIZE
-        SF_CH_DONE
 
     ctypedef struct sf_line_t:
         const char *name
@@ -50,14 +48,20 @@ cdef extern from "sf_http.h" nogil:
         uint32_t start_line_len
         sf_line_t *lines
 
-    ctypedef struct sf_chunks_t:
-        uint64_t left
-        uint32_t state
-
     int sf_scan_request(sf_head_t *head, const char *base, size_t length) noexcept
     int sf_scan_response(sf_head_t *head, const char *base, size_t length) noexcept
     size_t sf_kept_len(const sf_head_t *head) noexcept
     char *sf_copy_kept(const sf_head_t *head, char *out) noexcept
+
+cdef extern from "sf_chunks.h" nogil:
+    enum:
+        SF_CH_SIZE
+        SF_CH_DONE
+
+    ctypedef struct sf_chunks_t:
+        uint64_t left
+        uint32_t state
+
     ctypedef int (*sf_emit_t)(void *, const char *, size_t) noexcept nogil
     int64_t sf_chunks_feed(sf_chunks_t *chunks, const char *base, size_t length, sf_emit_t emit, void *sink) noexcept
 

@@ -57,7 +57,7 @@ def test_settled_predictions_are_what_workers_report(summaries: dict[str, Summar
 
 @pytest.mark.timeout(600)
 def test_time_to_first_token_is_shorter(summaries: dict[str, Summary]) -> None:
-    """At most 60 % of round_robin's and 90 % of least_load's. Times never gate: where they miss, the test skips and says by how much."""
+    """A ratio of runs on one machine; on one that was too busy to say anything nothing is held against it."""
     warnings = [warning for summary in summaries.values() for warning in summary.warnings]
     if warnings:
         pytest.skip(f"the machine was too busy for times: {warnings[0]}")
@@ -65,5 +65,5 @@ def test_time_to_first_token_is_shorter(summaries: dict[str, Summary]) -> None:
     assert mean["cache_aware"] is not None
     assert mean["round_robin"] is not None
     assert mean["least_load"] is not None
-    if mean["cache_aware"] > 0.60 * mean["round_robin"] or mean["cache_aware"] > 0.90 * mean["least_load"]:
-        pytest.skip(f"mean TTFT in ms: {mean}; wanted are 60 % of round_robin's and 90 % of least_load's")
+    assert mean["cache_aware"] <= 0.60 * mean["round_robin"]
+    assert mean["cache_aware"] <= 0.90 * mean["least_load"]

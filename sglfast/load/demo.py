@@ -27,6 +27,7 @@ from sglfast.load.trace import SyntheticShape, synthetic_trace
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 
 MODEL = "demo-model"
+DEMO_PAGE_TOKENS = 4  # small, so that even the short prompts of the printed commands fill a block and are found again
 # About two requests a second for ten minutes, then the next ten.
 TRAFFIC = SyntheticShape(users=300, turns=5.0, arrivals_per_s=0.5, think_time_s=5.0, system_prompts=3, message_tokens=250)
 TRAFFIC_OUTPUT_TOKENS = 60
@@ -183,7 +184,7 @@ def main(argv: list[str]) -> int:
     print(f"Starting {args.workers} simulated workers and the router ...", flush=True)
     try:
         with sigterm_as_interrupt():
-            sim = SimSettings(workers=args.workers, tokenizer_path=args.tokenizer_path)
+            sim = SimSettings(page_tokens=DEMO_PAGE_TOKENS, workers=args.workers, tokenizer_path=args.tokenizer_path)
             with Stack(sim, host=args.host, port=args.port) as stack:
                 try:
                     print(what_to_try(stack.url), flush=True)

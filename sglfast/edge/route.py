@@ -134,6 +134,12 @@ class Router:
         is_alone = len(self.pools) == 1 and len(self.models) <= 1
         self.only = next(iter(self.pools.values())) if is_alone else None
 
+    def renew_policies(self) -> None:
+        """Make the policies anew: the settings that they were made of have changed."""
+        self.pools = {}
+        self._version = -1
+        self.refresh()
+
     def sweep(self, before_s: float) -> None:
         """Close connections to workers that have been idle since before `before_s`."""
         for upstream in self._upstreams.values():

@@ -25,18 +25,27 @@ class Verdict(enum.Enum):
     TAKE_OUT = enum.auto()  # now UNHEALTHY
     LOOK_AGAIN = enum.auto()  # READY as before, but it failed in between: it may be another engine now
     OVERDUE = enum.auto()  # still JOINING after QUICK_FOR_S; said once
+    FAILED = enum.auto()  # still JOINING after its time to start; said once
 
 
 class HealthMachine:
-    """The state of one worker. Thresholds: checks in a row."""
+    """The state of one worker. Thresholds: checks in a row; startup_timeout_s: a worker that is still not ready then is called failed."""
 
-    def __init__(self, *, failure_threshold: int, success_threshold: int) -> None:
+    def __init__(self, *, failure_threshold: int, success_threshold: int, startup_timeout_s: float) -> None:
         self.state: int = JOINING
+        self._startup_timeout_s = startup_timeout_s
         self._failure_threshold = failure_threshold
         self._success_threshold = success_threshold
         self._good = 0
         self._bad = 0
         self._is_overdue = False
+        self._has_failed = False
+
+    def apply(self, *, failure_threshold: int, success_threshold: int, startup_timeout_s: float) -> None:
+        """Go on with other thresholds; what was counted counts."""
+        self._failure_threshold = failure_threshold
+        self._success_threshold = success_threshold
+        self._startup_timeout_s = startup_timeout_s
 
     def checked(self, is_good: bool, age_s: float) -> Verdict:
         """Take a check's result. age_s: time since the worker was registered."""
@@ -45,6 +54,9 @@ class HealthMachine:
             if self.state == READY and self._bad >= self._failure_threshold:
                 self.state = UNHEALTHY
                 return Verdict.TAKE_OUT
+            if self.state == JOINING and age_s >= self._startup_timeout_s and not self._has_failed:
+                self._has_failed = self._is_overdue = True
+                return Verdict.FAILED
             if self.state == JOINING and age_s >= QUICK_FOR_S and not self._is_overdue:
                 self._is_overdue = True
                 return Verdict.OVERDUE
@@ -59,11 +71,13 @@ class HealthMachine:
         return Verdict.TAKE_IN
 
 
-def pause_s(state: int, age_s: float, interval_s: float, pool_size: int) -> float:
-    """Pause before the next check of a worker, before jitter."""
-    if state == JOINING and age_s < QUICK_FOR_S:
-        return min(interval_s, max(_QUICK_PAUSE_S, pool_size / _CHECKS_PER_S))
-    return interval_s
+def pause_s(state: int, age_s: float, interval_s: float, pool_size: int, startup_interval_s: float) -> float:
+    """Pause before the next check of a worker, before jitter. startup_interval_s: for a worker that was never ready."""
+    if state != JOINING:
+        return interval_s
+    if age_s < QUICK_FOR_S:
+        return min(startup_interval_s, max(_QUICK_PAUSE_S, pool_size / _CHECKS_PER_S))
+    return startup_interval_s
 
 
 async def check(fetcher: Fetcher, url: str, timeout_s: float) -> str:

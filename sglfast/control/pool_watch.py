@@ -8,6 +8,7 @@ Runs in: control, one task per worker and at most one introspection beside it. C
 import asyncio
 import logging
 import random
+from typing import Any
 
 from sglfast._workers import READY
 from sglfast.config import ServeConfig
@@ -20,6 +21,14 @@ _JITTER = 0.1  # of a pause, both ways
 _SPREAD_PER_S = 1000  # workers whose first check starts in a second
 
 
+def _thresholds(config: ServeConfig) -> dict[str, Any]:
+    return {
+        "failure_threshold": config.health_failure_threshold,
+        "success_threshold": config.health_success_threshold,
+        "startup_timeout_s": config.worker_startup_timeout_secs,
+    }
+
+
 class PoolWatch:
     """The tasks of all workers. `start` once, inside the loop; `close` releases everything."""
 
@@ -30,6 +39,11 @@ class PoolWatch:
     def start(self) -> None:
         """Begin to follow all workers."""
         self._tasks = [asyncio.create_task(watch.run()) for watch in self._watches]
+
+    def apply(self, config: ServeConfig) -> None:
+        """Go on with other settings, from each worker's next check on."""
+        for watch in self._watches:
+            watch.apply(config)
 
     async def close(self) -> None:
         """End all tasks."""
@@ -53,9 +67,7 @@ class _Watch:
         self._worker_idx = worker_idx
         self._pool_size = pool_size
         self._url = workers.views[worker_idx].record.url
-        self._machine = HealthMachine(
-            failure_threshold=config.health_failure_threshold, success_threshold=config.health_success_threshold
-        )  # fmt: skip
+        self._machine = HealthMachine(**_thresholds(config))
         self._introspection: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -66,7 +78,7 @@ class _Watch:
         while True:
             verdict = Verdict.NOTHING
             try:
-                problem = await check(self._fetcher, self._url + self._config.health_check_endpoint, self._config.health_check_timeout_secs)
+                problem = await self._check()
                 verdict = self._machine.checked(not problem, loop.time() - joined_s)
                 if verdict in (Verdict.TAKE_IN, Verdict.LOOK_AGAIN):
                     await self._look_at_it()
@@ -77,9 +89,23 @@ class _Watch:
             except Exception:
                 # A worker that breaks our code must not leave the others, nor itself, unwatched.
                 self._log.exception("a health check failed in an unforeseen way", extra={"fields": {"worker": self._url}})
-            pause = pause_s(self._machine.state, loop.time() - joined_s, self._config.health_check_interval_secs, self._pool_size)
+            config, age_s = self._config, loop.time() - joined_s
+            pause = pause_s(
+                self._machine.state, age_s, config.health_check_interval_secs, self._pool_size, config.worker_startup_check_interval
+            )  # fmt: skip
             # Workers that join together are not to be checked together for ever.
             await asyncio.sleep(pause * (random.random() if verdict is Verdict.TAKE_IN else random.uniform(1 - _JITTER, 1 + _JITTER)))
+
+    async def _check(self) -> str:
+        """What is wrong with the worker, the empty string when nothing is."""
+        if self._config.disable_health_check:
+            return ""
+        return await check(self._fetcher, self._url + self._config.health_check_endpoint, self._config.health_check_timeout_secs)
+
+    def apply(self, config: ServeConfig) -> None:
+        """Go on with other settings."""
+        self._config = config
+        self._machine.apply(**_thresholds(config))
 
     async def forget(self) -> None:
         """End the introspection, if one runs."""
@@ -96,6 +122,10 @@ class _Watch:
             self._log.info("worker is ready", extra={"fields": fields})
         elif verdict is Verdict.TAKE_OUT:
             self._log.warning("worker is unhealthy", extra={"fields": {"worker": self._url, "problem": problem}})
+        elif verdict is Verdict.FAILED:
+            seconds = self._config.worker_startup_timeout_secs
+            text = f"worker was not healthy within --worker-startup-timeout-secs {seconds:g}; it is asked on"
+            self._log.error(text, extra={"fields": {"worker": self._url, "problem": problem}})
         elif verdict is Verdict.OVERDUE:
             self._log.warning("worker is not healthy yet", extra={"fields": {"worker": self._url, "problem": problem}})
 

@@ -140,6 +140,12 @@ class Router(RouterBase):
             self.plain_arguments = (only.view, self._shard.loads, _NO_PROMPT)
             self.plain_routes = only.plain_routes
 
+    def renew_policies(self) -> None:
+        """Make the policies anew: the settings that they were made of have changed."""
+        self.pools = {}
+        self.seen_version = (1 << 64) - 1
+        self.refresh()
+
     def sweep(self, before_s: float) -> None:
         """Close connections to workers that have been idle since before `before_s`."""
         for upstream in self._upstreams.values():

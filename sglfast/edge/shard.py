@@ -19,9 +19,11 @@ from sglfast._workers import WorkerTable
 from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.route import Router
 from sglfast.errors import REASON_INDEX, Reason
+from sglfast.logs import set_level
 
 if TYPE_CHECKING:
     from sglfast.boot import Boot
+    from sglfast.config import ServeConfig
     from sglfast.edge.request import PromptKeyer
     from sglfast.edge.server import ClientConnection
     from sglfast.edge.upstream import Upstream
@@ -54,6 +56,12 @@ class Shard(ShardBase):
         self._silent_until_s = 0.0
         self._ticks = 0
         self.router = Router(self, keyer)
+
+    def apply(self, config: ServeConfig) -> None:
+        """Go on with other settings, from the next request on; what cannot change in a running program is the same in both."""
+        self.configure(config)
+        set_level(config.log_level)
+        self.router.renew_policies()
 
     def count_error(self, reason: Reason) -> None:
         """Count an answer of our own in the metric of its code."""

@@ -52,6 +52,12 @@ S_PROMPTS_KEYED = 16
 S_PROMPTS_UNKEYED = 17
 S_PROMPT_TOKENS = 18
 S_DECISIONS = 32          # 16 words, one per decision of the policies
+# Of admission (cext/admission.pyx writes the first three)
+S_PERMITS = 48            # requests that this shard has in flight under the limit
+S_WAITING = 49            # requests that wait in this shard
+S_WAITING_HEAD = 50       # order of the first of them; 0 = nobody waits
+S_QUEUED = 51
+S_QUEUE_WAIT_US = 52
 S_REASONS = 64            # 64 words, one per row of errors.REASONS
 S_TTFT = 128              # histogram: buckets, then count and sum in microseconds
 S_DURATION = 160
@@ -62,7 +68,7 @@ BUCKETS_US = (
 )
 HISTOGRAM_BUCKETS = 25    # 24 bounds and the rest
 GAUGES_WORKER = (W_INFLIGHT_REQUESTS, W_INFLIGHT_TOKENS, W_CONNECTIONS)
-GAUGES_SHARD = (S_CONNECTIONS, S_INFLIGHT)
+GAUGES_SHARD = (S_CONNECTIONS, S_INFLIGHT, S_PERMITS, S_WAITING, S_WAITING_HEAD)
 
 cdef enum:
     c_W_INFLIGHT_REQUESTS = 0

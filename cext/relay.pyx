@@ -52,6 +52,7 @@ cdef class ShardBase:
     cdef public Column column
     cdef readonly object config
     cdef public RouterBase router
+    cdef public object admission  # None: nothing is limited
     cdef public object loop
     cdef public dict endpoints
     cdef public double now_s
@@ -145,6 +146,8 @@ cdef class ExchangeBase:
     cdef public bint is_resent
     cdef public bint is_over
     cdef public bint was_active
+    cdef public bint holds_permit  # counts under the limit of requests in flight
+    cdef public object ticket      # of the queue, while it waits for that
 
     def __init__(self, ClientBase client not None, endpoint, RequestHead head not None, bytes body not None):
         self.client = client
@@ -298,6 +301,8 @@ cdef class ExchangeBase:
             raise RuntimeError("an exchange ends once")
         self.is_over = True
         self.client.exchange = None
+        if self.holds_permit or self.ticket is not None:
+            self.shard.admission.leave(self)
 
 
 cdef inline char *put(char *end, bytes data) noexcept:

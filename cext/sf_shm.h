@@ -69,7 +69,9 @@ typedef struct { /* exported */
     uint64_t workers_version; /* +1 after every change of the worker table */
     uint64_t control_heartbeat_ms;
     uint64_t drain_deadline_ms; /* wall clock, 0 = not draining */
-    uint64_t reserved[492];
+    uint64_t pad[4];
+    uint64_t rate_due_us; /* monotonic; written by all shards by compare-and-swap: see cext/admission.pyx */
+    uint64_t reserved[487];
 } sf_header_t;
 
 typedef struct { /* exported */

@@ -44,6 +44,7 @@ cdef extern from "sf_shm.h" nogil:
         uint64_t workers_version
         uint64_t control_heartbeat_ms
         uint64_t drain_deadline_ms
+        uint64_t rate_due_us
 
     ctypedef struct sf_process_t:
         uint64_t pid

@@ -27,6 +27,7 @@ class ShardBase:
     column: Column
     config: Any
     router: Any
+    admission: Any
     loop: asyncio.AbstractEventLoop
     endpoints: dict[bytes, Any]
     now_s: float
@@ -70,6 +71,8 @@ class ExchangeBase:
     is_resent: bool
     is_over: bool
     was_active: bool
+    holds_permit: bool
+    ticket: Any
     def __init__(self, client: ClientBase, endpoint: Any, head: RequestHead, body: bytes) -> None: ...
     def dispatch(self, route: Any) -> None: ...
     def on_connected(self, connection: WorkerConnectionBase) -> None: ...

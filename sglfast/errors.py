@@ -61,6 +61,8 @@ class Reason:
     @property
     def error_type(self) -> str:
         """OpenAI's `error.type`."""
+        if self.status == 429:
+            return "rate_limit_error"
         return "invalid_request_error" if self.status < 500 else "server_error"
 
 
@@ -85,6 +87,8 @@ UPSTREAM_BODY_INCOMPLETE = Reason("upstream_body_incomplete", 502, "worker", "up
 UNSUPPORTED_MEDIA_TYPE = Reason("unsupported_media_type", 415, "client", "the body must be sent with `content-type: application/json`")
 UNPROCESSABLE = Reason("unprocessable", 422, "client", "the body does not have the fields of this path")
 SERVICE_OVERLOADED = Reason("service_overloaded", 503, "router", "too much waits for the tokenizer", True)
+QUEUE_FULL = Reason("queue_full", 429, "client", "too many requests: the router and its queue are full, try again later", True)
+QUEUE_TIMEOUT = Reason("queue_timeout", 408, "client", "the request waited too long for its turn", True)
 
 # Position = word in each shard's column of shared memory: append only.
 REASONS: tuple[Reason, ...] = (
@@ -109,5 +113,7 @@ REASONS: tuple[Reason, ...] = (
     UNSUPPORTED_MEDIA_TYPE,
     UNPROCESSABLE,
     SERVICE_OVERLOADED,
+    QUEUE_FULL,
+    QUEUE_TIMEOUT,
 )
 REASON_INDEX: dict[str, int] = {reason.code: position for position, reason in enumerate(REASONS)}

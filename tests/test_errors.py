@@ -50,7 +50,8 @@ def test_a_reason_is_consistent(reason: Reason) -> None:
     assert re.fullmatch(r"[a-z]+(_[a-z]+)*", reason.code)
     assert 400 <= reason.status <= 599
     assert (reason.status < 500) == (reason.side == "client"), "4xx is the client's fault, and nobody else's"
-    assert reason.error_type == ("invalid_request_error" if reason.side == "client" else "server_error")
+    of_side = {"client": "invalid_request_error"}.get(reason.side, "server_error")
+    assert reason.error_type == ("rate_limit_error" if reason.status == 429 else of_side)
     assert reason.message
     assert reason.message.isprintable()
     assert not re.search(r"https?://|\d+\.\d+|[{%]", reason.message), "no URL, address or template in a client's text"

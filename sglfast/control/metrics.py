@@ -40,11 +40,14 @@ _SHARD_COUNTERS = {
     words.S_CLIENT_GONE: ("client_disconnects", "Requests whose client left before the answer was complete."),
     words.S_STREAMS_CUT: ("answers_cut", "Answers that ended in the middle because of their worker."),
     words.S_UNUSUAL_HEADS: ("unusual_heads", "Request heads that were left to the slow, full HTTP parser."),
+    words.S_QUEUED: ("queued_requests", "Requests that had to wait for their turn."),
     words.S_PROMPT_TOKENS: ("prompt_tokens", "Prompt tokens counted by the router."),
 }
 _SHARD_GAUGES = {
     words.S_CONNECTIONS: ("connections", "Open client connections."),
     words.S_INFLIGHT: ("inflight_requests", "Requests that a worker has and has not finished."),
+    words.S_PERMITS: ("admitted_requests", "Requests in flight that count under --max-concurrent-requests."),
+    words.S_WAITING: ("waiting_requests", "Requests that wait for their turn."),
 }
 _CLASSES = {
     "2xx": words.S_RESPONSES_2XX, "3xx": words.S_RESPONSES_3XX, "4xx": words.S_RESPONSES_4XX, "5xx": words.S_RESPONSES_5XX,
@@ -127,6 +130,7 @@ class RouterCollector(Collector):
             yield _gauge(name, text, [({}, max(0, totals[word]))])
         for word, (name, text) in _SHARD_COUNTERS.items():
             yield _counter(name, text, [({}, totals[word])])
+        yield _counter("queue_wait_seconds", "Time that requests have waited for their turn.", [({}, totals[words.S_QUEUE_WAIT_US] / 1e6)])
         rows = [({"class": name}, totals[word]) for name, word in _CLASSES.items()]
         yield _counter("responses", "Answers to clients by class of status, the router's own included.", rows)
         rows = [({"code": reason.code}, totals[words.S_REASONS + i]) for i, reason in enumerate(REASONS)]

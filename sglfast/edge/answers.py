@@ -31,6 +31,7 @@ _STATUS_LINES = {
         415: "Unsupported Media Type",
         417: "Expectation Failed",
         422: "Unprocessable Content",
+        429: "Too Many Requests",
         431: "Request Header Fields Too Large",
         500: "Internal Server Error",
         502: "Bad Gateway",
@@ -67,7 +68,7 @@ def error_answer(reason: errors.Reason, message: str | None = None) -> tuple[byt
     """(open head, body) of an error."""
     body = error_body(reason, message) if message else _ERROR_BODIES[reason.code]
     extra = b"x-router-error-code: %b\r\n" % reason.code.encode()
-    if reason.status == 503:
+    if reason.status in (429, 503):
         extra += b"retry-after: 1\r\n"
     if reason is errors.METHOD_NOT_ALLOWED and message:
         extra += b"allow: POST\r\n" if message.endswith("POST") else b"allow: GET, HEAD\r\n"

@@ -40,6 +40,13 @@ class Exchange(ExchangeBase):
     # ---- towards the worker ----
 
     def start(self) -> None:
+        """Begin, or wait for leave to begin."""
+        if self.shard.admission is None:
+            self.choose()
+        else:
+            self.shard.admission.ask(self)
+
+    def choose(self) -> None:
         """Choose a worker, at once or when the prompt has been tokenized, and send the request."""
         self.shard.router.choose(self.endpoint, self.body, self.on_route)
 
@@ -48,9 +55,11 @@ class Exchange(ExchangeBase):
         if self.is_over:
             return  # the client left while its prompt was being tokenized
         if isinstance(route, errors.Reason):
-            self._refuse(route)
-        else:
-            self.dispatch(route)
+            self.refuse(route)
+            return
+        granted = route if self.shard.admission is None else self.shard.admission.take_worker(self, route)
+        if granted is not None:
+            self.dispatch(granted)
 
     def on_unreachable(self, error: BaseException) -> None:
         """The worker took no connection: nothing was sent, so the next choice may have the request."""
@@ -63,7 +72,7 @@ class Exchange(ExchangeBase):
         self.tried += (route.upstream.worker_idx,)
         following = self.shard.router.next_choice(route, self.tried) if len(self.tried) < _MAX_CHOICES else None
         if following is None:
-            self._refuse(errors.UPSTREAM_TIMEOUT if isinstance(error, TimeoutError) else errors.UPSTREAM_UNREACHABLE)
+            self.refuse(errors.UPSTREAM_TIMEOUT if isinstance(error, TimeoutError) else errors.UPSTREAM_UNREACHABLE)
         else:
             self.dispatch(following)
 
@@ -105,7 +114,7 @@ class Exchange(ExchangeBase):
             return
         self.leave_worker(_counters.W_ERRORS)
         if not self.has_answer:
-            self._refuse(errors.UPSTREAM_CLOSED)
+            self.refuse(errors.UPSTREAM_CLOSED)
         else:
             self._cut(connection, errors.UPSTREAM_BODY_INCOMPLETE)
 
@@ -116,7 +125,7 @@ class Exchange(ExchangeBase):
         if self.has_answer:
             self._cut(connection, errors.UPSTREAM_BODY_INCOMPLETE)
         else:
-            self._refuse(errors.UPSTREAM_BAD_RESPONSE)
+            self.refuse(errors.UPSTREAM_BAD_RESPONSE)
 
     def tick(self, now_s: float) -> None:
         """From the shard's sweep: has the worker been silent for too long? A client that does not read stops this clock.
@@ -139,7 +148,7 @@ class Exchange(ExchangeBase):
             if self.has_answer:
                 self._cut(connection, errors.UPSTREAM_TIMEOUT)
             else:
-                self._refuse(errors.UPSTREAM_TIMEOUT)
+                self.refuse(errors.UPSTREAM_TIMEOUT)
 
     def cancel(self) -> None:
         """The client went away: the worker learns it at once by the end of its connection."""
@@ -155,7 +164,7 @@ class Exchange(ExchangeBase):
 
     # ---- ends ----
 
-    def _refuse(self, reason: errors.Reason) -> None:
+    def refuse(self, reason: errors.Reason) -> None:
         """No byte of an answer has gone to the client: send an error of our own."""
         self.finish()
         self.client.answer_error(reason, self.request_id)

@@ -16,6 +16,7 @@ from sglfast._counters import Column, Loads, RankTable
 from sglfast._hashtree import TreeReader
 from sglfast._relay import ShardBase
 from sglfast._workers import WorkerTable
+from sglfast.edge.admission import Admission, is_limited
 from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.route import Router
 from sglfast.errors import REASON_INDEX, Reason
@@ -40,6 +41,7 @@ class Shard(ShardBase):
         self.configure(boot.config)
         self.segment = boot.segment
         self.process_slot = boot.process_slot
+        self.number = boot.shard
         self.control_address = boot.control_address
         self.loop = loop
         self.log = log
@@ -56,6 +58,8 @@ class Shard(ShardBase):
         self._silent_until_s = 0.0
         self._ticks = 0
         self.router = Router(self, keyer)
+        self.admission = Admission(self) if is_limited(self) else None
+        self.is_gated = self.admission is not None
 
     def apply(self, config: ServeConfig) -> None:
         """Go on with other settings, from the next request on; what cannot change in a running program is the same in both."""

@@ -12,8 +12,8 @@ Contract: bodies are the same bytes on both sides. A request is one write, an an
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport uint64_t, uintptr_t
-from libc.string cimport memcpy
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from libc.string cimport memcpy, strlen
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from sf_shm cimport sf_header, sf_load
 from sglfast._counters cimport Column
@@ -52,7 +52,8 @@ cdef class ShardBase:
     cdef public Column column
     cdef readonly object config
     cdef public RouterBase router
-    cdef public object admission  # None: nothing is limited
+    cdef public object admission    # None: nothing is limited
+    cdef public RequestLogBase request_log  # None: requests are not logged
     cdef public object loop
     cdef public dict endpoints
     cdef public double now_s
@@ -148,6 +149,9 @@ cdef class ExchangeBase:
     cdef public bint was_active
     cdef public bint holds_permit  # counts under the limit of requests in flight
     cdef public object ticket      # of the queue, while it waits for that
+    cdef public object last_route  # of the worker that it has left
+    cdef public long long bytes_in
+    cdef public unsigned int outcome  # word of the worker that it has left; 0 = it was at none
 
     def __init__(self, ClientBase client not None, endpoint, RequestHead head not None, bytes body not None):
         self.client = client
@@ -155,6 +159,7 @@ cdef class ExchangeBase:
         self.endpoint = endpoint
         self.head = head
         self.body = body
+        self.bytes_in = PyBytes_GET_SIZE(body)
         self.request_id = head.request_id if head.request_id else client.shard.new_request_id()
         self.started_s = monotonic()
         self.deadline_s = INFINITE
@@ -292,6 +297,8 @@ cdef class ExchangeBase:
         """Give the load counters of the worker back, once."""
         if self.route is not None:
             self.shard.column.end(self.route.upstream.worker_idx, self.tokens, outcome_word, self.bytes_out)
+            self.last_route = self.route
+            self.outcome = outcome_word
             self.route = None
             self.tokens = 0
 
@@ -303,6 +310,8 @@ cdef class ExchangeBase:
         self.client.exchange = None
         if self.holds_permit or self.ticket is not None:
             self.shard.admission.leave(self)
+        if self.shard.request_log is not None:
+            self.shard.request_log.note(self)
 
 
 cdef inline char *put(char *end, bytes data) noexcept:
@@ -312,20 +321,13 @@ cdef inline char *put(char *end, bytes data) noexcept:
 
 cdef int put_length(char *out, uint64_t size) noexcept:
     # `content-length: SIZE` and the end of a head; returns its length, at most 40 bytes.
-    cdef char digits[20]
-    cdef int n = 0
+    cdef char *end
     memcpy(out, b"content-length: ", 16)
-    while True:
-        digits[n] = c"0" + size % 10
-        n += 1
-        size //= 10
-        if size == 0:
-            break
-    for i in range(n):
-        out[16 + i] = digits[n - 1 - i]
-    memcpy(out + 16 + n, b"\r\n\r\n", 4)
-    return 20 + n
+    end = put_number(out + 16, size)
+    memcpy(end, b"\r\n\r\n", 4)
+    return end + 4 - out
 
 
 include "relayclient.pxi"
 include "relayworker.pxi"
+include "relaylog.pxi"

@@ -28,6 +28,7 @@ class ShardBase:
     config: Any
     router: Any
     admission: Any
+    request_log: Any
     loop: asyncio.AbstractEventLoop
     endpoints: dict[bytes, Any]
     now_s: float
@@ -73,6 +74,9 @@ class ExchangeBase:
     was_active: bool
     holds_permit: bool
     ticket: Any
+    last_route: Any
+    bytes_in: int
+    outcome: int
     def __init__(self, client: ClientBase, endpoint: Any, head: RequestHead, body: bytes) -> None: ...
     def dispatch(self, route: Any) -> None: ...
     def on_connected(self, connection: WorkerConnectionBase) -> None: ...
@@ -131,7 +135,18 @@ class UpstreamBase:
     shard: Any
     worker_idx: int
     host_header: bytes
+    log_label: bytes
     idle: list[Any]
     is_removed: bool
     def take_idle(self) -> Any: ...
     def give_back(self, connection: WorkerConnectionBase) -> None: ...
+
+@disjoint_base
+class RequestLogBase:
+    is_json: bool
+    only_errors: bool
+    lines: list[bytes]
+    size_bytes: int
+    dropped: int
+    def __init__(self, is_json: bool, only_errors: bool, opening: bytes, decisions: tuple[bytes, ...]) -> None: ...
+    def note(self, exchange: ExchangeBase) -> None: ...

@@ -165,6 +165,9 @@ class ServeConfig:
         "info", "log level", "logs", choices=("debug", "info", "warning", "error"), same_as={"warn": "warning"},
         section="observability.log_level")
     log_format: str = _setting("text", "log format", "logs", choices=("text", "json"), section="observability.log_format")
+    request_log: str = _setting(
+        "all", "one line for each request, for those that were not answered well (4xx, 5xx, cut, left), or none", "logs",
+        choices=("all", "errors", "off"))
     log_dir: str | None = _setting(None, "folder for log files, one a day, beside standard error", "logs", metavar="PATH")
     prometheus_host: str | None = _setting(None, "address of a port for /metrics alone (default: 0.0.0.0, with --prometheus-port)", "logs")
     prometheus_port: int | None = _setting(

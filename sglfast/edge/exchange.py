@@ -166,6 +166,7 @@ class Exchange(ExchangeBase):
 
     def refuse(self, reason: errors.Reason) -> None:
         """No byte of an answer has gone to the client: send an error of our own."""
+        self.status = reason.status
         self.finish()
         self.client.answer_error(reason, self.request_id)
         self.client.on_exchange_end()

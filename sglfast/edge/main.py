@@ -89,6 +89,8 @@ async def serve(boot: Boot) -> None:
         client.close_after_write()
     if keyer is not None:
         keyer.close()
+    if shard.request_log is not None:
+        shard.request_log.close()
     await asyncio.sleep(0.05)  # sends what was written; whoever has not read it by now has had its grace
 
 

@@ -55,8 +55,17 @@ ENDPOINTS: dict[bytes, Endpoint] = {
         Endpoint(b"/v1/completions", 1),
         Endpoint(b"/generate", 2),
         Endpoint(b"/v1/embeddings", 3),
+        Endpoint(b"/v1/responses", 4),
+        Endpoint(b"/v1/classify", 3),  # its input is an embedding's
+        Endpoint(b"/v1/rerank", 5),
+        Endpoint(b"/rerank", 5),
     )
 }
+
+
+# Paths that are relayed although nothing is known of them (--passthrough).
+OTHERS_UNDER = b"/v1/"
+OTHER_KIND = 5
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,7 +118,9 @@ class Router(RouterBase):
         for view in views:
             key = (view.worker_idx, view.generation)
             upstream = old.pop(key, None)
-            self._upstreams[key] = upstream or Upstream(self._shard, view.worker_idx, view.record.url)
+            upstream = self._upstreams[key] = upstream or Upstream(self._shard, view.worker_idx, view.record.url)
+            if self._shard.request_log is not None:
+                upstream.log_label = self._shard.request_log.label(view.record.model, view.record.url)
             if view.state == _workers.READY:
                 ready.setdefault(view.record.model, []).append(view)
         for upstream in old.values():

@@ -16,7 +16,7 @@ from sglfast._relay import BODY, BUSY, CHUNKED, CLOSED, HEAD, UNUSUAL, ClientBas
 from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
 from sglfast.edge.later import LATER
-from sglfast.edge.request import ENDPOINTS
+from sglfast.edge.request import ENDPOINTS, OTHER_KIND, OTHERS_UNDER, Endpoint
 from sglfast.edge.unusual import UnusualRequest
 
 if TYPE_CHECKING:
@@ -156,8 +156,10 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             path = target.partition(b"?")[0]
             endpoint = ENDPOINTS.get(path)
             if endpoint is None and path not in LATER:
-                self._answer_locally(head, path)
-                return
+                if head.method != b"POST" or not self.shard.config.passthrough or not path.startswith(OTHERS_UNDER):
+                    self._answer_locally(head, path)
+                    return
+                endpoint = Endpoint(path, OTHER_KIND)
         if head.method != b"POST":
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only POST", head.method == b"HEAD")
             return
@@ -172,7 +174,9 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         is_head = head.method == b"HEAD"
         local = answers.LOCAL.get(path)
         if local is None and path not in answers.FROM_CONTROL:
-            self.answer_error(errors.NOT_FOUND, head.request_id, None, is_head)
+            may_pass = head.method == b"POST" and path.startswith(OTHERS_UNDER)
+            hint = "no such path here; the router relays unknown paths under /v1/ when it is started with --passthrough"
+            self.answer_error(errors.NOT_FOUND, head.request_id, hint if may_pass else None, is_head)
         elif head.method not in (b"GET", b"HEAD"):
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only GET")
         elif local is None:

@@ -18,6 +18,7 @@ from sglfast._relay import ShardBase
 from sglfast._workers import WorkerTable
 from sglfast.edge.admission import Admission, is_limited
 from sglfast.edge.request import ENDPOINTS
+from sglfast.edge.request_log import RequestLog
 from sglfast.edge.route import Router
 from sglfast.errors import REASON_INDEX, Reason
 from sglfast.logs import set_level
@@ -57,6 +58,7 @@ class Shard(ShardBase):
         self.now_s = loop.time()  # coarse: moved by the tick
         self._silent_until_s = 0.0
         self._ticks = 0
+        self.request_log = RequestLog(boot.config, f"shard{boot.shard}") if boot.config.request_log != "off" else None
         self.router = Router(self, keyer)
         self.admission = Admission(self) if is_limited(self) else None
         self.is_gated = self.admission is not None
@@ -82,6 +84,8 @@ class Shard(ShardBase):
         self.loop.call_later(_TICK_SECS, self.tick)  # first: an error below must not stop the clock
         now_s = self.now_s = self.loop.time()
         self._ticks += 1
+        if self.request_log is not None:
+            self.request_log.flush()
         if not self.is_draining and self.segment.state >= _segment.DRAINING:
             self.is_draining = True
             for client in list(self.clients):

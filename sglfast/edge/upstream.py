@@ -63,6 +63,7 @@ class Upstream(UpstreamBase):
         self.host = parts.hostname or "127.0.0.1"
         self.port = parts.port or 80
         self.host_header = parts.netloc.encode()
+        self.log_label = b""
         self.idle: list[UpstreamConnection] = []  # oldest first; the newest is taken first
         self.open_count = 0
         self.is_removed = False

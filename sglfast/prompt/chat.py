@@ -26,6 +26,7 @@ Reason = Literal[
     "media",  # images, audio, video: the engine puts ids of its own there
     "several_prompts",  # a batch has no single prefix
     "session",  # the engine puts earlier turns before the text
+    "no_prompt",  # the path carries no prompt that an engine caches
     "no_tokenizer",
     "no_chat_template",
     "template",  # the template refuses the conversation

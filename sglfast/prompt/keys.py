@@ -19,6 +19,7 @@ from sglfast._blockhash import page_keys
 from sglfast.errors import PromptError
 from sglfast.prompt.chat import ChatInput, Reason, UnkeyableError, chat_input, function_schemas
 from sglfast.prompt.pieces import PieceTokenizer
+from sglfast.prompt.responses import as_chat
 from sglfast.prompt.template import ChatTemplate
 from sglfast.prompt.tokenizer import Tokenizer
 
@@ -30,6 +31,8 @@ class RequestKind(enum.IntEnum):
     COMPLETIONS = 1
     GENERATE = 2
     EMBEDDINGS = 3
+    RESPONSES = 4
+    OTHER = 5  # no prompt that an engine caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,10 @@ class PromptReader:
                 return self._plain(body.get("prompt"), "prompt", _cache_salt(body))
             if kind == RequestKind.GENERATE:
                 return self._generate(body)
+            if kind == RequestKind.RESPONSES:
+                return self._chat(as_chat(body), head_chars)
+            if kind == RequestKind.OTHER:
+                raise UnkeyableError("no_prompt", "this path carries no prompt that a KV cache holds")
             # SGLang's embedding requests have no cache_salt.
             return self._plain(body.get("input"), "input", "")
         except UnkeyableError as error:

@@ -17,7 +17,7 @@ from sglfast.errors import PromptError
 from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
 
-CHAT, COMPLETIONS, GENERATE, EMBEDDINGS = RequestKind
+CHAT, COMPLETIONS, GENERATE, EMBEDDINGS, *_ = RequestKind
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a hash?"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "dict"}}}
 

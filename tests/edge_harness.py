@@ -102,7 +102,7 @@ class Edge(Memory):
     ) -> None:  # fmt: skip
         super().__init__([worker.url for worker in workers], models=models, shards=shards, block_size=block_size)
         self.workers = workers
-        settings = {"worker_urls": tuple(self.urls), "shards": shards, "policy": "round_robin", **settings}
+        settings = {"worker_urls": tuple(self.urls), "shards": shards, "policy": "round_robin", "request_log": "off", **settings}
         self.config = check(ServeConfig(**settings))
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port: int = listener.getsockname()[1]
@@ -261,7 +261,7 @@ class StubTransport(asyncio.Transport):
 
 def shard_in_loop(memory: Memory, keyer: Any = None, **settings: Any) -> Shard:
     """A Shard of the running loop; nothing ticks unless the test calls `tick`."""
-    config = check(ServeConfig(worker_urls=tuple(memory.urls), shards=1, **{"policy": "round_robin", **settings}))
+    config = check(ServeConfig(worker_urls=tuple(memory.urls), shards=1, **{"policy": "round_robin", "request_log": "off", **settings}))
     boot = Boot(config, memory.segment, None, 0, None, "")  # type: ignore[arg-type]
     return Shard(boot, asyncio.get_running_loop(), keyer, logging.getLogger("test"))
 

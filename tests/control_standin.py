@@ -78,7 +78,7 @@ def main(role: str, behaviour: str, argv: list[str]) -> None:
 
 
 def control(index: str, shard: str, flags: list[str]) -> int:
-    from sglfast.config import from_args
+    from sglfast.config.flags import from_args
     from sglfast.control.main import build_parser, run
     from sglfast.control.supervisor import Commands
 

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglfast.config import POLICIES, ServeConfig, add_flags, check, from_args, from_json, to_json
+from sglfast.config import POLICIES, ServeConfig, check, from_json, to_json
+from sglfast.config.flags import add_flags, from_args
 from sglfast.errors import ConfigError
 
 URL = "http://10.0.0.5:30000"

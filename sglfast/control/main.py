@@ -25,7 +25,8 @@ from sglfast import _segment
 from sglfast._counters import S_INFLIGHT, Totals
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
-from sglfast.config import ServeConfig, add_flags, from_args, to_json
+from sglfast.config import ServeConfig, to_json
+from sglfast.config.flags import add_flags, from_args
 from sglfast.control.admin import AdminServer
 from sglfast.control.children import Inheritance
 from sglfast.control.fetch import Fetcher

@@ -1,0 +1,147 @@
+"""What settings cannot work, alone or together; what depends on the machine is filled in.
+
+Runs in: control, at start and at SIGHUP. Contract: a refusal names the flag and what would be right. `check` is idempotent.
+"""
+
+import dataclasses
+import os
+from urllib.parse import urlsplit
+
+from sglfast.config.fields import FIELDS, check_limits, flag_of
+from sglfast.config.settings import ServeConfig
+from sglfast.errors import ConfigError
+
+_PROMETHEUS_HOST, _PROMETHEUS_PORT = "0.0.0.0", 29000
+_RANKS_WITHOUT_WORKERS = 256
+_FILES = ("api_key_file", "tls_cert_path", "tls_key_path", "client_cert_path", "client_key_path", "ca_cert_paths")
+_PAIRS = (("tls_cert_path", "tls_key_path"), ("client_cert_path", "client_key_path"))
+_HEADER_NAME_BYTES = frozenset("abcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+-.^_`|~")  # RFC 9110 5.6.2, lower case
+_ROLES = ("admin", "user")
+
+
+def check(config: ServeConfig) -> ServeConfig:
+    """Refuse what cannot work; fill in what depends on the machine (`shards`, `max_ranks`) or on others. Raises ConfigError."""
+    for field in FIELDS.values():
+        check_limits(field, getattr(config, field.name))
+    urls = _check_workers(config)
+    config = dataclasses.replace(config, worker_urls=urls, tokenizer_path=_check_model(config))
+    _check_addresses(config)
+    _check_files(config)
+    _check_headers(config)
+    _check_keys(config)
+    max_ranks = config.max_ranks or (min(1024, max(64, -(-4 * len(urls) // 64) * 64)) if urls else _RANKS_WITHOUT_WORKERS)
+    if max_ranks % 64:
+        raise ConfigError(f"--max-ranks {max_ranks}: must be a multiple of 64")
+    has_metrics_port = config.prometheus_port is not None or config.prometheus_host is not None
+    return dataclasses.replace(
+        config,
+        max_ranks=max_ranks,
+        shards=config.shards or len(os.sched_getaffinity(0)),
+        prometheus_host=(config.prometheus_host or _PROMETHEUS_HOST) if has_metrics_port else None,
+        prometheus_port=(_PROMETHEUS_PORT if config.prometheus_port is None else config.prometheus_port) if has_metrics_port else None,
+    )
+
+
+def _check_workers(config: ServeConfig) -> tuple[str, ...]:
+    urls = tuple(worker_url(text) for text in config.worker_urls)
+    places = [url.removesuffix(":80") for url in urls]
+    for url, place in zip(urls, places, strict=True):
+        if places.count(place) > 1:
+            raise ConfigError(f"--worker-urls: {url} is given twice")
+    if len(urls) > config.max_workers:
+        raise ConfigError(f"--worker-urls: {len(urls)} workers are more than --max-workers {config.max_workers}")
+    if not config.health_check_endpoint.startswith("/"):
+        raise ConfigError(f"--health-check-endpoint {config.health_check_endpoint}: must begin with /")
+    return urls
+
+
+def _check_model(config: ServeConfig) -> str | None:
+    """Where the tokenizer is, None without one."""
+    if config.tokenizer_path is not None and not os.path.exists(config.tokenizer_path):
+        raise ConfigError(f"--tokenizer-path {config.tokenizer_path}: no such file or folder")
+    if config.model_path is not None and not os.path.isdir(config.model_path):
+        raise ConfigError(f"--model-path {config.model_path}: no such folder; give the folder that holds the model's tokenizer.json")
+    return config.tokenizer_path or config.model_path
+
+
+def _check_addresses(config: ServeConfig) -> None:
+    if config.kv_listen is not None and not _is_tcp_address(config.kv_listen):
+        raise ConfigError(f"--kv-listen {config.kv_listen}: must look like tcp://0.0.0.0:5557")
+    ports = [("port", config.port), ("admin_port", config.admin_port), ("prometheus_port", config.prometheus_port)]
+    for place, (name, port) in enumerate(ports):
+        for other, other_port in ports[:place]:
+            if port and port == other_port:
+                raise ConfigError(f"{flag_of(name)} {port}: is the same as {flag_of(other)}")
+
+
+def _check_files(config: ServeConfig) -> None:
+    for one, other in (*_PAIRS, *(pair[::-1] for pair in _PAIRS)):
+        if getattr(config, one) is not None and getattr(config, other) is None:
+            raise ConfigError(f"{flag_of(one)} needs {flag_of(other)}: a certificate and its private key work only together")
+    for name in _FILES:
+        value = getattr(config, name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if path is not None and not os.access(path, os.R_OK):
+                raise ConfigError(f"{flag_of(name)} {path}: cannot be read")
+    if config.log_dir is not None and not os.path.isdir(config.log_dir):
+        raise ConfigError(f"--log-dir {config.log_dir}: no such folder")
+
+
+def _check_headers(config: ServeConfig) -> None:
+    named = [("request_id_headers", name) for name in config.request_id_headers]
+    if config.priority_header is not None:
+        named.append(("priority_header", config.priority_header))
+    for field, name in named:
+        if not name or not _HEADER_NAME_BYTES.issuperset(name.lower()):
+            raise ConfigError(f"{flag_of(field)} {name}: is no name of a header")
+
+
+def _check_keys(config: ServeConfig) -> None:
+    """Never show a key: a message gets into logs."""
+    for name in ("api_key", "worker_api_key", "admin_api_key"):
+        key = getattr(config, name)
+        if key is not None and not is_key(key):
+            raise ConfigError(f"{flag_of(name)}: must be visible ASCII characters without blanks")
+    for place, entry in enumerate(config.api_keys, 1):
+        name, colon, key = entry.partition(":")
+        if not (name and colon and is_key(key)):
+            raise ConfigError(f"--api-keys: entry {place} must look like NAME:KEY")
+    for place, entry in enumerate(config.control_plane_api_keys, 1):
+        parts = entry.split(":", 3)
+        if len(parts) != 4 or not parts[0] or not is_key(parts[3]):
+            raise ConfigError(f"--control-plane-api-keys: entry {place} must look like ID:NAME:ROLE:KEY")
+        if parts[2].lower() not in _ROLES:
+            raise ConfigError(f"--control-plane-api-keys: the role of entry {place} must be one of {', '.join(_ROLES)}")
+
+
+def is_key(text: str) -> bool:
+    """Whether a key can be sent in a header (RFC 6750: visible ASCII)."""
+    return bool(text) and all("!" <= letter <= "~" for letter in text)
+
+
+def _is_tcp_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme == "tcp" and bool(parts.hostname and parts.port) and not parts.path
+    except ValueError:
+        return False
+
+
+def worker_url(text: str, name: str = "--worker-urls") -> str:
+    """A worker's URL as it is kept: scheme, host and port, lower case. name: what the message names. Raises ConfigError."""
+    text = text.strip().rstrip("/")
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{name} {text}: {error}") from None
+    if parts.scheme == "https":
+        raise ConfigError(f"{name} {text}: TLS to workers is not supported yet; use http://")
+    if parts.scheme != "http" or not parts.hostname:
+        raise ConfigError(f"{name} {text}: must look like http://host:port")
+    if port == 0:
+        raise ConfigError(f"{name} {text}: port 0 is no port that a worker can listen on")
+    # Also what is empty: `http://host?`, `http://@host`, `http://host:`; and blanks and control characters.
+    if text.partition("://")[2] != parts.netloc or not set(parts.netloc).isdisjoint("@ ") or parts.netloc.endswith(":"):
+        raise ConfigError(f"{name} {text}: give only scheme, host and port, such as http://{parts.hostname}:{port or 80}")
+    return f"http://{parts.netloc.lower()}"

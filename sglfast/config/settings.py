@@ -1,0 +1,181 @@
+"""The settings of `sglfast serve`: the one place that says which there are.
+
+Runs in: control (made from flags, environment and file), index and shards (handed over as JSON through an inherited descriptor).
+Contract: field `a_b` is the flag `--a-b`, the environment's `SGLFAST_A_B` and the file's `a_b`; its metadata is the help, the limits and
+    the documentation. Units are in the names. Names, value forms and defaults are those of sglang-router 0.3.2 where it has
+    the same thing, unless docs/sglang-router.md says why not.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+POLICIES = ("auto", "cache_aware", "round_robin", "random", "power_of_two", "least_load")
+REQUEST_ID_HEADERS = ("x-request-id", "x-correlation-id", "x-trace-id", "request-id")
+
+
+def _setting(default: Any, help_text: str, group: str, **extra: Any) -> Any:
+    """A field. Metadata, all optional but help and group:
+
+    low, high   limits of a number, both allowed
+    choices     the values; same_as: other spellings of a value -> the value
+    also        other flags that mean this field
+    section     where the sgl-router's file has it, such as "server.port"
+    metavar     what the help calls the value
+    split       how the environment's text is cut into a list, a regular expression (default: commas and white space)
+    secret      never printed
+    live        SIGHUP changes it in the running program
+    """
+    metadata = {"help": help_text, "group": group, **extra}
+    return dataclasses.field(default=default, metadata=metadata, repr="secret" not in extra)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeConfig:
+    """Settings of the router."""
+
+    # fmt: off
+    worker_urls: tuple[str, ...] = _setting(
+        (), "base URLs of the workers, such as http://10.0.0.5:30000", "workers", metavar="URL", section="discovery.static_urls.urls")
+    max_workers: int = _setting(1024, "workers at most", "workers", low=1, high=65536)
+    health_check_endpoint: str = _setting("/health", "path of the health check", "workers")
+    health_check_interval_secs: float = _setting(5.0, "time between health checks of a worker", "workers", low=0.1)
+    health_check_timeout_secs: float = _setting(5.0, "a health check must answer within this time", "workers", low=0.1)
+    health_failure_threshold: int = _setting(3, "failed checks in a row that take a worker out", "workers", low=1)
+    health_success_threshold: int = _setting(1, "good checks in a row that bring it back", "workers", low=1)
+    disable_health_check: bool = _setting(False, "take every worker for healthy, without asking", "workers")
+    worker_startup_timeout_secs: float = _setting(
+        1800.0, "a worker that is not ready this long after it was added is called failed; it is asked on", "workers", low=1.0)
+    worker_startup_check_interval: float = _setting(
+        5.0, "seconds between checks of a worker that was never ready, after the quick ones of its first 10 s", "workers", low=0.1)
+    introspect_timeout_secs: float = _setting(2.0, "time for a worker's /server_info", "workers", low=0.05)
+
+    host: str = _setting("0.0.0.0", "address to listen on (127.0.0.1 for this machine only)", "server", section="server.host")
+    port: int = _setting(30000, "port to listen on; 0 picks a free one", "server", low=0, high=65535, section="server.port")
+    shards: int = _setting(0, "serving processes; 0 = one a core", "server", low=0, high=256)
+    max_connections: int = _setting(32768, "client connections of each shard at most", "server", low=1, high=1 << 20)
+    max_payload_size: int = _setting(64 << 20, "largest request body in bytes", "server", low=1)
+    max_header_bytes: int = _setting(64 << 10, "largest request head in bytes", "server", low=1024, high=1 << 20)
+    max_url_bytes: int = _setting(16 << 10, "longest request target in bytes", "server", low=64, high=1 << 20)
+    header_timeout_secs: float = _setting(10.0, "a request head must arrive within this time", "server", low=0.1)
+    body_timeout_secs: float = _setting(30.0, "longest pause inside a request body", "server", low=0.1)
+    idle_timeout_secs: float = _setting(75.0, "an idle client connection is closed after this time", "server", low=0.1)
+    send_timeout_secs: float = _setting(120.0, "a client that takes nothing of its answer for this long is cut", "server", low=0.1)
+    shutdown_grace_secs: float = _setting(
+        180.0, "at SIGTERM, time for requests in flight to finish", "server", low=0.0, high=3600.0, also=("shutdown_grace_period_secs",))
+    request_id_headers: tuple[str, ...] = _setting(
+        REQUEST_ID_HEADERS, "request headers that may hold the request's id, the first one present counts", "server", metavar="NAME")
+    passthrough: bool = _setting(False, "relay POST requests to unknown paths under /v1/ too", "server")
+    enable_igw: bool = _setting(False, "accepted for sglang-router's sake: several models behind one router always work", "server")
+
+    policy: str = _setting(
+        "auto", "how a worker is chosen; auto = cache_aware as soon as a worker publishes KV events, else least_load",
+        "routing", choices=POLICIES, same_as={"cache_aware_zmq": "cache_aware"}, section="models.policy")
+    tokenizer_path: str | None = _setting(
+        None, "folder with tokenizer.json and tokenizer_config.json of the model (cache_aware needs it)", "routing",
+        metavar="PATH", section="models.tokenizer_path")
+    model_path: str | None = _setting(
+        None, "the model's folder; its tokenizer is used when --tokenizer-path is not given", "routing", metavar="PATH")
+    key_route: str = _setting(
+        "auto", "how blocks are named: sha256 = by the engines' own chain, tokens = by their tokens, auto = as each worker allows",
+        "routing", choices=("auto", "sha256", "tokens"))
+    prompt_cache_bytes: int = _setting(
+        32 << 20, "memory of each shard for tokenized pieces of prompts, so that a conversation pays for its newest message only; 0 = none",
+        "routing", low=0, also=("tokenizer_cache_l1_max_memory",))
+    cache_threshold: float = _setting(
+        0.5, "share of the prompt's blocks that a worker must hold for its cache to decide alone", "routing",
+        low=0.0, high=1.0, section="models.cache_aware.cache_threshold")
+    balance_abs_threshold: int = _setting(
+        32, "cache is ignored when in-flight requests of workers differ by more than this ...", "routing",
+        low=0, section="models.cache_aware.balance_abs_threshold")
+    balance_rel_threshold: float = _setting(
+        1.1, "... and the busiest has more than this times the idlest", "routing",
+        low=1.0, section="models.cache_aware.balance_rel_threshold")
+    kv_listen: str | None = _setting(
+        None, "where to listen for the KV events of workers that connect out, such as tcp://0.0.0.0:5557; rank r arrives at its port + r, "
+        "workers are told apart by their topics", "routing", metavar="ADDRESS")
+    kv_index_blocks: int = _setting(
+        2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", "routing", low=1024, high=1 << 32)
+    max_ranks: int = _setting(
+        0, "ranks (workers x data-parallel size) in the KV index: multiple of 64 up to 1024; 0 = by the workers", "routing",
+        low=0, high=1024)
+
+    connect_timeout_secs: float = _setting(5.0, "time to connect to a worker", "upstream", low=0.05)
+    request_timeout_secs: float = _setting(
+        1800.0, "time until a worker begins its answer", "upstream", low=0.05, section="proxy.request_timeout_secs")
+    stream_idle_timeout_secs: float = _setting(180.0, "longest pause inside a worker's answer", "upstream", low=0.05)
+    stale_request_timeout_secs: float = _setting(
+        1800.0, "a request in flight for longer is ended and no longer counted as load", "upstream",
+        low=1.0, section="active_load.stale_request_timeout_secs")
+    upstream_keepalive_secs: float = _setting(
+        3.0, "an idle connection to a worker is closed after this time; keep it below the workers' own limit (5 s in uvicorn)",
+        "upstream", low=0.0)
+
+    max_concurrent_requests: int = _setting(-1, "requests in flight at most, over all shards; -1 or 0 = no limit", "admission", low=-1)
+    queue_size: int = _setting(100, "requests that wait when that limit is reached; 0 = none, 429 at once", "admission", low=0)
+    queue_timeout_secs: float = _setting(60.0, "a request that waited this long is answered 408", "admission", low=0.0)
+    rate_limit_tokens_per_second: int | None = _setting(None, "requests admitted a second at most, over all shards", "admission", low=1)
+    worker_max_in_flight: int = _setting(0, "requests in flight to one worker at most; 0 = no limit", "admission", low=0)
+    priority_header: str | None = _setting(
+        None, "request header with a whole number; those who wait are admitted in its order, highest first", "admission", metavar="NAME")
+    tenant_fairness: bool = _setting(False, "those who wait are admitted in turn by API key", "admission")
+
+    retry_max_retries: int = _setting(5, "attempts for a request in all, the first one included", "retries", low=1, high=1000)
+    retry_initial_backoff_ms: int = _setting(50, "pause before the second attempt", "retries", low=0)
+    retry_max_backoff_ms: int = _setting(30000, "longest pause between two attempts", "retries", low=0)
+    retry_backoff_multiplier: float = _setting(1.5, "each further pause is this times the one before", "retries", low=1.0)
+    retry_jitter_factor: float = _setting(0.2, "share of a pause that chance adds or takes", "retries", low=0.0, high=1.0)
+    disable_retries: bool = _setting(False, "one attempt for each request", "retries")
+
+    cb_failure_threshold: int = _setting(
+        10, "failures in a row that open a worker's circuit", "circuit breaker", low=1, section="models.circuit_breaker.threshold")
+    cb_success_threshold: int = _setting(3, "good probes in a row that close it again", "circuit breaker", low=1)
+    cb_timeout_duration_secs: float = _setting(
+        60.0, "an open circuit lets a probe through after this time", "circuit breaker",
+        low=0.1, section="models.circuit_breaker.cool_down_secs")
+    cb_window_duration_secs: float = _setting(120.0, "failures older than this do not count", "circuit breaker", low=0.1)
+    disable_circuit_breaker: bool = _setting(False, "never stop sending to a worker because its requests fail", "circuit breaker")
+
+    api_key: str | None = _setting(
+        None, "key that clients must show (Bearer), and that workers are shown", "security", secret=True, metavar="KEY")
+    api_keys: tuple[str, ...] = _setting(
+        (), "further keys that clients may show; the name is the tenant", "security", secret=True, metavar="NAME:KEY")
+    api_key_file: str | None = _setting(None, "file with one NAME:KEY a line, added to --api-keys", "security", metavar="PATH")
+    worker_api_key: str | None = _setting(None, "key that workers are shown, if not --api-key", "security", secret=True, metavar="KEY")
+    admin_api_key: str | None = _setting(None, "key that administration needs", "security", secret=True, metavar="KEY")
+    control_plane_api_keys: tuple[str, ...] = _setting(
+        (), "keys for administration; the role admin may change, user may look", "security",
+        secret=True, metavar="ID:NAME:ROLE:KEY", split=",")
+    admin_host: str = _setting("127.0.0.1", "address of administration, with --admin-port", "security")
+    admin_port: int | None = _setting(
+        None, "port on which administration is served, and then there only; default: on the main port", "security", low=0, high=65535)
+    tls_cert_path: str | None = _setting(None, "the server's certificate chain (PEM); needs --tls-key-path", "security", metavar="PATH")
+    tls_key_path: str | None = _setting(None, "the server's private key (PEM)", "security", metavar="PATH")
+    client_cert_path: str | None = _setting(
+        None, "certificate that workers are shown (PEM); needs --client-key-path", "security", metavar="PATH")
+    client_key_path: str | None = _setting(None, "private key to it (PEM)", "security", metavar="PATH")
+    ca_cert_paths: tuple[str, ...] = _setting(
+        (), "CA certificates that workers' certificates are checked with (PEM)", "security", metavar="PATH")
+    cors_allowed_origins: tuple[str, ...] = _setting((), "origins whose pages may call the router; * = any", "security", metavar="ORIGIN")
+
+    log_level: str = _setting(
+        "info", "log level", "logs", choices=("debug", "info", "warning", "error"), same_as={"warn": "warning"},
+        section="observability.log_level")
+    log_format: str = _setting("text", "log format", "logs", choices=("text", "json"), section="observability.log_format")
+    log_dir: str | None = _setting(None, "folder for log files, one a day, beside standard error", "logs", metavar="PATH")
+    prometheus_host: str | None = _setting(None, "address of a port for /metrics alone (default: 0.0.0.0, with --prometheus-port)", "logs")
+    prometheus_port: int | None = _setting(
+        None, "port for /metrics alone (default: 29000, with --prometheus-host); the main port has it too", "logs", low=0, high=65535)
+    # fmt: on
+
+
+def to_json(config: ServeConfig) -> bytes:
+    """The settings as JSON, secrets included, for a child process."""
+    return msgspec.json.encode(config)
+
+
+def from_json(data: bytes) -> ServeConfig:
+    """The settings that `to_json` wrote; they were checked by the parent."""
+    return msgspec.json.decode(data, type=ServeConfig)

@@ -50,6 +50,8 @@ class ServeConfig:
         1800.0, "a worker that is not ready this long after it was added is called failed; it is asked on", "workers", low=1.0)
     worker_startup_check_interval: float = _setting(
         5.0, "seconds between checks of a worker that was never ready, after the quick ones of its first 10 s", "workers", low=0.1)
+    worker_drain_timeout_secs: float = _setting(
+        600.0, "a worker that is being removed has this long to finish its requests, then they are cut", "workers", low=0.0, high=86400.0)
     introspect_timeout_secs: float = _setting(2.0, "time for a worker's /server_info", "workers", low=0.05)
 
     host: str = _setting("0.0.0.0", "address to listen on (127.0.0.1 for this machine only)", "server", section="server.host")

@@ -8,13 +8,41 @@ Runs in: control, one HealthMachine a worker, fed by pool_watch.
 """
 
 import enum
+from dataclasses import dataclass
 
 from sglfast._workers import JOINING, READY, UNHEALTHY
+from sglfast.config import ServeConfig
 from sglfast.control.fetch import Fetcher, FetchError
+from sglfast.control.worker_spec import HealthChange
 
 QUICK_FOR_S = 10.0  # a worker that has just joined is polled quickly for this long
 _QUICK_PAUSE_S = 0.2
 _CHECKS_PER_S = 500  # of all workers together while they join; a check costs control about 0.3 ms
+
+
+@dataclass(frozen=True, slots=True)
+class HealthRules:
+    """How a worker is checked. is_off: it counts as healthy without a check; thresholds: checks in a row."""
+
+    interval_s: float
+    startup_interval_s: float
+    timeout_s: float
+    success_threshold: int
+    failure_threshold: int
+    is_off: bool = False
+
+
+def rules_of(config: ServeConfig, wanted: HealthChange | None = None) -> HealthRules:
+    """The flags' rules, and what was asked for one worker instead."""
+    wanted = wanted or HealthChange()
+    return HealthRules(
+        interval_s=wanted.health_check_interval_secs or config.health_check_interval_secs,
+        startup_interval_s=config.worker_startup_check_interval,
+        timeout_s=wanted.health_check_timeout_secs or config.health_check_timeout_secs,
+        success_threshold=wanted.health_success_threshold or config.health_success_threshold,
+        failure_threshold=wanted.health_failure_threshold or config.health_failure_threshold,
+        is_off=config.disable_health_check if wanted.disable_health_check is None else wanted.disable_health_check,
+    )
 
 
 class Verdict(enum.Enum):
@@ -28,12 +56,12 @@ class Verdict(enum.Enum):
 
 
 class HealthMachine:
-    """The state of one worker. Thresholds: checks in a row."""
+    """The state of one worker. Thresholds: checks in a row; they may be changed at any time."""
 
     def __init__(self, *, failure_threshold: int, success_threshold: int) -> None:
         self.state: int = JOINING
-        self._failure_threshold = failure_threshold
-        self._success_threshold = success_threshold
+        self.failure_threshold = failure_threshold
+        self.success_threshold = success_threshold
         self._good = 0
         self._bad = 0
         self._is_overdue = False
@@ -42,7 +70,7 @@ class HealthMachine:
         """Take a check's result. age_s: time since the worker was registered."""
         if not is_good:
             self._good, self._bad = 0, self._bad + 1
-            if self.state == READY and self._bad >= self._failure_threshold:
+            if self.state == READY and self._bad >= self.failure_threshold:
                 self.state = UNHEALTHY
                 return Verdict.TAKE_OUT
             if self.state == JOINING and age_s >= QUICK_FOR_S and not self._is_overdue:
@@ -53,23 +81,23 @@ class HealthMachine:
         self._good, self._bad = self._good + 1, 0
         if self.state == READY:
             return Verdict.LOOK_AGAIN if had_failed else Verdict.NOTHING
-        if self._good < self._success_threshold:
+        if self._good < self.success_threshold:
             return Verdict.NOTHING
         self.state = READY
         return Verdict.TAKE_IN
 
 
 def pause_s(state: int, age_s: float, interval_s: float, pool_size: int) -> float:
-    """Pause before the next check of a worker, before jitter."""
+    """Pause before the next check of a worker, before jitter. interval_s: between checks of a worker in this state."""
     if state == JOINING and age_s < QUICK_FOR_S:
         return min(interval_s, max(_QUICK_PAUSE_S, pool_size / _CHECKS_PER_S))
     return interval_s
 
 
-async def check(fetcher: Fetcher, url: str, timeout_s: float) -> str:
+async def check(fetcher: Fetcher, url: str, timeout_s: float, api_key: str | None = None) -> str:
     """Ask a health endpoint; returns what is wrong, the empty string for a 2xx."""
     try:
-        answer = await fetcher.get(url, timeout_s)
+        answer = await fetcher.get(url, timeout_s, api_key=api_key)
     except FetchError as error:
         return str(error)
     return "" if answer.is_good else f"status {answer.status}"

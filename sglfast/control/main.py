@@ -28,13 +28,19 @@ from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig, to_json
 from sglfast.config.flags import add_flags, from_args
 from sglfast.control.admin import AdminServer
+from sglfast.control.admin_workers import WorkerRoutes
 from sglfast.control.children import Inheritance
+from sglfast.control.fanout import Fanout
 from sglfast.control.fetch import Fetcher
+from sglfast.control.followers import Followers
 from sglfast.control.listen import listen, url_of
+from sglfast.control.membership import Membership
 from sglfast.control.metrics import Metrics
 from sglfast.control.parity import ParityWatch
 from sglfast.control.pool_watch import PoolWatch
 from sglfast.control.supervisor import Commands, Supervisor
+from sglfast.control.worker_spec import WorkerSpec
+from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
 from sglfast.errors import ConfigError
 from sglfast.logs import setup_logs
@@ -121,8 +127,7 @@ class Control:
         self._commands = commands
         self._log = log
         self._workers = Workers(WorkerTable(segment), config.max_ranks, log)
-        for url in config.worker_urls:
-            self._workers.register(url)
+        self._totals = WorkerTotals(segment)
         self._signals: list[signal.Signals] = []
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
@@ -133,20 +138,33 @@ class Control:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
         async with contextlib.AsyncExitStack() as owned:
-            metrics = Metrics(self._segment, lambda: self._workers.views)
-            admin = AdminServer(metrics.render, self._log)
-            owned.push_async_callback(admin.close)
-            await admin.start()
-            watch = PoolWatch(self._config, self._workers, await owned.enter_async_context(Fetcher()), self._log)
+            fetcher = await owned.enter_async_context(Fetcher())
+            watch = PoolWatch(self._config, self._workers, fetcher, self._log)
             owned.push_async_callback(watch.close)
+            followers = Followers(self._segment, self._log)
+            members = Membership(self._config, self._workers, watch, followers, self._totals, self._log)
+            owned.push_async_callback(members.close)
+            for url in self._config.worker_urls:
+                members.add(WorkerSpec(url=url))
+            admin = await self._start_admin(owned, members, watch, fetcher)
             inheritance = Inheritance(*self._fds, admin.address)
             supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
             owned.push_async_callback(supervisor.stop)
             supervisor.start()
-            watch.start()
-            parity = asyncio.create_task(ParityWatch(self._segment, self._workers, self._log).run())
+            parity = asyncio.create_task(ParityWatch(self._segment, self._workers, self._log, self._totals).run())
             owned.callback(parity.cancel)
             return await self._serve(supervisor)
+
+    async def _start_admin(self, owned: contextlib.AsyncExitStack, members: Membership, watch: PoolWatch, fetcher: Fetcher) -> AdminServer:
+        metrics = Metrics(self._segment, lambda: self._workers.views, totals=self._totals, changes=members.changes)
+        admin = AdminServer(metrics.render, self._log)
+        owned.push_async_callback(admin.close)
+        admin.add(WorkerRoutes(members, self._workers, watch).routes())
+        fanout = Fanout(self._workers, fetcher)
+        owned.push_async_callback(fanout.close)
+        admin.add(fanout.routes())
+        await admin.start()
+        return admin
 
     def _on_signal(self, number: signal.Signals) -> None:
         self._signals.append(number)

@@ -106,7 +106,7 @@ class Router:
         self.models: list[str] = []
 
     def refresh(self) -> None:
-        """Follow the worker table when its version has moved. Cost then: one read per slot."""
+        """Follow the worker table when its version has moved, and say so. Cost then: one read per slot."""
         version = self._shard.table.version()
         if version == self._version:
             return
@@ -122,6 +122,8 @@ class Router:
                 ready.setdefault(view.record.model, []).append(view)
         for upstream in old.values():
             upstream.close()
+        if old:
+            self._shard.cut(set(old.values()))
         policies = {model: pool.policy for model, pool in self.pools.items()}
         self.pools = {}
         for model, workers in ready.items():
@@ -133,6 +135,8 @@ class Router:
         self.models = sorted({view.record.model for view in views if view.record.model is not None})
         is_alone = len(self.pools) == 1 and len(self.models) <= 1
         self.only = next(iter(self.pools.values())) if is_alone else None
+        # From here on no choice is made by an older version: control waits for this word (control/followers).
+        self._shard.segment.process_saw(self._shard.process_slot, version)
 
     def sweep(self, before_s: float) -> None:
         """Close connections to workers that have been idle since before `before_s`."""

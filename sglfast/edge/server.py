@@ -15,6 +15,7 @@ from sglfast._httphead import MORE, TOO_LARGE, Chunks, RequestHead, scan_request
 from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
 from sglfast.edge.later import LATER
+from sglfast.edge.relay import relay, relayed
 from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.unusual import UnusualRequest
 
@@ -276,7 +277,7 @@ class ClientConnection(asyncio.Protocol):
             path = target.partition(b"?")[0]
             endpoint = ENDPOINTS.get(path)
             if endpoint is None and path not in LATER:
-                self._answer_locally(head, path)
+                self._answer_locally(head, path, body)
                 return
         if head.method != b"POST":
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only POST", head.method == b"HEAD")
@@ -288,19 +289,23 @@ class ClientConnection(asyncio.Protocol):
         exchange = self.exchange = Exchange(self, endpoint, head, body)
         exchange.start()
 
-    def _answer_locally(self, head: RequestHead, path: bytes) -> None:
+    def _answer_locally(self, head: RequestHead, path: bytes, body: bytes) -> None:
         is_head = head.method == b"HEAD"
         local = answers.LOCAL.get(path)
-        if local is None and path not in answers.FROM_CONTROL:
-            self.answer_error(errors.NOT_FOUND, head.request_id, None, is_head)
-        elif head.method not in (b"GET", b"HEAD"):
-            self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only GET")
-        elif local is None:
-            self.state = BUSY
-            self.task = self.shard.loop.create_task(self._ask_control(path, head.request_id, is_head))
-        else:
+        from_control = relayed(path) if local is None else None
+        if local is not None and (is_head or head.method == b"GET"):
             status, content_type, body = local(self.shard)
             self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, head.request_id)
+        elif local is not None:
+            self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only GET")
+        elif from_control is None:
+            self.answer_error(errors.NOT_FOUND, head.request_id, None, is_head)
+        elif not from_control.takes(head.method):
+            methods = b", ".join(from_control.methods).decode()
+            self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, f"this path takes only {methods}")
+        else:
+            self.state = BUSY
+            self.task = self.shard.loop.create_task(relay(self, from_control, head, body))
 
     def _answer_later(self, found: Answer, request_id: bytes | None) -> None:
         if self.state != BUSY:
@@ -309,16 +314,6 @@ class ClientConnection(asyncio.Protocol):
             self._answer(answers.head(200, answers.JSON, len(found)), found, request_id)
         else:
             self.answer_error(found[0], request_id, found[1])
-        self.on_exchange_end()
-
-    async def _ask_control(self, path: bytes, request_id: bytes | None, is_head: bool) -> None:
-        try:
-            status, content_type, body = await answers.ask_control(self.shard.control_address, path)
-        except (OSError, TimeoutError):
-            self.answer_error(errors.CONTROL_UNAVAILABLE, request_id, None, is_head)
-        else:
-            self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, request_id)
-        self.task = None
         self.on_exchange_end()
 
     def _refuse(self, reason: errors.Reason) -> None:

@@ -174,6 +174,17 @@ class UpstreamConnection(asyncio.Protocol):
         self.close()
         exchange.on_malformed(self)
 
+    def cut(self) -> None:
+        """The worker was removed: close, and tell the exchange from the loop, not from inside of somebody else's choice."""
+        exchange = self.exchange
+        self.close()
+        if exchange is not None:
+            self.upstream.shard.loop.call_soon(self._tell_lost, exchange)
+
+    def _tell_lost(self, exchange: Exchange) -> None:
+        if not exchange.is_over:
+            exchange.on_lost(self)
+
     def close(self) -> None:
         """Close at once; what was not yet sent is dropped. Never calls back into an exchange."""
         self.exchange = None
@@ -237,6 +248,9 @@ class Upstream:
         shard.column.add(_counters.S_UPSTREAM_CONNECTS)
         if connection.transport is None:
             exchange.on_unreachable(ConnectionResetError("closed while it was being opened"))
+        elif self.is_removed and not exchange.is_over:
+            connection.close()
+            exchange.on_unreachable(ConnectionAbortedError("the worker was removed"))
         elif exchange.is_over:
             connection.uses = 1  # it will have been idle when it is used
             self.give_back(connection)
@@ -268,7 +282,7 @@ class Upstream:
             self.idle.pop(0).close()
 
     def close(self) -> None:
-        """The worker is gone: close idle connections now, busy ones when their answer ends."""
+        """The worker is gone: close idle connections now; whoever still opens one is turned away (Shard.cut ends the busy ones)."""
         self.is_removed = True
         for connection in self.idle[:]:
             connection.close()

@@ -17,6 +17,9 @@ from sglfast.shm import attach
 
 _PR_SET_PDEATHSIG = 1
 
+# What control says through its socket, a byte each. SETTINGS comes with a descriptor of a memfd that holds the new ones.
+STOP, SETTINGS = b"q", b"c"
+
 
 @dataclass(frozen=True, slots=True)
 class Boot:
@@ -47,9 +50,7 @@ def boot_child(argv: list[str]) -> Boot:
 
     die_with_parent(args.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the whole group; control decides
-    size_bytes = os.fstat(args.config_fd).st_size
-    config = from_json(os.pread(args.config_fd, size_bytes, 0))
-    os.close(args.config_fd)
+    config = _read_settings(args.config_fd)
     control = socket.socket(fileno=args.control_fd)
     control.setblocking(False)
     listener = None
@@ -66,6 +67,26 @@ def boot_child(argv: list[str]) -> Boot:
         listener=listener,
         control_address=args.control_address,
     )
+
+
+def _read_settings(fd: int) -> ServeConfig:
+    try:
+        return from_json(os.pread(fd, os.fstat(fd).st_size, 0))
+    finally:
+        os.close(fd)
+
+
+def hear(control: socket.socket) -> ServeConfig | str:
+    """What control says: new settings, or why this process is to end. Raises BlockingIOError when it says nothing now."""
+    try:
+        words, fds, _, _ = socket.recv_fds(control, 1, 1, socket.MSG_CMSG_CLOEXEC)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return "control is gone"
+    if words == SETTINGS and fds:
+        return _read_settings(fds[0])
+    return "told to stop" if words else "control is gone"
 
 
 def die_with_parent(parent_pid: int) -> None:

@@ -9,6 +9,7 @@ from sglfast.errors import SglfastError
 # name -> (module with `main(argv) -> exit code`, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("sglfast.control.main", "start the router in front of a pool of workers"),
+    "check-config": ("sglfast.control.check_config", "say what `serve` with the same flags would run"),
     "demo": ("sglfast.load.demo", "start simulated workers and the router, and show what to try"),
     "sim": ("sglfast.sim.main", "simulate SGLang workers: HTTP, KV cache, KV events, faults"),
     "explain": ("sglfast.load.explain", "ask a router which worker it would choose for a request, and why"),
@@ -18,7 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def usage() -> str:
     """The text of `sglfast --help`."""
-    rows = "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items())
     return (
         f"sglfast {__version__}: the front door of a pool of SGLang workers\n\n"
         f"usage: sglfast COMMAND [FLAGS]\n\ncommands:\n{rows}\n\n"

@@ -45,7 +45,12 @@ def setup_logs(process: str, level: str, log_format: str) -> logging.Logger:
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    set_level(level)
     for chatty in ("asyncio", "aiohttp.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     return logging.getLogger(process)
+
+
+def set_level(level: str) -> None:
+    """Change what this process logs from now on. level: debug|info|warning|error."""
+    logging.getLogger().setLevel(level.upper())

@@ -78,13 +78,15 @@ def main(role: str, behaviour: str, argv: list[str]) -> None:
 
 
 def control(index: str, shard: str, flags: list[str]) -> int:
-    from sglfast.config.flags import from_args
+    from sglfast.config.flags import given_in
+    from sglfast.config.sources import load
     from sglfast.control.main import build_parser, run
     from sglfast.control.supervisor import Commands
 
     me = (sys.executable, __file__)
     commands = Commands(index=(*me, "index", index), shard=(*me, "shard", shard))
-    return run(from_args(build_parser().parse_args(flags)), commands)
+    given = given_in(build_parser().parse_args(flags))
+    return run(lambda: load(given), commands)
 
 
 if __name__ == "__main__":

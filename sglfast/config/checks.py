@@ -9,11 +9,12 @@ from urllib.parse import urlsplit
 
 from sglfast.config.fields import FIELDS, check_limits, flag_of
 from sglfast.config.settings import ServeConfig
+from sglfast.config.sglang_router import OTHER_POLICIES
 from sglfast.errors import ConfigError
 
 _PROMETHEUS_HOST, _PROMETHEUS_PORT = "0.0.0.0", 29000
 _RANKS_WITHOUT_WORKERS = 256
-_FILES = ("api_key_file", "tls_cert_path", "tls_key_path", "client_cert_path", "client_key_path", "ca_cert_paths")
+_FILES = ("chat_template", "api_key_file", "tls_cert_path", "tls_key_path", "client_cert_path", "client_key_path", "ca_cert_paths")
 _PAIRS = (("tls_cert_path", "tls_key_path"), ("client_cert_path", "client_key_path"))
 _HEADER_NAME_BYTES = frozenset("abcdefghijklmnopqrstuvwxyz0123456789!#$%&'*+-.^_`|~")  # RFC 9110 5.6.2, lower case
 _ROLES = ("admin", "user")
@@ -21,10 +22,18 @@ _ROLES = ("admin", "user")
 
 def check(config: ServeConfig) -> ServeConfig:
     """Refuse what cannot work; fill in what depends on the machine (`shards`, `max_ranks`) or on others. Raises ConfigError."""
+    if config.policy in OTHER_POLICIES:
+        raise ConfigError(f"--policy {config.policy}: is not offered, {OTHER_POLICIES[config.policy]}")
     for field in FIELDS.values():
         check_limits(field, getattr(config, field.name))
     urls = _check_workers(config)
-    config = dataclasses.replace(config, worker_urls=urls, tokenizer_path=_check_model(config))
+    config = dataclasses.replace(
+        config,
+        worker_urls=urls,
+        tokenizer_path=_check_model(config),
+        request_id_headers=tuple(name.lower() for name in config.request_id_headers),
+        priority_header=config.priority_header.lower() if config.priority_header else None,
+    )
     _check_addresses(config)
     _check_files(config)
     _check_headers(config)
@@ -61,7 +70,10 @@ def _check_model(config: ServeConfig) -> str | None:
         raise ConfigError(f"--tokenizer-path {config.tokenizer_path}: no such file or folder")
     if config.model_path is not None and not os.path.isdir(config.model_path):
         raise ConfigError(f"--model-path {config.model_path}: no such folder; give the folder that holds the model's tokenizer.json")
-    return config.tokenizer_path or config.model_path
+    where = config.tokenizer_path or config.model_path
+    if where is None and config.chat_template is not None:
+        raise ConfigError("--chat-template needs --tokenizer-path: without a tokenizer no prompt is rendered")
+    return where
 
 
 def _check_addresses(config: ServeConfig) -> None:

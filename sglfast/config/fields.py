@@ -77,15 +77,20 @@ def from_texts(field: Field, texts: list[str], where: str) -> Any:
 def _one(field: Field, text: str, where: str) -> Any:
     shown = "" if "secret" in field.meta else f" {text}"
     if field.kind is bool:
-        if text.lower() not in _WORDS:
-            raise ConfigError(f"{where}{shown}: must be {_KINDS[bool]}")
-        return _WORDS[text.lower()]
+        return is_true(text, where)
     if field.kind is str:
         return _spelled(field, text)
     try:
         return field.kind(text)
     except ValueError:
         raise ConfigError(f"{where}{shown}: must be {_KINDS[field.kind]}") from None
+
+
+def is_true(text: str, where: str) -> bool:
+    """What the text of a switch means. Raises ConfigError."""
+    if text.lower() not in _WORDS:
+        raise ConfigError(f"{where} {text}: must be {_KINDS[bool]}")
+    return _WORDS[text.lower()]
 
 
 def _spelled(field: Field, value: Any) -> Any:

@@ -1,68 +1,78 @@
 """The settings as flags of a command line.
 
-Runs in: control, at start. Contract: the parser only collects words; fields.py converts them, as it does for file and environment.
+Runs in: control, at start. Contract: the parser only collects words; sources.py gives them their meaning, as it does for file and
+    environment. Flags of sglang-router that are no settings take the words that they take there.
 """
 
 import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from sglfast.config.checks import check
-from sglfast.config.fields import FIELDS, Field, flag_of, from_text, from_texts
-from sglfast.config.settings import ServeConfig
+from sglfast.config.fields import FIELDS, Field, flag_of
+from sglfast.config.sglang_router import FOREIGN, Foreign
+
+# Setting, or name of a flag of sglang-router, or "config" -> (flag as spelled, its words) each time it is given.
+Given = dict[str, list[tuple[str, list[str]]]]
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 
 
-class _Given(argparse.Action):
-    """Keeps the flag as it was spelled beside its words."""
+class _Collect(argparse.Action):
+    """Keeps every occurrence: the flag as it was spelled, and its words."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: str | Sequence[Any] | None, option: str | None = None
     ) -> None:
-        setattr(namespace, self.dest, (option, values))
+        given: Given = vars(namespace).setdefault("given", {})
+        words = [values] if isinstance(values, str) else list(values or [])
+        given.setdefault(self.dest, []).append((option or flag_of(self.dest), words))
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add one flag for each setting, grouped as the fields say."""
+    """Add one flag for each setting, grouped as the fields say. `given_in` has what was parsed."""
+    parser.add_argument(
+        "--config", dest="config", default=argparse.SUPPRESS, metavar="FILE", action=_Collect,
+        help="file with settings, .yaml, .yml or .toml; flags and SGLFAST_* variables win over it",
+    )  # fmt: skip
     groups: dict[str, argparse._ArgumentGroup] = {}
     for field in FIELDS.values():
         name = field.meta["group"]
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
-        kwargs: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "metavar": _metavar(field), "action": _Given}
+        kwargs: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "metavar": _metavar(field), "action": _Collect}
         if field.is_list:
             kwargs["nargs"] = "*"
         elif field.kind is bool:
             kwargs |= {"nargs": "?", "const": "true"}
-        groups[name].add_argument(*(flag_of(name) for name in field.names), help=_help(field).replace("%", "%%"), **kwargs)
+        groups[name].add_argument(*(flag_of(name) for name in field.names), help=help_of(field).replace("%", "%%"), **kwargs)
+    for foreign in FOREIGN.values():
+        parser.add_argument(
+            flag_of(foreign.name), dest=foreign.name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, action=_Collect, **_nargs(foreign)
+        )  # fmt: skip
+
+
+def _nargs(foreign: Foreign) -> dict[str, Any]:
+    if foreign.words == 0:
+        return {"nargs": "?", "const": "true"}
+    return {} if foreign.words == 1 else {"nargs": foreign.words}
 
 
 def _metavar(field: Field) -> str:
     if "choices" in field.meta:
         return "{" + ",".join(field.meta["choices"]) + "}"
-    return field.meta.get("metavar") or ("true|false" if field.kind is bool else _METAVARS[field.kind])
+    metavar: str | None = field.meta.get("metavar")
+    return metavar or ("true|false" if field.kind is bool else _METAVARS[field.kind])
 
 
-def _help(field: Field) -> str:
+def help_of(field: Field) -> str:
+    """The help of a setting, its default included."""
     text: str = field.meta["help"]
     if field.default in (None, (), "") or field.kind is bool:
         return text
     return f"{text} (default: {' '.join(field.default) if field.is_list else field.default})"
 
 
-def given(namespace: argparse.Namespace) -> dict[str, tuple[str, Any]]:
-    """Field name -> (flag as spelled, value) of what a command line says. Raises ConfigError."""
-    found: dict[str, tuple[str, Any]] = {}
-    for name, field in FIELDS.items():
-        spelled = getattr(namespace, name, None)
-        if spelled is not None:
-            flag, words = spelled
-            value = from_texts(field, words, flag) if field.is_list else from_text(field, words, flag)
-            found[name] = flag, value
+def given_in(namespace: argparse.Namespace) -> Given:
+    """What a command line says."""
+    found: Given = vars(namespace).get("given", {})
     return found
-
-
-def from_args(namespace: argparse.Namespace) -> ServeConfig:
-    """The checked settings of a parsed command line. Raises ConfigError."""
-    return check(ServeConfig(**{name: value for name, (_, value) in given(namespace).items()}))

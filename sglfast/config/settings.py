@@ -70,7 +70,6 @@ class ServeConfig:
     request_id_headers: tuple[str, ...] = _setting(
         REQUEST_ID_HEADERS, "request headers that may hold the request's id, the first one present counts", "server", metavar="NAME")
     passthrough: bool = _setting(False, "relay POST requests to unknown paths under /v1/ too", "server")
-    enable_igw: bool = _setting(False, "accepted for sglang-router's sake: several models behind one router always work", "server")
 
     policy: str = _setting(
         "auto", "how a worker is chosen; auto = cache_aware as soon as a worker publishes KV events, else least_load",
@@ -80,6 +79,8 @@ class ServeConfig:
         metavar="PATH", section="models.tokenizer_path")
     model_path: str | None = _setting(
         None, "the model's folder; its tokenizer is used when --tokenizer-path is not given", "routing", metavar="PATH")
+    chat_template: str | None = _setting(
+        None, "file with the chat template (Jinja) that the workers use instead of the model's own", "routing", metavar="PATH")
     key_route: str = _setting(
         "auto", "how blocks are named: sha256 = by the engines' own chain, tokens = by their tokens, auto = as each worker allows",
         "routing", choices=("auto", "sha256", "tokens"))

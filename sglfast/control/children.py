@@ -15,6 +15,9 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from sglfast.boot import SETTINGS, STOP
+from sglfast.config.sources import without_settings
+
 _LINE_LIMIT_BYTES = 64 << 10
 _WORDS_LIMIT = 500  # characters of the last line in a message
 
@@ -64,7 +67,8 @@ class Child:
             for flag, fd in fds.items():
                 argv += [flag, str(fd)]
             self._process = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stderr=its_stderr_fd, pass_fds=tuple(fds.values()), process_group=0
+                argv, env=without_settings(os.environ), stdin=subprocess.DEVNULL, stderr=its_stderr_fd, pass_fds=tuple(fds.values()),
+                process_group=0,
             )  # fmt: skip
             try:
                 self._pid_fd = os.pidfd_open(self._process.pid)
@@ -95,7 +99,12 @@ class Child:
     def tell_to_stop(self) -> None:
         """Send the byte that ends a shard."""
         with contextlib.suppress(OSError):
-            self._control.send(b"q")
+            self._control.send(STOP)
+
+    def tell_settings(self, config_fd: int) -> None:
+        """Hand it a memfd with new settings; a child that has just started takes them after those it was started with."""
+        with contextlib.suppress(OSError):
+            socket.send_fds(self._control, [SETTINGS], [config_fd])
 
     def send_signal(self, number: signal.Signals) -> None:
         """Signal the process, and no other that may get its pid later."""

@@ -22,13 +22,18 @@ _CHECKS_PER_S = 500  # of all workers together while they join; a check costs co
 
 @dataclass(frozen=True, slots=True)
 class HealthRules:
-    """How a worker is checked. is_off: it counts as healthy without a check; thresholds: checks in a row."""
+    """How a worker is checked.
+
+    is_off: it counts as healthy without a check; thresholds: checks in a row; startup_timeout_s: a worker that is still not ready
+    then is called failed.
+    """
 
     interval_s: float
     startup_interval_s: float
     timeout_s: float
     success_threshold: int
     failure_threshold: int
+    startup_timeout_s: float
     is_off: bool = False
 
 
@@ -41,6 +46,7 @@ def rules_of(config: ServeConfig, wanted: HealthChange | None = None) -> HealthR
         timeout_s=wanted.health_check_timeout_secs or config.health_check_timeout_secs,
         success_threshold=wanted.health_success_threshold or config.health_success_threshold,
         failure_threshold=wanted.health_failure_threshold or config.health_failure_threshold,
+        startup_timeout_s=config.worker_startup_timeout_secs,
         is_off=config.disable_health_check if wanted.disable_health_check is None else wanted.disable_health_check,
     )
 
@@ -53,26 +59,30 @@ class Verdict(enum.Enum):
     TAKE_OUT = enum.auto()  # now UNHEALTHY
     LOOK_AGAIN = enum.auto()  # READY as before, but it failed in between: it may be another engine now
     OVERDUE = enum.auto()  # still JOINING after QUICK_FOR_S; said once
+    FAILED = enum.auto()  # still JOINING after its time to start; said once
 
 
 class HealthMachine:
-    """The state of one worker. Thresholds: checks in a row; they may be changed at any time."""
+    """The state of one worker. rules: may be replaced at any time; what was counted counts."""
 
-    def __init__(self, *, failure_threshold: int, success_threshold: int) -> None:
+    def __init__(self, rules: HealthRules) -> None:
         self.state: int = JOINING
-        self.failure_threshold = failure_threshold
-        self.success_threshold = success_threshold
+        self.rules = rules
         self._good = 0
         self._bad = 0
         self._is_overdue = False
+        self._has_failed = False
 
     def checked(self, is_good: bool, age_s: float) -> Verdict:
         """Take a check's result. age_s: time since the worker was registered."""
         if not is_good:
             self._good, self._bad = 0, self._bad + 1
-            if self.state == READY and self._bad >= self.failure_threshold:
+            if self.state == READY and self._bad >= self.rules.failure_threshold:
                 self.state = UNHEALTHY
                 return Verdict.TAKE_OUT
+            if self.state == JOINING and age_s >= self.rules.startup_timeout_s and not self._has_failed:
+                self._has_failed = self._is_overdue = True
+                return Verdict.FAILED
             if self.state == JOINING and age_s >= QUICK_FOR_S and not self._is_overdue:
                 self._is_overdue = True
                 return Verdict.OVERDUE
@@ -81,17 +91,19 @@ class HealthMachine:
         self._good, self._bad = self._good + 1, 0
         if self.state == READY:
             return Verdict.LOOK_AGAIN if had_failed else Verdict.NOTHING
-        if self._good < self.success_threshold:
+        if self._good < self.rules.success_threshold:
             return Verdict.NOTHING
         self.state = READY
         return Verdict.TAKE_IN
 
 
-def pause_s(state: int, age_s: float, interval_s: float, pool_size: int) -> float:
-    """Pause before the next check of a worker, before jitter. interval_s: between checks of a worker in this state."""
-    if state == JOINING and age_s < QUICK_FOR_S:
-        return min(interval_s, max(_QUICK_PAUSE_S, pool_size / _CHECKS_PER_S))
-    return interval_s
+def pause_s(state: int, age_s: float, rules: HealthRules, pool_size: int) -> float:
+    """Pause before the next check of a worker, before jitter."""
+    if state != JOINING:
+        return rules.interval_s
+    if age_s < QUICK_FOR_S:
+        return min(rules.startup_interval_s, max(_QUICK_PAUSE_S, pool_size / _CHECKS_PER_S))
+    return rules.startup_interval_s
 
 
 async def check(fetcher: Fetcher, url: str, timeout_s: float, api_key: str | None = None) -> str:

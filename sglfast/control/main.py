@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvloop
@@ -26,7 +26,8 @@ from sglfast._counters import S_INFLIGHT, Totals
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig, to_json
-from sglfast.config.flags import add_flags, from_args
+from sglfast.config.flags import add_flags, given_in
+from sglfast.config.sources import Loaded, load
 from sglfast.control.admin import AdminServer
 from sglfast.control.admin_workers import WorkerRoutes
 from sglfast.control.children import Inheritance
@@ -38,12 +39,13 @@ from sglfast.control.membership import Membership
 from sglfast.control.metrics import Metrics
 from sglfast.control.parity import ParityWatch
 from sglfast.control.pool_watch import PoolWatch
+from sglfast.control.reload import Reloader
 from sglfast.control.supervisor import Commands, Supervisor
 from sglfast.control.worker_spec import WorkerSpec
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
 from sglfast.errors import ConfigError
-from sglfast.logs import setup_logs
+from sglfast.logs import set_level, setup_logs
 from sglfast.shm import create
 
 _IDLE_POLL_S = 0.05
@@ -68,6 +70,8 @@ examples:
       -d '{"model": "any", "messages": [{"role": "user", "content": "hello"}]}'
     curl http://127.0.0.1:30000/metrics
 
+Each flag has a twin in the environment, SGLFAST_PORT for --port, and in the file that --config names; flag before environment before
+file. `sglfast check-config` says what would run. SIGHUP reads the file again; the log says what changed and what needs a new start.
 SIGTERM or Ctrl-C drains: /readyz says 503, requests in flight are finished, then the program ends. A second signal ends it at once.
 exit codes: 0 drained, 1 a process could not be kept alive, 2 a flag cannot work, 128 + signal ended at once by a second signal"""
 
@@ -83,16 +87,24 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     """Run until a signal or a failure; returns the exit code, see the end of `--help`."""
+    given = given_in(build_parser().parse_args(argv))
     try:
-        return run(from_args(build_parser().parse_args(argv)))
+        return run(lambda: load(given))
     except ConfigError as error:
         print(f"sglfast serve: {error}", file=sys.stderr)
         return 2
 
 
-def run(config: ServeConfig, commands: Commands | None = None) -> int:
-    """Run the router with checked settings; commands: what its child processes are. Raises ConfigError before it runs."""
+def run(read: Callable[[], Loaded], commands: Commands | None = None) -> int:
+    """Run the router; returns the exit code. read: reads the settings, now and at each SIGHUP; commands: what the child processes are.
+
+    Raises ConfigError before it runs.
+    """
+    loaded = read()
+    config = loaded.config
     log = setup_logs("control", config.log_level, config.log_format)
+    for note in loaded.notes:
+        log.warning(note)
     _raise_file_limit()
     with contextlib.ExitStack() as owned:
         listeners = listen(config.host, config.port, config.shards)
@@ -101,54 +113,73 @@ def run(config: ServeConfig, commands: Commands | None = None) -> int:
         config = dataclasses.replace(config, port=listeners[0].getsockname()[1])
         segment, shm_fd = _create_segment(config)
         owned.callback(os.close, shm_fd)
-        config_fd = _memfd("sglfast-config", to_json(config))
-        owned.callback(os.close, config_fd)
-        control = Control(config, segment, (shm_fd, config_fd), listeners, commands or Commands(), log)
+        control = Control(config, segment, shm_fd, listeners, commands or Commands(), log)
+        owned.callback(control.close)
+        reloader = Reloader(config, loaded, read, control.apply, log)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(control.run())
+            return runner.run(control.run(reloader))
 
 
 class Control:
-    """The program once its address and memory are there. fds: (segment, settings)."""
+    """The program once its address and memory are there. `close` after `run`."""
 
     def __init__(
         self,
         config: ServeConfig,
         segment: Segment,
-        fds: tuple[int, int],
+        shm_fd: int,
         listeners: Sequence[socket.socket],
         commands: Commands,
         log: logging.Logger,
     ) -> None:
         self._config = config
         self._segment = segment
-        self._fds = fds
+        self._shm_fd = shm_fd
+        self._config_fd = _memfd("sglfast-config", to_json(config))
         self._listeners = listeners
         self._commands = commands
         self._log = log
         self._workers = Workers(WorkerTable(segment), config.max_ranks, log)
         self._totals = WorkerTotals(segment)
+        self._members: Membership | None = None
+        self._supervisor: Supervisor | None = None
         self._signals: list[signal.Signals] = []
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
 
-    async def run(self) -> int:
+    def close(self) -> None:
+        """Release what the settings hold."""
+        os.close(self._config_fd)
+
+    def apply(self, config: ServeConfig) -> None:
+        """Go on with other settings, here and in the children."""
+        old_fd, self._config_fd = self._config_fd, _memfd("sglfast-config", to_json(config))
+        self._config = config
+        set_level(config.log_level)
+        if self._members is not None:
+            self._members.apply(config)
+        if self._supervisor is not None:
+            self._supervisor.tell_settings(self._config_fd)
+        os.close(old_fd)
+
+    async def run(self, reloader: Reloader) -> int:
         """Serve until told to end; returns the exit code."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, reloader.reload)
         async with contextlib.AsyncExitStack() as owned:
             fetcher = await owned.enter_async_context(Fetcher())
             watch = PoolWatch(self._config, self._workers, fetcher, self._log)
             owned.push_async_callback(watch.close)
             followers = Followers(self._segment, self._log)
-            members = Membership(self._config, self._workers, watch, followers, self._totals, self._log)
+            members = self._members = Membership(self._config, self._workers, watch, followers, self._totals, self._log)
             owned.push_async_callback(members.close)
             for url in self._config.worker_urls:
                 members.add(WorkerSpec(url=url))
             admin = await self._start_admin(owned, members, watch, fetcher)
-            inheritance = Inheritance(*self._fds, admin.address)
-            supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
+            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address)
+            supervisor = self._supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
             owned.push_async_callback(supervisor.stop)
             supervisor.start()
             parity = asyncio.create_task(ParityWatch(self._segment, self._workers, self._log, self._totals).run())

@@ -29,6 +29,7 @@ from sglfast.control.pool_watch import PoolWatch
 from sglfast.control.worker_spec import WorkerChange, WorkerSpec, changed
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import TableFullError, Workers
+from sglfast.errors import ConfigError
 
 _POLL_S, _SLOW_POLL_S = 0.01, 0.25
 _INDEX_S = 5.0  # index clears a rank before it follows its next owner, so a late index costs stale hints at worst
@@ -142,13 +143,18 @@ class Membership:
         if change.state is not None:
             member.is_drained = change.state == "draining"
         if member.worker_idx != WAITING:
-            if self._workers.view(member.worker_idx).record.api_key != self._key_of(spec):
-                self._workers.set_api_key(member.worker_idx, self._key_of(spec))
-            self._watch.set_rules(member.worker_idx, rules_of(self._config, spec))
-            self._workers.set_draining(member.worker_idx, member.is_drained)
+            self._take_up(member)
         # Names only: a value may be a key.
         names = [name for name in change.__struct_fields__ if getattr(change, name) is not None]
         self._say("worker changed", member, fields=",".join(names), state=change.state)
+
+    def _take_up(self, member: Member) -> None:
+        """Bring what others see of a member in line with what was asked for."""
+        key = self._key_of(member.spec)
+        if self._workers.view(member.worker_idx).record.api_key != key:
+            self._workers.set_api_key(member.worker_idx, key)
+        self._watch.set_rules(member.worker_idx, rules_of(self._config, member.spec))
+        self._workers.set_draining(member.worker_idx, member.is_drained)
 
     def remove(self, member: Member, *, is_forced: bool = False) -> None:
         """Begin to remove a worker: drain it, then take it out. is_forced: its requests in flight are cut, also when it drains already."""
@@ -168,6 +174,25 @@ class Membership:
         task = asyncio.create_task(self._leave(member), name=f"removal of {member.spec.url}")
         self._removals.add(task)
         task.add_done_callback(self._removals.discard)
+
+    def apply(self, config: ServeConfig) -> None:
+        """Go on with other settings: workers that the flags named and name no more are removed, those that they name now are added."""
+        before, self._config = self._config, config
+        self._watch.apply(config)
+        for member in self.members:
+            if member.worker_idx != WAITING and not member.is_leaving:
+                self._take_up(member)
+        wanted, had = {place_of(url): url for url in config.worker_urls}, {place_of(url) for url in before.worker_urls}
+        for place in had - wanted.keys():
+            member_there = self._waiting.get(place) or self._by_place.get(place)
+            if member_there is not None:
+                self.remove(member_there)
+        for place, url in wanted.items():
+            if place not in had:
+                try:
+                    self.add(WorkerSpec(url=url))
+                except (AlreadyMemberError, ConfigError) as error:
+                    self._log.warning(f"not added: {error}", extra={"fields": {"worker": url}})
 
     def inflight(self, member: Member) -> int:
         """Requests that the worker has and has not finished, over all shards."""

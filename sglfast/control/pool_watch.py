@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from sglfast._workers import JOINING, READY
+from sglfast._workers import READY
 from sglfast.config import ServeConfig
 from sglfast.control.fetch import Fetcher
 from sglfast.control.health import HealthMachine, HealthRules, Verdict, check, pause_s, rules_of
@@ -74,6 +74,12 @@ class PoolWatch:
         """Check a worker in another way from its next check on."""
         self._watches[worker_idx].set_rules(rules)
 
+    def apply(self, config: ServeConfig) -> None:
+        """Go on with other settings; rules of workers: `set_rules`."""
+        self._config = config
+        for watch in self._watches.values():
+            watch.config = config
+
     def progress(self, worker_idx: int) -> Progress:
         """How far a worker is."""
         return self._watches[worker_idx].progress
@@ -103,21 +109,19 @@ class _Watch:
         rules: HealthRules,
     ) -> None:
         self._pool = pool
-        self._config = config
+        self.config = config
         self._workers = workers
         self._fetcher = fetcher
         self._log = log
         self._worker_idx = worker_idx
-        self._rules = rules
         self._url = workers.view(worker_idx).record.url
-        self._machine = HealthMachine(failure_threshold=rules.failure_threshold, success_threshold=rules.success_threshold)
+        self._machine = HealthMachine(rules)
         self._introspection: asyncio.Task[None] | None = None
         self.task: asyncio.Task[None] | None = None
         self.progress = Progress()
 
     def set_rules(self, rules: HealthRules) -> None:
-        self._rules = rules
-        self._machine.failure_threshold, self._machine.success_threshold = rules.failure_threshold, rules.success_threshold
+        self._machine.rules = rules
 
     async def close(self) -> None:
         if self.task is not None:
@@ -141,23 +145,22 @@ class _Watch:
                     await self.forget()
                 self._workers.set_state(self._worker_idx, self._machine.state)
                 self._tell(verdict, problem)
-                self._note(problem, loop.time() - joined_s)
+                self._note(verdict, problem)
             except Exception:
                 # A worker that breaks our code must not leave the others, nor itself, unwatched.
                 self._log.exception("a health check failed in an unforeseen way", extra={"fields": {"worker": self._url}})
             # Workers that join together are not to be checked together for ever.
             spread = random.random() if verdict is Verdict.TAKE_IN else random.uniform(1 - _JITTER, 1 + _JITTER)
-            await asyncio.sleep(self._pause_s(loop.time() - joined_s) * spread)
-
-    def _pause_s(self, age_s: float) -> float:
-        state, rules = self._machine.state, self._rules
-        return pause_s(state, age_s, rules.startup_interval_s if state == JOINING else rules.interval_s, self._pool.size)
+            pause = pause_s(self._machine.state, loop.time() - joined_s, self._machine.rules, self._pool.size)
+            await asyncio.sleep(pause * spread)
 
     async def _check(self) -> str:
-        if self._rules.is_off:
+        """What is wrong with the worker, the empty string when nothing is."""
+        rules = self._machine.rules
+        if rules.is_off:
             return ""
-        url = self._url + self._config.health_check_endpoint
-        return await check(self._fetcher, url, self._rules.timeout_s, self._workers.view(self._worker_idx).record.api_key)
+        url = self._url + self.config.health_check_endpoint
+        return await check(self._fetcher, url, rules.timeout_s, self._workers.view(self._worker_idx).record.api_key)
 
     async def forget(self) -> None:
         """End the introspection, if one runs."""
@@ -166,18 +169,16 @@ class _Watch:
             await asyncio.gather(self._introspection, return_exceptions=True)
             self._introspection = None
 
-    def _note(self, problem: str, age_s: float) -> None:
+    def _note(self, verdict: Verdict, problem: str) -> None:
         """Keep what GET /workers tells of the registration, and count how it ended."""
         progress = self.progress
         progress.problem = problem
         if not progress.was_ready and self._machine.state == READY:
             progress.was_ready, progress.since = True, time.time()
             self._pool.outcomes["success"] += 1
-        elif not progress.was_ready and not progress.is_failed and age_s >= self._config.worker_startup_timeout_secs:
+        elif verdict is Verdict.FAILED:
             progress.is_failed, progress.since = True, time.time()
             self._pool.outcomes["failed"] += 1
-            fields = {"worker": self._url, "problem": problem, "waited_s": round(age_s)}
-            self._log.error("worker was not ready within --worker-startup-timeout-secs; it is checked on", extra={"fields": fields})
 
     def _tell(self, verdict: Verdict, problem: str) -> None:
         """One log line for each transition."""
@@ -187,6 +188,9 @@ class _Watch:
             self._log.info("worker is ready", extra={"fields": fields})
         elif verdict is Verdict.TAKE_OUT:
             self._log.warning("worker is unhealthy", extra={"fields": {"worker": self._url, "problem": problem}})
+        elif verdict is Verdict.FAILED:
+            text = f"worker was not healthy within --worker-startup-timeout-secs {self._machine.rules.startup_timeout_s:g}; it is asked on"
+            self._log.error(text, extra={"fields": {"worker": self._url, "problem": problem}})
         elif verdict is Verdict.OVERDUE:
             self._log.warning("worker is not healthy yet", extra={"fields": {"worker": self._url, "problem": problem}})
 
@@ -196,7 +200,7 @@ class _Watch:
         done = asyncio.Event()
         self._introspection = asyncio.create_task(self._introspect(done))
         try:
-            async with asyncio.timeout(self._config.introspect_timeout_secs):
+            async with asyncio.timeout(self.config.introspect_timeout_secs):
                 await done.wait()
         except TimeoutError:
             pass
@@ -207,7 +211,7 @@ class _Watch:
         while True:
             try:
                 api_key = self._workers.view(self._worker_idx).record.api_key
-                findings = await introspect(self._fetcher, self._url, self._config.introspect_timeout_secs, api_key)
+                findings = await introspect(self._fetcher, self._url, self.config.introspect_timeout_secs, api_key)
                 has_changed = self._workers.learn(self._worker_idx, findings)
                 is_named = self._workers.view(self._worker_idx).record.model is not None  # maybe by the one who added it
                 is_complete = findings.is_complete or (findings.has_spoken and is_named)

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sglfast._counters import R_REASON, R_STATE, RANK_DEGRADED, RANK_EXACT, RANK_SYNCING, RankTable, Totals
 from sglfast._segment import Segment
@@ -108,6 +108,13 @@ class Supervisor:
         """Return when every shard serves. Index may still be starting: until it is up, shards choose by load."""
         while not all(self._segment.process_info(post.slot)[4] for post in self._posts if post.shard >= 0):  # noqa: ASYNC110
             await asyncio.sleep(_READY_POLL_S)  # shared memory wakes nobody
+
+    def tell_settings(self, config_fd: int) -> None:
+        """Hand new settings to all children, also to those that start later. config_fd: memfd, owned by the caller as long as we run."""
+        self._inheritance = replace(self._inheritance, config_fd=config_fd)
+        for post in self._posts:
+            if post.child is not None:
+                post.child.tell_settings(config_fd)
 
     async def stop(self) -> None:
         """End all children: ask, then SIGTERM, then SIGKILL. What is in flight is cut."""

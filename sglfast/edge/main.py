@@ -10,11 +10,13 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 import uvloop
 
 from sglfast._hashtree import TreeReader
-from sglfast.boot import Boot, boot_child
+from sglfast.boot import Boot, boot_child, hear
+from sglfast.config import ServeConfig
 from sglfast.edge.request import PromptKeyer
 from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
@@ -30,7 +32,7 @@ def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | No
     from sglfast.prompt.lazy import LazyKeyer
     from sglfast.prompt.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(boot.config.tokenizer_path)
+    tokenizer = load_tokenizer(boot.config.tokenizer_path, boot.config.chat_template)
     return PromptKeyer(
         PromptReader(tokenizer),
         LazyKeyer(tokenizer, boot.config.prompt_cache_bytes),
@@ -41,10 +43,26 @@ def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | No
     )
 
 
-async def _wait_for_stop(control: socket.socket) -> str:
-    """Returns when control says `q` or is gone."""
+async def _wait_for_stop(control: socket.socket, apply: Callable[[ServeConfig], None]) -> str:
+    """Returns when control says stop or is gone; new settings go to `apply`."""
     loop = asyncio.get_running_loop()
-    return "told to stop" if await loop.sock_recv(control, 1) == b"q" else "control is gone"
+    end: asyncio.Future[str] = loop.create_future()
+
+    def listen() -> None:
+        try:
+            heard = hear(control)
+        except BlockingIOError:
+            return
+        if not isinstance(heard, str):
+            apply(heard)
+        elif not end.done():
+            end.set_result(heard)
+
+    loop.add_reader(control, listen)
+    try:
+        return await end
+    finally:
+        loop.remove_reader(control)
 
 
 async def serve(boot: Boot) -> None:
@@ -64,7 +82,7 @@ async def serve(boot: Boot) -> None:
     boot.segment.process_ready(boot.process_slot)
     shard.tick()
     log.debug("serving")
-    why = await _wait_for_stop(boot.control)
+    why = await _wait_for_stop(boot.control, shard.apply)
     log.debug("stopping", extra={"fields": {"why": why}})
     server.close()
     for client in list(shard.clients):

@@ -138,6 +138,12 @@ class Router:
         # From here on no choice is made by an older version: control waits for this word (control/followers).
         self._shard.segment.process_saw(self._shard.process_slot, version)
 
+    def renew_policies(self) -> None:
+        """Make the policies anew: the settings that they were made of have changed."""
+        self.pools = {}
+        self._version = -1
+        self.refresh()
+
     def sweep(self, before_s: float) -> None:
         """Close connections to workers that have been idle since before `before_s`."""
         for upstream in self._upstreams.values():

@@ -18,9 +18,11 @@ from sglfast._hashtree import TreeReader
 from sglfast._workers import WorkerTable
 from sglfast.edge.route import Router
 from sglfast.errors import REASON_INDEX, Reason
+from sglfast.logs import set_level
 
 if TYPE_CHECKING:
     from sglfast.boot import Boot
+    from sglfast.config import ServeConfig
     from sglfast.edge.request import PromptKeyer
     from sglfast.edge.server import ClientConnection
     from sglfast.edge.upstream import Upstream
@@ -54,6 +56,12 @@ class Shard:
         self._silent_until_s = 0.0
         self._ticks = 0
         self.router = Router(self, keyer)
+
+    def apply(self, config: ServeConfig) -> None:
+        """Go on with other settings, from the next request on; what cannot change in a running program is the same in both."""
+        self.config = config
+        set_level(config.log_level)
+        self.router.renew_policies()
 
     def new_request_id(self) -> bytes:
         """An id for a request that came without one: 32 hex digits, unique over shards and restarts."""

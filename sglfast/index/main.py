@@ -8,12 +8,12 @@ Contract: when there was an index before it, it takes over that one's tree and s
     their numbers are used again. It ends on SIGTERM and when control is gone.
 """
 
+import contextlib
 import logging
 import os
 import resource
 import select
 import signal
-import socket
 import sys
 import time
 from urllib.parse import urlsplit
@@ -26,13 +26,13 @@ from sglfast._counters import RANK_BLIND, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
-from sglfast.boot import Boot, boot_child
+from sglfast.boot import Boot, boot_child, hear
 from sglfast.errors import ConfigError
 from sglfast.index.listener import Listener, listen_endpoint
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.stream import Limits, Resume
 from sglfast.index.subscriber import Endpoints, Subscriber
-from sglfast.logs import setup_logs
+from sglfast.logs import set_level, setup_logs
 from sglfast.shm import WorkerView, read_workers
 from sglfast.wire.server_info import KvEndpoint
 
@@ -279,18 +279,12 @@ def index_loop(index: Index, boot: Boot, stop_fd: int, log: logging.Logger) -> N
             if fd == stop_fd:
                 log.info("the index stops")
                 return
-            if _is_gone(boot.control):
-                log.info("control is gone, the index stops")
-                return
-
-
-def _is_gone(control: socket.socket) -> bool:
-    try:
-        return not control.recv(4096)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
+            with contextlib.suppress(BlockingIOError):
+                heard = hear(boot.control)
+                if isinstance(heard, str):
+                    log.info("%s, the index stops", heard)
+                    return
+                set_level(heard.log_level)
 
 
 def _now_ms() -> int:

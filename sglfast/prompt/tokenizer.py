@@ -88,8 +88,10 @@ class Tokenizer:
         return sorted({entry[1:] for entry in entries if re.fullmatch(" [a-z]{2,}", entry)})
 
 
-def load_tokenizer(path: str) -> Tokenizer:
+def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
     """Read a tokenizer. `path`: a folder with `tokenizer.json`, or that file itself (then its folder is read too).
+
+    chat_template: file with the template to use instead of the folder's own.
 
     Raises ConfigError: nothing there, broken JSON, a file that the `tokenizers` library refuses, a broken chat template.
     """
@@ -112,7 +114,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     special_tokens = {name: text for name in SPECIAL_TOKEN_NAMES if (text := _token_text(config.get(name))) is not None}
     _add_tokens(rust, config, special_tokens)
     _set_post_processor(rust, config, special_tokens)
-    return Tokenizer(rust, _read_template(file.parent, config, special_tokens), special_tokens)
+    return Tokenizer(rust, _read_template(file.parent, config, special_tokens, chat_template), special_tokens)
 
 
 def single_token_words(tokenizer: Tokenizer) -> list[str]:
@@ -185,12 +187,14 @@ def _set_post_processor(rust: RustTokenizer, config: dict[str, Any], special_tok
     rust.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, rust.token_to_id(bos))])
 
 
-def _read_template(folder: Path, config: dict[str, Any], special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-    """Build the chat template: chat_template.jinja wins over `chat_template` of the config, which may hold named ones."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
+def _read_template(folder: Path, config: dict[str, Any], special_tokens: Mapping[str, str], named: str | None) -> ChatTemplate | None:
+    """Build the chat template: the file `named`, else chat_template.jinja, else `chat_template` of the config, which may hold several."""
+    file = folder / "chat_template.jinja" if named is None else Path(named)
+    if named is not None or file.is_file():
         try:
             return ChatTemplate(file.read_text("utf-8"), special_tokens)
+        except OSError as error:
+            raise ConfigError(f"chat template {file}: cannot be read ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"chat template {file}: must be UTF-8: {error}") from error
     source = config.get("chat_template")
@@ -202,8 +206,8 @@ def _read_template(folder: Path, config: dict[str, Any], special_tokens: Mapping
     if not isinstance(source, list):
         raise ConfigError(f"{where} must be a string or a list of named templates, is a {type(source).__name__}")
     entries = [entry for entry in source if isinstance(entry, dict)]
-    named = [entry["template"] for entry in entries if isinstance(entry.get("template"), str)]
-    if not named:
+    templates = [entry["template"] for entry in entries if isinstance(entry.get("template"), str)]
+    if not templates:
         raise ConfigError(f"{where} is a list without a template; each entry must hold a name and a template")
     # SGLang takes the first one whatever the request holds (transformers would take "tool_use" for tools).
-    return ChatTemplate(named[0], special_tokens)
+    return ChatTemplate(templates[0], special_tokens)

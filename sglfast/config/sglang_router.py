@@ -1,0 +1,106 @@
+"""Flags of sglang-router 0.3.2 that are no settings here: what happens when a script gives them.
+
+Runs in: control, at start and at SIGHUP. Contract: the words behind such a flag are taken in sglang-router's own form, then it is either
+    refused with what to do instead, or let pass with a note; never silently. docs/sglang-router.md is made of this table.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sglfast.config.fields import flag_of, is_true
+from sglfast.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """words: how many follow the flag, 0 = switch, 1, "+" or "*"; fine: values that ask for what happens here anyway."""
+
+    name: str
+    words: int | str
+    is_refused: bool
+    why: str
+    fine: tuple[str, ...] = ()
+
+
+_PD = "separate prefill and decode workers are not offered; give every worker to --worker-urls"
+_KUBERNETES = "service discovery is not offered; give the workers to --worker-urls, or add them with POST /workers"
+_STICKY = "it belongs to the policy `manual`, which is not offered"
+_PARSER = "answers are relayed as the worker gives them; give this flag to the workers instead"
+_HISTORY = "conversations and responses are not stored here; leave it out, or give --history-backend none"
+_TRACE = "traces are not exported; the headers traceparent and tracestate go on to the workers"
+_JWT = "tokens of an identity provider are not checked; use --control-plane-api-keys"
+_CACHE = "tokenized prompts are always remembered; --prompt-cache-bytes is the memory for it"
+_INDEX = "the KV index holds what the workers' caches hold; --kv-index-blocks is its limit"
+
+
+def _foreign() -> Mapping[str, Foreign]:
+    rows: list[Foreign] = []
+
+    def refuse(why: str, words: int | str, *names: str, fine: tuple[str, ...] = ()) -> None:
+        rows.extend(Foreign(name, words, True, why, fine) for name in names)
+
+    def let_pass(why: str, words: int | str, *names: str) -> None:
+        rows.extend(Foreign(name, words, False, why) for name in names)
+
+    refuse(_PD, 0, "pd_disaggregation", "mini_lb")
+    refuse(_PD, "+", "prefill", "prefill_selector", "decode_selector")
+    refuse(_PD, 1, "decode", "prefill_policy", "decode_policy")
+    refuse(_KUBERNETES, 0, "service_discovery")
+    refuse(_KUBERNETES, "+", "selector")
+    refuse(_KUBERNETES, 1, "service_discovery_port", "service_discovery_namespace")
+    refuse(_STICKY, 1, "assignment_mode", "max_idle_secs")
+    refuse("it belongs to the policy `bucket`, which is not offered", 1, "bucket_adjust_interval_secs")
+    refuse("the worker chooses the rank itself; leave it out, KV overlap is known for each rank all the same", 0, "dp_aware")
+    refuse("the buckets of the histograms are fixed", "+", "prometheus_duration_buckets")
+    refuse(_PARSER, 1, "reasoning_parser", "tool_call_parser")
+    refuse("MCP servers are not called by the router; leave it out", 1, "mcp_config_path")
+    refuse(
+        "only workers that speak the OpenAI API themselves are served, without names and keys of a provider", 1, "backend", fine=("sglang",)
+    )
+    refuse(_HISTORY, 1, "history_backend", fine=("none",))
+    refuse(_HISTORY, 1, *(f"oracle_{part}" for part in ("wallet_path", "tns_alias", "connect_descriptor", "username", "password")))
+    refuse(_HISTORY, 1, "oracle_pool_min", "oracle_pool_max", "oracle_pool_timeout_secs", "postgres_db_url", "postgres_pool_max")
+    refuse(_HISTORY, 1, "redis_url", "redis_pool_max", "redis_retention_days")
+    refuse(_TRACE, 0, "enable_trace")
+    refuse(_TRACE, 1, "otlp_traces_endpoint")
+    refuse(_JWT, 1, "jwt_issuer", "jwt_audience", "jwt_jwks_uri")
+    refuse(_JWT, "*", "jwt_role_mapping")
+    let_pass("several models behind one router always work; --worker-urls are kept", 0, "enable_igw")
+    let_pass(_INDEX, 1, "eviction_interval_secs", "max_tree_size")
+    let_pass(_CACHE, 0, "tokenizer_cache_enable_l0", "tokenizer_cache_enable_l1")
+    let_pass(_CACHE, 1, "tokenizer_cache_l0_max_entries")
+    let_pass("every change that administration makes is logged", 0, "control_plane_audit_enabled")
+    return {row.name: row for row in rows}
+
+
+FOREIGN = _foreign()
+
+# Policies of sglang-router that are not offered -> what comes nearest.
+_NO_KEYS = "requests are not bound to a worker by a key of the client's; cache_aware keeps a conversation where its KV cache is"
+OTHER_POLICIES: Mapping[str, str] = {
+    "manual": _NO_KEYS,
+    "bucket": "requests are not sorted by their length; least_load spreads them",
+    "prefix_hash": "cache_aware follows the prefixes that workers really hold",
+    "consistent_hashing": _NO_KEYS,
+}
+
+
+def note_foreign(foreign: Foreign, words: Sequence[str], where: str) -> str | None:
+    """What to tell of such a flag, None when nothing. where: what the message names. Raises ConfigError when it is refused."""
+    if foreign.words == 0 and words and not is_true(words[0], where):
+        return None  # switched off, which is how it is
+    if words and all(word in foreign.fine for word in words):
+        return None
+    if foreign.name == "prefill":
+        _check_prefill(words, where)
+    if foreign.is_refused:
+        raise ConfigError(f"{where}: {foreign.why}")
+    return f"{where} changes nothing: {foreign.why}"
+
+
+def _check_prefill(words: Sequence[str], where: str) -> None:
+    """`URL [PORT|none]`; a mistake in it is told before the refusal, which may be lifted some day."""
+    if len(words) > 2:
+        raise ConfigError(f"{where} {' '.join(words)}: takes a URL and at most one port; give {flag_of('prefill')} once for each worker")
+    if len(words) == 2 and words[1].lower() != "none" and not (words[1].isdecimal() and 0 < int(words[1]) < 65536):
+        raise ConfigError(f"{where} {' '.join(words)}: the bootstrap port must be a number from 1 to 65535, or none")

@@ -9,7 +9,7 @@ Format: Prometheus text 0.0.4.
 import re
 from collections.abc import Iterable
 
-_SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?[ \t]+(\S.*)")
+_SAMPLE = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})?[ \t]+([+-]?(?:[0-9.][0-9.eE+-]*|Inf|NaN)(?:[ \t]+-?[0-9]+)?)[ \t]*")
 _NOTE = re.compile(r"# (HELP|TYPE) ([a-zA-Z_:][a-zA-Z0-9_:]*)(.*)")
 _SUFFIXES = ("", "_bucket", "_count", "_sum", "_total", "_created", "_info")
 

@@ -135,9 +135,9 @@ def _is_implied(name: str, value: object) -> bool:
 
 
 def _converted(fields: dict[str, Any], kind: type[T]) -> T:
-    defaults = {field.name: field.default for field in msgspec.structs.fields(kind)}
+    required = {field.name for field in msgspec.structs.fields(kind) if field.required}
     # An explicit null is what a client's typed model writes for "not given".
-    given = {name: value for name, value in fields.items() if value is not None or defaults[name] is msgspec.NODEFAULT}
+    given = {name: value for name, value in fields.items() if value is not None or name in required}
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:

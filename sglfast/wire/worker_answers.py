@@ -12,7 +12,7 @@ from sglfast.errors import WorkerInfoError
 
 HIDDEN = "***"
 _SECRET_NAME = re.compile(
-    r"api_?key|passw|secret|credential|authorization|private_?key|launch_command|(^|_)(auth|access|bearer|hf)_?token$", re.IGNORECASE
+    r"api[_-]?key|passw|secret|credential|authorization|private_?key|launch_command|(^|_)(auth|access|bearer|hf)_?token$", re.IGNORECASE
 )
 _SHORTEST_SECRET = 4  # shorter ones would be found everywhere
 

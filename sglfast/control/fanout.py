@@ -45,9 +45,9 @@ class Fanout:
     def routes(self) -> list[web.RouteDef]:
         """All paths."""
         return [
-            web.get("/get_loads", lambda _: self._once("loads", self._loads)),
+            web.get("/get_loads", self._loads),
             web.post("/flush_cache", self._flush),
-            web.get("/engine_metrics", lambda _: self._once("metrics", self._metrics)),
+            web.get("/engine_metrics", self._metrics),
             web.get("/server_info", self._server_info),
             web.get("/get_server_info", self._server_info),
             web.get("/model_info", self._model_info),
@@ -96,7 +96,10 @@ class Fanout:
 
     # ---- all workers ----
 
-    async def _loads(self) -> web.Response:
+    async def _loads(self, request: web.Request) -> web.Response:
+        return await self._once("loads", self._make_loads)
+
+    async def _make_loads(self) -> web.Response:
         rows = []
         for view, answer in await self._ask_all("GET", ("/v1/loads", "/get_load"), _INFO_BYTES):
             try:
@@ -118,7 +121,10 @@ class Fanout:
         body |= {"status": "partial_success" if flushed else "failed", "message": message, "successful": flushed, "failed": failed}
         return web.json_response(body, status=206 if flushed else 502)
 
-    async def _metrics(self) -> web.Response:
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return await self._once("metrics", self._make_metrics)
+
+    async def _make_metrics(self) -> web.Response:
         texts: list[tuple[str, str]] = []
         left_out: list[str] = []
         size_bytes = 0

@@ -83,7 +83,7 @@ class Membership:
         self._totals = totals
         self._log = log
         self._by_id: dict[str, Member] = {}
-        self._by_place: dict[str, Member] = {}
+        self._by_place: dict[str, Member] = {}  # also those whose slot is not free yet
         self._waiting: dict[str, Member] = {}
         self._removals: set[asyncio.Task[None]] = set()
         self.changes = WorkerChanges(additions=watch.outcomes)
@@ -100,7 +100,8 @@ class Membership:
     def by_url(self, url: str) -> Member | None:
         """The worker with this URL, as config.checks.worker_url writes it: the one that was added last."""
         place = place_of(url)
-        return self._waiting.get(place) or self._by_place.get(place)
+        member = self._waiting.get(place) or self._by_place.get(place)
+        return member if member is not None and member.worker_id in self._by_id else None
 
     def add(self, spec: WorkerSpec) -> Member:
         """Take a worker in. It is checked and asked from now on and gets requests as soon as it is healthy.
@@ -184,7 +185,7 @@ class Membership:
                 self._take_up(member)
         wanted, had = {place_of(url): url for url in config.worker_urls}, {place_of(url) for url in before.worker_urls}
         for place in had - wanted.keys():
-            member_there = self._waiting.get(place) or self._by_place.get(place)
+            member_there = self.by_url(place)
             if member_there is not None:
                 self.remove(member_there)
         for place, url in wanted.items():
@@ -214,11 +215,12 @@ class Membership:
         left = await self._drained(member)
         await self._watch.remove(worker_idx)
         self._workers.remove(worker_idx)
-        del self._by_id[member.worker_id], self._by_place[place]
+        del self._by_id[member.worker_id]
         self.changes.removals["cut" if left else "drained"] += 1
         self._say("worker removed", member, cut_requests=left, drained_s=round(time.monotonic() - begun_s, 3))
         await self._let_go(worker_idx)
         self._workers.release(worker_idx)
+        del self._by_place[place]  # not before: whoever came to it meanwhile is not to have two owners
         after = self._waiting.pop(place, None)
         if after is not None:
             try:

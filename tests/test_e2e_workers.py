@@ -163,13 +163,12 @@ def test_a_drain_finishes_what_it_has_and_takes_nothing_new(stack: Stack, prompt
 
 def test_a_forced_removal_cuts_with_an_error_event(stack: Stack, prompts: Prompts) -> None:
     answers: list[Answer] = []
-    streams = threading.Thread(
-        target=lambda: answers.extend(send_all(stack.url, [prompts.text(1, 100)] * 8, connections=8, max_tokens=3000))
-    )
+    texts, url = [prompts.text(1, 100)] * 8, stack.worker_urls[0]
+    streams = threading.Thread(target=lambda: answers.extend(send_all(stack.url, texts, connections=8, max_tokens=3000)))
     streams.start()
-    url = stack.worker_urls[0]
-    wait_until(lambda: metric(stack, INFLIGHT, worker=url) >= 1, "a stream is on it")
+    wait_until(lambda: metric(stack, INFLIGHT) == 8, "all streams have a worker")
     cut = int(metric(stack, INFLIGHT, worker=url))
+    assert cut >= 1
     assert call(stack, "DELETE", by_url(url) + "?force=true")[0] == 202
     wait_state(stack, url, "gone")
     streams.join(TIMEOUT_S)

@@ -32,6 +32,7 @@ def check(config: ServeConfig) -> ServeConfig:
         worker_urls=urls,
         tokenizer_path=_check_model(config),
         request_id_headers=tuple(name.lower() for name in config.request_id_headers),
+        retry_max_retries=1 if config.disable_retries else max(1, config.retry_max_retries),
         priority_header=config.priority_header.lower() if config.priority_header else None,
     )
     _check_addresses(config)

@@ -10,13 +10,13 @@ from sglfast.control.fetch import Fetcher
 from sglfast.control.health import HealthMachine, Verdict, check, pause_s
 
 WORDS = {
-    Verdict.NOTHING: ".", Verdict.TAKE_IN: "I", Verdict.TAKE_OUT: "O", Verdict.LOOK_AGAIN: "L", Verdict.OVERDUE: "D",
+    Verdict.NOTHING: ".", Verdict.TAKE_IN: "I", Verdict.TAKE_OUT: "O", Verdict.LOOK_AGAIN: "L", Verdict.OVERDUE: "D", Verdict.FAILED: "F",
 }  # fmt: skip
 
 
 def verdicts(checks: str, *, failures: int = 3, successes: int = 1, age_s: float = 0.0) -> tuple[str, int]:
     """checks: g(ood), b(ad). Returns a letter for each verdict, and the state at the end."""
-    machine = HealthMachine(failure_threshold=failures, success_threshold=successes)
+    machine = HealthMachine(failure_threshold=failures, success_threshold=successes, startup_timeout_s=60.0)
     said = "".join(WORDS[machine.checked(letter == "g", age_s)] for letter in checks)
     return said, machine.state
 
@@ -47,15 +47,26 @@ def test_thresholds_count_in_a_row() -> None:
 def test_a_worker_that_does_not_come_up_is_reported_once() -> None:
     assert verdicts("bbbb", age_s=10.0) == ("D...", JOINING)
     assert verdicts("bbbb", age_s=9.9) == ("....", JOINING)
+    assert verdicts("bbbb", age_s=59.9) == ("D...", JOINING)
+    assert verdicts("bbbb", age_s=60.0) == ("F...", JOINING)
+    assert verdicts("bbbg", age_s=60.0) == ("F..I", READY), "a worker that is late is taken all the same"
+
+
+def test_thresholds_change_and_what_was_counted_counts() -> None:
+    machine = HealthMachine(failure_threshold=3, success_threshold=1, startup_timeout_s=60.0)
+    assert [machine.checked(good, 0.0) for good in (True, False, False)] == [Verdict.TAKE_IN, Verdict.NOTHING, Verdict.NOTHING]
+    machine.apply(failure_threshold=4, success_threshold=2, startup_timeout_s=60.0)
+    assert [machine.checked(False, 0.0) for _ in range(2)] == [Verdict.NOTHING, Verdict.TAKE_OUT]
+    assert [machine.checked(True, 0.0) for _ in range(2)] == [Verdict.NOTHING, Verdict.TAKE_IN]
 
 
 def test_pauses() -> None:
-    assert pause_s(JOINING, 1.0, 5.0, 4) == 0.2
-    assert pause_s(JOINING, 1.0, 0.1, 4) == 0.1
-    assert pause_s(JOINING, 10.0, 5.0, 4) == 5.0
-    assert pause_s(READY, 1.0, 5.0, 4) == pause_s(UNHEALTHY, 1.0, 5.0, 4) == 5.0
+    assert pause_s(JOINING, 1.0, 5.0, 4, 7.0) == 0.2
+    assert pause_s(JOINING, 1.0, 5.0, 4, 0.1) == 0.1
+    assert pause_s(JOINING, 10.0, 5.0, 4, 7.0) == 7.0
+    assert pause_s(READY, 1.0, 5.0, 4, 7.0) == pause_s(UNHEALTHY, 1.0, 5.0, 4, 7.0) == 5.0
     # However large the pool, all workers together are asked 500 times a second while they join.
-    assert 1000 / pause_s(JOINING, 1.0, 5.0, 1000) <= 500
+    assert 1000 / pause_s(JOINING, 1.0, 5.0, 1000, 5.0) <= 500
 
 
 def test_only_2xx_is_healthy() -> None:

@@ -73,7 +73,7 @@ def is_alive(pid: int) -> bool:
 
 @contextlib.contextmanager
 def running(tmp_path: Path, argv: list[str], *flags: str, worker: str = WORKER) -> Iterator[Router]:
-    argv = [*argv, "--worker-urls", worker, "--port", "0", *flags]
+    argv = [*argv, "--worker-urls", worker, "--host", "127.0.0.1", "--port", "0", *flags]
     err_path = tmp_path / "stderr.txt"
     with open(err_path, "w") as err:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, cwd=ROOT, text=True)
@@ -100,7 +100,7 @@ def test_a_signal_drains_what_is_in_flight_and_ends_with_0(tmp_path: Path, numbe
         children = router.children()
         assert len(children) == 2
         router.signal(number)
-        router.until(lambda: "draining inflight_requests=1 grace_s=30.0" in router.err, "drain")
+        router.until(lambda: "draining inflight_requests=1 grace_s=180.0" in router.err, "drain")
         with router.saying("who") as late:
             assert int(late.makefile().readline()) in children, "a shard that drains still serves"
         assert int(lines.readline()) in children, "what was in flight is answered"
@@ -115,7 +115,7 @@ def test_nothing_in_flight_ends_at_once(tmp_path: Path) -> None:
         begun_s = time.monotonic()
         router.signal(signal.SIGTERM)
         assert router.end() == 0
-        assert time.monotonic() - begun_s < 10, "it waited for the grace of 30 s"
+        assert time.monotonic() - begun_s < 10, "it waited for the grace of 180 s"
 
 
 def test_the_grace_is_the_longest_wait(tmp_path: Path) -> None:
@@ -175,14 +175,14 @@ def test_a_port_that_somebody_has_is_refused(capsys: pytest.CaptureFixture[str])
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        assert main(["--worker-urls", WORKER, "--port", str(port)]) == 2
+        assert main(["--worker-urls", WORKER, "--host", "127.0.0.1", "--port", str(port)]) == 2
     assert f"sglfast serve: port {port} is in use on 127.0.0.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        ([], "sglfast serve: --worker-urls: give at least one"),
+        (["--worker-urls", WORKER, "--pd-disaggregation"], "sglfast serve: --pd-disaggregation: separate prefill and decode workers"),
         (["--worker-urls", WORKER, "--shards", "-1"], "sglfast serve: --shards -1: must be at least 0"),
         (["--worker-urls", WORKER, "--port", "0", "--host", "192.0.2.1"], "sglfast serve: --host 192.0.2.1: is no address"),
     ],
@@ -192,6 +192,18 @@ def test_a_flag_that_cannot_work_ends_with_2(argv: list[str], text: str, capsys:
     err = capsys.readouterr().err
     assert err.startswith(text)
     assert err.count("\n") == 1
+
+
+def test_without_workers_it_serves_and_is_not_ready(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "sglfast", "serve", "--shards", "1", "--worker-urls"]
+    with running(tmp_path, argv, worker="--worker-urls") as router:
+        router.until_listening()
+        status, text = get(router.port, "/readyz")
+        assert (status, json.loads(text)["reason"]) == (503, "insufficient healthy workers")
+        assert get(router.port, "/health") == (200, "OK")
+        assert get(router.port, "/v1/completions", {"prompt": "x"})[0] == 503
+        router.signal(signal.SIGTERM)
+        assert router.end() == 0
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

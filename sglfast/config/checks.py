@@ -96,8 +96,8 @@ def _check_files(config: ServeConfig) -> None:
         for path in value if isinstance(value, tuple) else (value,):
             if path is not None and not os.access(path, os.R_OK):
                 raise ConfigError(f"{flag_of(name)} {path}: cannot be read")
-    if config.log_dir is not None and not os.path.isdir(config.log_dir):
-        raise ConfigError(f"--log-dir {config.log_dir}: no such folder")
+    if config.log_dir is not None and os.path.exists(config.log_dir) and not os.path.isdir(config.log_dir):
+        raise ConfigError(f"--log-dir {config.log_dir}: is no folder")
 
 
 def _check_headers(config: ServeConfig) -> None:

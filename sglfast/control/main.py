@@ -32,6 +32,7 @@ from sglfast.control.admin import AdminServer
 from sglfast.control.children import Inheritance
 from sglfast.control.fetch import Fetcher
 from sglfast.control.listen import listen, url_of
+from sglfast.control.log_file import LogFile
 from sglfast.control.metrics import Metrics
 from sglfast.control.parity import ParityWatch
 from sglfast.control.pool_watch import PoolWatch
@@ -39,7 +40,7 @@ from sglfast.control.reload import Reloader
 from sglfast.control.supervisor import Commands, Supervisor
 from sglfast.control.workers import Workers
 from sglfast.errors import ConfigError
-from sglfast.logs import set_level, setup_logs
+from sglfast.logs import copy_logs_to, set_level, setup_logs
 from sglfast.shm import create
 
 _IDLE_POLL_S = 0.05
@@ -97,17 +98,21 @@ def run(read: Callable[[], Loaded], commands: Commands | None = None) -> int:
     loaded = read()
     config = loaded.config
     log = setup_logs("control", config.log_level, config.log_format)
-    for note in loaded.notes:
-        log.warning(note)
     _raise_file_limit()
     with contextlib.ExitStack() as owned:
+        log_file = LogFile(config.log_dir) if config.log_dir is not None else None
+        if log_file is not None:
+            owned.callback(log_file.close)
+            copy_logs_to(log_file)
+        for note in loaded.notes:
+            log.warning(note)
         listeners = listen(config.host, config.port, config.shards)
         for listener in listeners:
             owned.enter_context(listener)
         config = dataclasses.replace(config, port=listeners[0].getsockname()[1])
         segment, shm_fd = _create_segment(config)
         owned.callback(os.close, shm_fd)
-        control = Control(config, segment, shm_fd, listeners, commands or Commands(), log)
+        control = Control(config, segment, shm_fd, listeners, commands or Commands(), log, log_file)
         owned.callback(control.close)
         reloader = Reloader(config, loaded, read, control.apply, log)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -125,8 +130,10 @@ class Control:
         listeners: Sequence[socket.socket],
         commands: Commands,
         log: logging.Logger,
+        log_file: LogFile | None,
     ) -> None:
         self._config = config
+        self._keep_lines = log_file.write_lines if log_file is not None else None
         self._segment = segment
         self._shm_fd = shm_fd
         self._config_fd = _memfd("sglfast-config", to_json(config))
@@ -170,7 +177,7 @@ class Control:
             await admin.start()
             watch = self._watch = PoolWatch(self._config, self._workers, await owned.enter_async_context(Fetcher()), self._log)
             owned.push_async_callback(watch.close)
-            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address)
+            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address, self._keep_lines)
             supervisor = self._supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
             owned.push_async_callback(supervisor.stop)
             supervisor.start()

@@ -14,8 +14,7 @@ from sglfast.control.health import HealthMachine, HealthRules, Verdict, check, p
 from sglfast.control.worker_spec import HealthChange
 
 WORDS = {
-    Verdict.NOTHING: ".", Verdict.TAKE_IN: "I", Verdict.TAKE_OUT: "O", Verdict.LOOK_AGAIN: "L", Verdict.OVERDUE: "D",
-    Verdict.FAILED: "F",
+    Verdict.NOTHING: ".", Verdict.TAKE_IN: "I", Verdict.TAKE_OUT: "O", Verdict.LOOK_AGAIN: "L", Verdict.OVERDUE: "D", Verdict.FAILED: "F",
 }  # fmt: skip
 
 
@@ -56,7 +55,9 @@ def test_thresholds_count_in_a_row() -> None:
 def test_a_worker_that_does_not_come_up_is_reported_once() -> None:
     assert verdicts("bbbb", age_s=10.0) == ("D...", JOINING)
     assert verdicts("bbbb", age_s=9.9) == ("....", JOINING)
-    assert verdicts("bbbbg", age_s=60.0) == ("F...I", READY), "one that comes up late is taken in all the same"
+    assert verdicts("bbbb", age_s=59.9) == ("D...", JOINING)
+    assert verdicts("bbbb", age_s=60.0) == ("F...", JOINING)
+    assert verdicts("bbbg", age_s=60.0) == ("F..I", READY), "a worker that is late is taken all the same"
 
 
 def test_rules_are_the_flags_unless_a_worker_has_its_own() -> None:
@@ -70,11 +71,11 @@ def test_rules_are_the_flags_unless_a_worker_has_its_own() -> None:
 
 
 def test_rules_may_change_while_checks_are_counted() -> None:
-    machine = HealthMachine(rules(failure_threshold=3))
-    machine.checked(True, 0.0)
-    machine.checked(False, 0.0)
-    machine.rules = rules(failure_threshold=2)
-    assert machine.checked(False, 0.0) is Verdict.TAKE_OUT
+    machine = HealthMachine(rules(failure_threshold=3, success_threshold=1))
+    assert [machine.checked(good, 0.0) for good in (True, False, False)] == [Verdict.TAKE_IN, Verdict.NOTHING, Verdict.NOTHING]
+    machine.rules = rules(failure_threshold=4, success_threshold=2)
+    assert [machine.checked(False, 0.0) for _ in range(2)] == [Verdict.NOTHING, Verdict.TAKE_OUT]
+    assert [machine.checked(True, 0.0) for _ in range(2)] == [Verdict.NOTHING, Verdict.TAKE_IN]
 
 
 def test_pauses() -> None:

@@ -35,6 +35,7 @@ from sglfast.control.fanout import Fanout
 from sglfast.control.fetch import Fetcher
 from sglfast.control.followers import Followers
 from sglfast.control.listen import listen, url_of
+from sglfast.control.log_file import LogFile
 from sglfast.control.membership import Membership
 from sglfast.control.metrics import Metrics
 from sglfast.control.parity import ParityWatch
@@ -45,7 +46,7 @@ from sglfast.control.worker_spec import WorkerSpec
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
 from sglfast.errors import ConfigError
-from sglfast.logs import set_level, setup_logs
+from sglfast.logs import copy_logs_to, set_level, setup_logs
 from sglfast.shm import create
 
 _IDLE_POLL_S = 0.05
@@ -103,17 +104,21 @@ def run(read: Callable[[], Loaded], commands: Commands | None = None) -> int:
     loaded = read()
     config = loaded.config
     log = setup_logs("control", config.log_level, config.log_format)
-    for note in loaded.notes:
-        log.warning(note)
     _raise_file_limit()
     with contextlib.ExitStack() as owned:
+        log_file = LogFile(config.log_dir) if config.log_dir is not None else None
+        if log_file is not None:
+            owned.callback(log_file.close)
+            copy_logs_to(log_file)
+        for note in loaded.notes:
+            log.warning(note)
         listeners = listen(config.host, config.port, config.shards)
         for listener in listeners:
             owned.enter_context(listener)
         config = dataclasses.replace(config, port=listeners[0].getsockname()[1])
         segment, shm_fd = _create_segment(config)
         owned.callback(os.close, shm_fd)
-        control = Control(config, segment, shm_fd, listeners, commands or Commands(), log)
+        control = Control(config, segment, shm_fd, listeners, commands or Commands(), log, log_file)
         owned.callback(control.close)
         reloader = Reloader(config, loaded, read, control.apply, log)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -131,8 +136,10 @@ class Control:
         listeners: Sequence[socket.socket],
         commands: Commands,
         log: logging.Logger,
+        log_file: LogFile | None,
     ) -> None:
         self._config = config
+        self._keep_lines = log_file.write_lines if log_file is not None else None
         self._segment = segment
         self._shm_fd = shm_fd
         self._config_fd = _memfd("sglfast-config", to_json(config))
@@ -178,7 +185,7 @@ class Control:
             for url in self._config.worker_urls:
                 members.add(WorkerSpec(url=url))
             admin = await self._start_admin(owned, members, watch, fetcher)
-            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address)
+            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address, self._keep_lines)
             supervisor = self._supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
             owned.push_async_callback(supervisor.stop)
             supervisor.start()

@@ -2,11 +2,14 @@
 
 import asyncio
 import itertools
+import os
+import signal
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -119,10 +122,10 @@ def test_workers_come_and_go_under_traffic_and_no_request_fails(stack: Stack, pr
             remove(stack, url)
             done = requests_at(url)
             at = len(traffic.answers)
-            wait_until(lambda at=at: len(traffic.answers) > at + 50, "traffic goes on")  # type: ignore[misc]
+            wait_until(lambda at=at: len(traffic.answers) > at + 50, "traffic goes on")
             assert requests_at(url) == done, "a worker that is gone gets nothing"
             ids.add(add(stack, url))
-            wait_until(lambda done=done: requests_at(url) > done, "the worker gets requests again")  # type: ignore[misc]
+            wait_until(lambda done=done: requests_at(url) > done, "the worker gets requests again")
     traffic.assert_all_good()
     assert len(ids) == 3
     assert metric(stack, INFLIGHT) == metric(stack, "sglfast_worker_inflight_tokens") == 0
@@ -131,12 +134,13 @@ def test_workers_come_and_go_under_traffic_and_no_request_fails(stack: Stack, pr
 
 
 def test_a_drain_finishes_what_it_has_and_takes_nothing_new(stack: Stack, prompts: Prompts) -> None:
-    url = stack.worker_urls[0]
     long = prompts.text(1, 100)
     answers: list[Answer] = []
-    streams = threading.Thread(target=lambda: answers.extend(send_all(stack.url, [long] * 8, connections=8, max_tokens=3000)))
+    streams = threading.Thread(target=lambda: answers.extend(send_all(stack.url, [long] * 8, connections=8, max_tokens=6000)))
     streams.start()
-    wait_until(lambda: metric(stack, INFLIGHT, worker=url) >= 2, "streams are on it")
+    wait_until(lambda: metric(stack, INFLIGHT) == 8, "all streams have a worker")
+    loads = {url: int(metric(stack, INFLIGHT, worker=url)) for url in stack.worker_urls}
+    url = max(loads, key=lambda url: loads[url])
     status, _ = call(stack, "PUT", by_url(url), {"state": "draining"})
     assert status == 202
     had = requests_at(url)
@@ -146,13 +150,13 @@ def test_a_drain_finishes_what_it_has_and_takes_nothing_new(stack: Stack, prompt
     assert streams.is_alive(), "the streams are still there"
     row = call(stack, "GET", by_url(url))[1]
     assert (row["state"], row["is_healthy"]) == ("draining", True)
-    assert row["load"] >= 2
+    assert row["load"] == loads[url] >= 2
     assert metric(stack, "sglfast_worker_state", worker=url, state="draining") == 1
     assert metric(stack, "sglfast_worker_up", worker=url) == 0
     told = explained(stack, "/v1/completions", {"model": "demo-model", "prompt": "x"})
     mine = next(found for found in told["candidates"] if found["worker"] == url)
     assert (mine["eligible"], mine["why"]) == (False, "is draining: it finishes its requests and takes no new ones")
-    assert mine["load"]["requests"] >= 2
+    assert mine["load"]["requests"] == loads[url]
     streams.join(TIMEOUT_S)
     assert [(answer.error, answer.status) for answer in answers] == [("", 200)] * 8
     assert state_of(stack, url) == "draining", "maintenance is no removal"
@@ -244,7 +248,7 @@ def test_hammered_from_all_sides_while_requests_flow(stack: Stack, prompts: Prom
     assert set(statuses) <= {200, 202, 404, 409}
     assert {202, 404, 409} <= set(statuses)
     for url in moving:
-        wait_until(lambda url=url: call(stack, "DELETE", by_url(url))[0] == 404, f"{url} is gone")  # type: ignore[misc]
+        wait_until(lambda url=url: call(stack, "DELETE", by_url(url))[0] == 404, f"{url} is gone")
     assert [row["url"] for row in call(stack, "GET", "/workers")[1]["workers"]] == stack.worker_urls[:2]
     for url in moving:
         add(stack, url)
@@ -278,6 +282,33 @@ def test_a_router_without_workers_gets_its_first_one_by_post(prompts: Prompts) -
             assert [(answer.error, answer.status) for answer in answers] == [("", 200)] * 16
             assert metric(empty, "sglfast_worker_selected_requests_total") == 17 - 1
             assert len(samples(empty, "sglfast_kv_rank_state")) == 4
+        finally:
+            child.stop()
+
+
+def test_sighup_changes_the_list_of_workers(prompts: Prompts, tmp_path: Path) -> None:
+    with small_stack("round_robin") as workers:
+        first, second, third, _ = workers.worker_urls
+        file = tmp_path / "router.yaml"
+
+        def write(*urls: str) -> None:
+            file.write_text("host: 127.0.0.1\nport: 0\nshards: 2\nworker_urls: [" + ", ".join(f'"{url}"' for url in urls) + "]\n")
+
+        write(first, second)
+        router = Stack.__new__(Stack)
+        child = Child("router", [*SGLFAST, "serve", "--config", str(file)])
+        try:
+            router.url = f"http://127.0.0.1:{wait_listening(child)}"
+            wait_until(lambda: call(router, "GET", "/readyz")[0] == 200, "ready")
+            posted = workers.worker_urls[3]
+            add(router, posted)
+            write(second, third)
+            os.kill(child.pid, signal.SIGHUP)
+            wait_state(router, third, "ready")
+            wait_state(router, first, "gone")
+            assert {row["url"] for row in call(router, "GET", "/workers")[1]["workers"]} == {second, third, posted}
+            answers = send_all(router.url, [prompts.text(seed, 50) for seed in range(16)], connections=4)
+            assert [(answer.error, answer.status) for answer in answers] == [("", 200)] * 16
         finally:
             child.stop()
 

@@ -20,7 +20,7 @@ MISSING := $(foreach module,$(MODULES),$(if $(wildcard sglfast/_$(module).*.so),
 BUILD_FLAGS := $(SGLFAST_DEBUG) $(SGLFAST_SANITIZE) $(SGLFAST_CFLAGS)
 ARGS :=
 
-.PHONY: help run test test-fast check build icount bench san wheel clean FORCE
+.PHONY: help run test test-fast check build icount bench san docs wheel clean FORCE
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ san: $(VENV)/.installed-dev ## the compiled modules' tests under AddressSanitize
 		for name in sys.argv[1:]]' $(MODULES:%=sglfast._%) | tee loaded.txt
 	@! grep -v '^$(CURDIR)/$(SAN)/' $(SAN)/loaded.txt || { echo 'these are not the sanitized modules'; exit 1; }
 	cd $(SAN) && $(SAN_ENV) $(abspath $(PY)) -m pytest -p no:cacheprovider $(SAN_TESTS) $(ARGS)
+
+docs: build ## docs/flags.md and docs/sglang-router.md, from the settings
+	$(PY) docs/reference.py
 
 wheel: $(VENV)/.created ## dist/sglfast-*.whl, as the Dockerfile builds it
 	$(PIP) wheel --no-deps --wheel-dir dist .

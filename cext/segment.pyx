@@ -133,6 +133,7 @@ cdef class Segment:
         sf_store(&process.is_ready, 0)
         sf_store(&process.started_ms, now_ms)
         sf_store(&process.heartbeat_ms, now_ms)
+        sf_store(&process.workers_seen, 0)
         sf_store(&process.pid, pid)
 
     def process_ready(self, int slot, bint is_ready=True):
@@ -142,6 +143,16 @@ cdef class Segment:
     def process_heartbeat(self, int slot, long long now_ms):
         cdef sf_process_t *process = <sf_process_t *><uintptr_t>self._process(slot)
         sf_store(&process.heartbeat_ms, now_ms)
+
+    def process_saw(self, int slot, unsigned long long workers_version):
+        """The process's word that it acts by this version of the worker table, and by no older one."""
+        cdef sf_process_t *process = <sf_process_t *><uintptr_t>self._process(slot)
+        sf_store(&process.workers_seen, workers_version)
+
+    def workers_seen(self, int slot):
+        """Version of the worker table that the owner of the slot acts by."""
+        cdef sf_process_t *process = <sf_process_t *><uintptr_t>self._process(slot)
+        return sf_load(&process.workers_seen)
 
     def process_died(self, int slot):
         """Control's note that the owner of the slot is gone: pid 0, one restart more."""

@@ -29,7 +29,7 @@
 #include <string.h>
 
 #define SF_MAGIC UINT64_C(0x31545341464c4753) /* "SGLFAST1" in little-endian bytes */
-#define SF_LAYOUT_MAJOR 1u
+#define SF_LAYOUT_MAJOR 2u
 #define SF_LAYOUT_MINOR 0u
 #define SF_PAGE 4096u
 #define SF_TIERS 3u /* device, host, disk */
@@ -80,7 +80,8 @@ typedef struct { /* exported */
     uint64_t heartbeat_ms;
     uint64_t restarts; /* writer: control */
     uint64_t is_ready;
-    uint64_t reserved[3];
+    uint64_t workers_seen; /* version of the worker table that the process acts by */
+    uint64_t reserved[2];
 } sf_process_t;
 
 typedef struct { /* exported */

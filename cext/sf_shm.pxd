@@ -52,6 +52,7 @@ cdef extern from "sf_shm.h" nogil:
         uint64_t heartbeat_ms
         uint64_t restarts
         uint64_t is_ready
+        uint64_t workers_seen
 
     ctypedef struct sf_worker_t:
         uint64_t seq

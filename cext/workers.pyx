@@ -1,14 +1,15 @@
 """The worker table in shared memory: control writes it, index and shards follow it.
 
-Runs in: control (`put`, `set_state`; FREE gives a slot back), index and shards (`version`, `read`). On the request path only `version`: one
+Runs in: control (`put`, `set_state`; `remove` gives a slot back), index and shards (`version`, `read`). On the request path only `version`: one
     atomic load; a reader builds its own structures again when the version has moved.
 Contract: what choosing needs at once stands in fixed words, all else (URL, model, event endpoint) in a blob of msgpack that
-    sglfast.shm encodes. Seqlock per worker: `read` retries while control writes and returns None for a free slot.
+    sglfast.shm encodes. Seqlock per worker: `read` retries while control writes and returns None for a free slot. A blob may hold
+    a worker's key: nothing of it is left in the slot once it was written over or removed.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint64_t, uintptr_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from posix.unistd cimport usleep
 
 cimport cython
@@ -72,6 +73,7 @@ cdef class WorkerTable:
         _sf_store(&worker.flags, flags)
         _sf_store(&worker.blob_bytes, len(blob))
         memcpy(worker.blob, PyBytes_AS_STRING(blob), len(blob))
+        memset(worker.blob + len(blob), 0, SF_WORKER_BLOB_BYTES - len(blob))
         sf_write_end(&worker.seq)
         sf_store(&sf_header(self.base).workers_version, _sf_load(&sf_header(self.base).workers_version) + 1)
 
@@ -86,6 +88,27 @@ cdef class WorkerTable:
         _sf_store(&worker.state, state)
         sf_write_end(&worker.seq)
         sf_store(&sf_header(self.base).workers_version, _sf_load(&sf_header(self.base).workers_version) + 1)
+
+    def remove(self, int worker_idx):
+        """Free the slot and wipe it, but for its generation. Raises ValueError for a slot never put."""
+        cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)
+        if not _sf_load(&worker.generation):
+            raise ValueError(f"worker slot {worker_idx} was never written: put a worker there first")
+        sf_write_begin(&worker.seq)
+        _sf_store(&worker.state, FREE)
+        _sf_store(&worker.rank_base, 0)
+        _sf_store(&worker.dp_size, 0)
+        _sf_store(&worker.block_size, 0)
+        _sf_store(&worker.flags, 0)
+        _sf_store(&worker.blob_bytes, 0)
+        memset(worker.blob, 0, SF_WORKER_BLOB_BYTES)
+        sf_write_end(&worker.seq)
+        sf_store(&sf_header(self.base).workers_version, _sf_load(&sf_header(self.base).workers_version) + 1)
+
+    def generation(self, int worker_idx):
+        """How many workers the slot has had."""
+        cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)
+        return _sf_load(&worker.generation)
 
     def state(self, int worker_idx):
         cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)

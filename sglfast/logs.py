@@ -8,7 +8,10 @@ import json
 import logging
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 class _TextFormatter(logging.Formatter):
@@ -49,6 +52,14 @@ def setup_logs(process: str, level: str, log_format: str) -> logging.Logger:
     for chatty in ("asyncio", "aiohttp.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     return logging.getLogger(process)
+
+
+def copy_logs_to(stream: "SupportsWrite[str]") -> None:
+    """Write what this process logs to `stream` too, in the same form."""
+    root = logging.getLogger()
+    copy = logging.StreamHandler(stream)
+    copy.setFormatter(root.handlers[0].formatter)
+    root.addHandler(copy)
 
 
 def set_level(level: str) -> None:

@@ -54,10 +54,14 @@ KeyRoute = Literal["sha256", "tokens"]
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is read of a worker only when the table changes: the blob of its slot. Never holds a secret of the worker."""
+    """What is read of a worker only when the table changes: the blob of its slot.
+
+    api_key: what the router shows the worker. No secret that the worker tells of itself is ever here.
+    """
 
     url: str
     model: str | None = None
+    api_key: str | None = None
     version: str | None = None
     disaggregation_mode: str | None = None
     startup_time: float | None = None
@@ -66,6 +70,11 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_topic: str = ""
     kv_replay_port_base: int | None = None
     kv_connects_out: bool = False
+
+    def __repr__(self) -> str:
+        """Without the key: what is shown in an error or a log must not hold it."""
+        shown = {name: value for name, value in msgspec.structs.asdict(self).items() if name != "api_key" and value}
+        return f"WorkerRecord({', '.join(f'{name}={value!r}' for name, value in shown.items())}, has_key={self.api_key is not None})"
 
 
 class WorkerView(msgspec.Struct, frozen=True):

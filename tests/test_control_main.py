@@ -1,87 +1,20 @@
 """`sglfast serve` as a process: its flags, its start, its signals, its end. Children are stand-ins, but for the last test."""
 
 import contextlib
-import http.client
 import json
 import os
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from control_doubles import ROOT, STANDIN, WAIT_S
+from control_doubles import STANDIN
+from router_process import WORKER, Router, engine, get, is_alive, running
 
 from sglfast.control.main import main
-
-WORKER = "http://127.0.0.1:9"  # nothing listens there
-
-
-class Router:
-    """A running control. err: what it and its children have written to standard error so far."""
-
-    def __init__(self, process: "subprocess.Popen[str]", err_path: Path) -> None:
-        self.process = process
-        self._err_path = err_path
-        self.port = 0
-
-    @property
-    def err(self) -> str:
-        return self._err_path.read_text()
-
-    def until(self, is_true: Callable[[], object], what: str) -> None:
-        end_s = time.monotonic() + WAIT_S
-        while not is_true():
-            assert time.monotonic() < end_s, f"waited {WAIT_S:g} s in vain: {what}\n{self.err}"
-            time.sleep(0.01)
-
-    def until_listening(self) -> None:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith("listening on http://"), f"{line!r}\n{self.err}"
-        self.port = int(line.split()[2].rpartition(":")[2])
-
-    def children(self) -> list[int]:
-        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
-
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
-    def end(self) -> int:
-        """Wait for the exit code."""
-        return self.process.wait(WAIT_S)
-
-    @contextlib.contextmanager
-    def saying(self, line: str) -> Iterator[socket.socket]:
-        """A connection to a stand-in shard that was sent this line."""
-        with socket.create_connection(("127.0.0.1", self.port), WAIT_S) as client:
-            client.sendall(line.encode() + b"\n")
-            yield client
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def running(tmp_path: Path, argv: list[str], *flags: str, worker: str = WORKER) -> Iterator[Router]:
-    argv = [*argv, "--worker-urls", worker, "--port", "0", *flags]
-    err_path = tmp_path / "stderr.txt"
-    with open(err_path, "w") as err:
-        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, cwd=ROOT, text=True)
-    with process:
-        try:
-            yield Router(process, err_path)
-        finally:
-            process.kill()
 
 
 @contextlib.contextmanager
@@ -100,7 +33,7 @@ def test_a_signal_drains_what_is_in_flight_and_ends_with_0(tmp_path: Path, numbe
         children = router.children()
         assert len(children) == 2
         router.signal(number)
-        router.until(lambda: "draining inflight_requests=1 grace_s=30.0" in router.err, "drain")
+        router.until(lambda: "draining inflight_requests=1 grace_s=180.0" in router.err, "drain")
         with router.saying("who") as late:
             assert int(late.makefile().readline()) in children, "a shard that drains still serves"
         assert int(lines.readline()) in children, "what was in flight is answered"
@@ -115,7 +48,7 @@ def test_nothing_in_flight_ends_at_once(tmp_path: Path) -> None:
         begun_s = time.monotonic()
         router.signal(signal.SIGTERM)
         assert router.end() == 0
-        assert time.monotonic() - begun_s < 10, "it waited for the grace of 30 s"
+        assert time.monotonic() - begun_s < 10, "it waited for the grace of 180 s"
 
 
 def test_the_grace_is_the_longest_wait(tmp_path: Path) -> None:
@@ -175,14 +108,14 @@ def test_a_port_that_somebody_has_is_refused(capsys: pytest.CaptureFixture[str])
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        assert main(["--worker-urls", WORKER, "--port", str(port)]) == 2
+        assert main(["--worker-urls", WORKER, "--host", "127.0.0.1", "--port", str(port)]) == 2
     assert f"sglfast serve: port {port} is in use on 127.0.0.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        ([], "sglfast serve: --worker-urls: give at least one"),
+        (["--worker-urls", WORKER, "--pd-disaggregation"], "sglfast serve: --pd-disaggregation: separate prefill and decode workers"),
         (["--worker-urls", WORKER, "--shards", "-1"], "sglfast serve: --shards -1: must be at least 0"),
         (["--worker-urls", WORKER, "--port", "0", "--host", "192.0.2.1"], "sglfast serve: --host 192.0.2.1: is no address"),
     ],
@@ -194,6 +127,18 @@ def test_a_flag_that_cannot_work_ends_with_2(argv: list[str], text: str, capsys:
     assert err.count("\n") == 1
 
 
+def test_without_workers_it_serves_and_is_not_ready(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "sglfast", "serve", "--shards", "1", "--worker-urls"]
+    with running(tmp_path, argv, worker="--worker-urls") as router:
+        router.until_listening()
+        status, text = get(router.port, "/readyz")
+        assert (status, json.loads(text)["reason"]) == (503, "insufficient healthy workers")
+        assert get(router.port, "/health") == (200, "OK")
+        assert get(router.port, "/v1/completions", {"prompt": "x"})[0] == 503
+        router.signal(signal.SIGTERM)
+        assert router.end() == 0
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["--help"])
@@ -201,47 +146,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for part in ("usage: sglfast serve", "sglfast serve --worker-urls http://", "--tokenizer-path", "curl http://", "exit codes: 0"):
         assert part in text
-
-
-class Engine(BaseHTTPRequestHandler):
-    """A worker that is healthy, tells its name and echoes."""
-
-    def do_GET(self) -> None:
-        self._answer({"served_model_name": "m1"} if self.path == "/server_info" else {})
-
-    def do_POST(self) -> None:
-        self._answer(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-
-    def _answer(self, body: object) -> None:
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None: ...
-
-
-@contextlib.contextmanager
-def engine() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Engine) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def get(port: int, path: str, body: object = None) -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=WAIT_S)
-    try:
-        connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body))
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
-    finally:
-        connection.close()
 
 
 def test_the_real_router_serves_heals_and_ends(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The text of /metrics, read back with Prometheus' own parser, against what was written into shared memory."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from sglfast._hashtree import TreeWriter
 from sglfast._segment import SERVING, Segment
 from sglfast._workers import READY, WorkerTable
 from sglfast.control.introspect import Findings
-from sglfast.control.metrics import DECISIONS, Metrics
+from sglfast.control.metrics import DECISIONS, Metrics, WorkerChanges
+from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
 from sglfast.edge.policy import DECISIONS as EDGE_DECISIONS
 from sglfast.errors import REASON_INDEX
@@ -121,6 +123,28 @@ def test_workers_and_states(segment: Segment, workers: Workers) -> None:
     assert seen.get("worker_up", worker=A, model='m"1\\') == 1
     assert seen.get("worker_up", worker=B, model="") == 0
     assert [seen.get("workers", state=state) for state in ("joining", "ready", "unhealthy", "draining")] == [1, 1, 0, 0]
+
+
+def test_workers_that_come_drain_and_go(segment: Segment, workers: Workers) -> None:
+    workers.set_draining(0, True)
+    changes = WorkerChanges(additions=Counter(success=3, duplicate=2), removals=Counter(drained=1))
+    text = Metrics(segment, lambda: workers.views, changes=changes).render()
+    seen = Scrape(text)
+    assert seen.get("worker_state", worker=A, state="draining") == seen.get("worker_state", worker=B, state="joining") == 1
+    assert (seen.get("worker_up", worker=A, model='m"1\\'), seen.get("workers", state="draining")) == (0, 1)
+    assert [seen.get("worker_registrations_total", result=name) for name in ("success", "failed", "duplicate")] == [3, 0, 2]
+    assert [seen.get("worker_removals_total", how=name) for name in ("drained", "cut", "waiting")] == [1, 0, 0]
+    workers.remove(0)
+    assert A.encode() not in Metrics(segment, lambda: workers.views).render()
+
+
+def test_the_next_worker_of_a_slot_begins_at_0(segment: Segment, workers: Workers) -> None:
+    Column(segment, 0).add_worker(0, words.W_OK, 7)
+    totals = WorkerTotals(segment)
+    totals.begin(0)
+    Column(segment, 1).add_worker(0, words.W_OK, 2)
+    seen = Scrape(Metrics(segment, lambda: workers.views, totals=totals).render())
+    assert seen.get("worker_requests_total", worker=A, outcome="ok") == 2
 
 
 def test_ranks_and_tree(segment: Segment, workers: Workers) -> None:

@@ -8,9 +8,9 @@ import pytest
 from control_doubles import Remembered, remembering_log
 from shared_memory import shared_segment
 
-from sglfast._workers import JOINING, READY, WorkerTable
+from sglfast._workers import DRAINING, FREE, JOINING, READY, UNHEALTHY, WorkerTable
 from sglfast.control.introspect import Findings
-from sglfast.control.workers import RankRanges, Workers
+from sglfast.control.workers import RankRanges, TableFullError, Workers
 from sglfast.errors import ConfigError
 from sglfast.shm import WorkerRecord, WorkerView, read_workers
 from sglfast.wire.server_info import KvEndpoint, WorkerFacts
@@ -158,6 +158,58 @@ def test_the_longest_url_and_name_fit_together() -> None:
         workers.register("http://" + "h" * 1017)
         workers.learn(0, spoken(None, "\U00020000" * 512))
         assert workers.views[0].record.model == "\U00020000" * 512
+
+
+def test_a_removed_worker_leaves_its_slot_and_ranks_only_when_they_are_released() -> None:
+    with pool(2, max_workers=3) as (workers, table, _):
+        workers.learn(0, spoken(facts(ranks=4)))
+        free = workers._ranks.free
+        workers.remove(0)
+        assert [view.worker_idx for view in workers.views] == [1]
+        assert table.state(0) == FREE
+        assert workers._ranks.free == free
+        assert workers.register("http://10.0.0.7:1") == 2
+        with pytest.raises(TableFullError):
+            workers.register("http://10.0.0.8:1")
+        workers.release(0)
+        assert workers._ranks.free == free + 4 - 1
+        assert workers.register("http://10.0.0.8:1") == 0
+        assert workers.view(0).generation == 2
+        with pytest.raises(KeyError):
+            workers.release(0)
+
+
+def test_a_drained_worker_is_draining_whatever_its_health() -> None:
+    with pool(1) as (workers, table, _):
+        workers.set_draining(0, True)
+        for state in (READY, UNHEALTHY, READY):
+            workers.set_state(0, state)
+            assert (table.state(0), workers.view(0).state, workers.health(0)) == (DRAINING, DRAINING, state)
+        workers.set_draining(0, False)
+        assert table.state(0) == READY
+        workers.set_draining(0, True)
+        workers.remove(0)
+        workers.release(0)
+        assert workers.register("http://10.0.0.9:1") == 0
+        assert table.state(0) == JOINING, "the next one is not draining"
+
+
+def test_a_given_name_and_key_outlive_every_introspection() -> None:
+    with pool(0) as (workers, table, _):
+        workers.register("http://10.0.0.1:1", model="given", api_key="sk-1")
+        for findings in (SILENT, spoken(facts()), spoken(None), spoken(facts(version="v" * 5000)), spoken(facts(ranks=70))):
+            workers.learn(0, findings)
+            record = read_workers(table)[0].record
+            assert (record.model, record.api_key) == ("given", "sk-1"), findings
+        workers.set_api_key(0, None)
+        assert read_workers(table)[0].record.api_key is None
+
+
+def test_the_longest_key_fits_beside_the_longest_url_and_name() -> None:
+    with pool(0) as (workers, _, _):
+        workers.register("http://" + "h" * 1017, model="\U00020000" * 512, api_key="k" * 800)
+        workers.learn(0, spoken(facts()))
+        assert workers.view(0).record.api_key == "k" * 800
 
 
 def test_refused_registrations() -> None:

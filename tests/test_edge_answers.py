@@ -1,9 +1,6 @@
 """sglfast.edge.answers: what the router says itself."""
 
 import asyncio
-import contextlib
-import socket
-import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -42,6 +39,8 @@ def test_own_message_and_allow() -> None:
     assert b"\r\nallow: POST\r\n" in opening
     assert orjson.loads(body)["error"]["message"] == "this path takes only POST"
     assert b"\r\nallow: GET, HEAD\r\n" in answers.error_answer(errors.METHOD_NOT_ALLOWED, "this path takes only GET")[0]
+    both = answers.error_answer(errors.METHOD_NOT_ALLOWED, "this path takes only GET, PUT")[0]
+    assert b"\r\nallow: GET, HEAD, PUT\r\n" in both
     assert b"content-length: %d\r\n" % len(body) in opening
 
 
@@ -99,78 +98,6 @@ def test_models_also_of_workers_that_are_down() -> None:
     run(test())
 
 
-# ---- through control ----
-
-
-async def asked(handler: Handler) -> tuple[int, bytes, bytes]:
-    """ask_control of a control that answers with `handler`."""
-    name = f"sglfast-test-{time.time_ns()}"
-    loop_server = await asyncio.start_unix_server(handler, sock=_listener(name))
-    async with loop_server:
-        return await answers.ask_control(f"@{name}", b"/metrics")
-
-
-def _listener(name: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind("\0" + name)
-    listener.listen()
-    return listener
-
-
-def sends(data: bytes) -> Handler:
-    async def handler(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        asked = await reader.readuntil(b"\r\n\r\n")
-        assert asked.startswith(b"GET /metrics HTTP/1.1\r\n")
-        with contextlib.suppress(ConnectionError):  # what is too much is not read to its end
-            for at in range(0, len(data), 70_000):
-                writer.write(data[at : at + 70_000])
-                await writer.drain()
-        writer.close()
-
-    return handler
-
-
-def test_answer_of_control() -> None:
-    body = b"# metrics\n" * 300_000
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\ncontent-length: %d\r\n\r\n" % len(body)
-    assert run(asked(sends(head + body))) == (200, b"text/plain; version=0.0.4", body)
-    assert run(asked(sends(b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"))) == (503, answers.TEXT, b"")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"HTTP/1.1 200 OK\r\ncontent-le",
-        b"HTTP/1.1 200 OK\r\n\r\nabc",
-        b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nabc",
-        b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\ncontent-length: 99999999999\r\n\r\n",
-        b"HTTP/1.1 abc\r\ncontent-length: 0\r\n\r\n",
-        b"HTTP/1.1 299 Strange\r\ncontent-length: 0\r\n\r\n",
-        b"\r\n\r\n",
-        b"x" * 300_000,
-    ],
-)
-def test_broken_answers_of_control(data: bytes) -> None:
-    with pytest.raises(ConnectionError):
-        run(asked(sends(data)))
-
-
-def test_control_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "_METRICS_TIMEOUT_SECS", 0.1)
-
-    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    with pytest.raises(TimeoutError):
-        run(asked(silent))
-    with pytest.raises(OSError, match="refused"):
-        run(answers.ask_control("@sglfast-nobody-listens-here", b"/metrics"))
-
-
 # ---- at a real shard ----
 
 
@@ -179,36 +106,6 @@ def worker() -> Iterator[Worker]:
     worker = Worker()
     yield worker
     worker.close()
-
-
-def test_metrics_come_from_control(worker: Worker) -> None:
-    name = f"sglfast-test-{time.time_ns()}"
-    listener = _listener(name)
-    body = b"sglfast_up 1\n" * 10
-
-    def control() -> None:
-        for _ in range(2):
-            peer, _ = listener.accept()
-            with peer:
-                assert peer.recv(4096).startswith(b"GET /metrics HTTP/1.1\r\n")
-                peer.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
-
-    thread = threading.Thread(target=control)
-    thread.start()
-    with Edge([worker], control_address="@" + name) as edge, settled(edge), edge.client() as client:
-        found = client.ask(request("GET", "/metrics", "x-request-id: m-1"))
-        assert (found.status, found.body, found.request_id) == (200, body, b"m-1")
-        assert found.header("content-type") == [b"text/plain"]
-        client.send(request("HEAD", "/metrics") + request("GET", "/health"))
-        found = client.read_answer(is_head=True)
-        assert found.header("content-length") == [b"%d" % len(body)]
-        assert client.read_answer().body == b"OK", "the pipeline goes on"
-        thread.join(5)
-        listener.close()
-        found = client.ask(request("GET", "/metrics"))
-        assert (found.status, found.code) == (503, "control_unavailable")
-        assert client.ask(request("GET", "/health")).body == b"OK"
-        assert client.ask(request("POST", "/metrics", body=b"")).header("allow") == [b"GET, HEAD"]
 
 
 def test_own_answers_at_a_real_shard(worker: Worker) -> None:

@@ -132,6 +132,23 @@ def test_only_ready_workers_are_chosen(state: int) -> None:
     routed(memory, test)
 
 
+def test_a_shard_says_by_which_version_it_acts() -> None:
+    memory = Memory(ENGINES[:3])
+
+    def test(router: Router, shard: Shard) -> None:
+        choose(router)
+        assert memory.segment.workers_seen(shard.process_slot) == memory.table.version()
+        memory.table.set_state(1, _workers.DRAINING)
+        assert memory.segment.workers_seen(shard.process_slot) == memory.table.version() - 1
+        choose(router)
+        assert memory.segment.workers_seen(shard.process_slot) == memory.table.version()
+        memory.table.remove(1)
+        shard.tick()  # without a request
+        assert memory.segment.workers_seen(shard.process_slot) == memory.table.version()
+
+    routed(memory, test)
+
+
 def test_a_model_whose_workers_are_down_is_not_served_by_another_models() -> None:
     memory = Memory(ENGINES[:2], models=["a", "b"])
 

@@ -11,7 +11,6 @@ from raw_client import WAIT_S, chunk, many, post, request
 from scripted_worker import SSE_HEAD, Call, Worker, answer, answer_head, echoes, says, then_closes
 
 from sglfast import _counters as c
-from sglfast import _workers
 
 HEALTH = request("GET", "/health")
 
@@ -145,47 +144,6 @@ def test_a_connection_of_an_abandoned_request_is_kept_and_may_fail_like_an_idle_
         for sock in [second, listener, *fill, *accepted]:
             sock.close()
         edge.settle()
-
-
-def test_a_removed_worker_loses_its_connections(workers: list[Worker]) -> None:
-    go_on = threading.Event()
-
-    def script(call: Call) -> None:
-        call.send(SSE_HEAD + chunk(b"data: 1\n\n"))
-        assert go_on.wait(5)
-        call.send(chunk(b"data: 2\n\n") + chunk(b""))
-
-    with Edge(workers, policy="least_load") as edge, settled(edge), many(2, edge.port) as clients:
-        for worker in workers:
-            worker.plan(echoes, script)
-        for client in clients:  # one idle connection to each
-            client.send(post())
-        for client in clients:
-            client.read_answer()
-        wait_until(lambda: edge.word(c.S_INFLIGHT) == 0, "both are idle")
-        clients[0].send(post())
-        wait_until(lambda: sum(len(worker.calls) for worker in workers) == 3, "one is busy")
-        busy = workers[0] if len(workers[0].calls) == 2 else workers[1]
-        position = workers.index(busy)
-        edge.table.set_state(position, _workers.FREE)
-        edge.table.set_state(1 - position, _workers.FREE)
-        wait_until(lambda: workers[1 - position].open_connections == 0, "the idle connection is closed", 2.0)
-        assert busy.open_connections == 1, "the busy one goes on"
-        assert clients[1].ask(post()).code == "no_healthy_workers"
-        go_on.set()
-        assert clients[0].read_answer().body == b"data: 1\n\ndata: 2\n\n"
-        wait_until(lambda: busy.open_connections == 0, "and is closed when its answer ends", 1.0)
-
-
-def test_another_worker_in_the_same_slot_gets_its_own_connections(workers: list[Worker]) -> None:
-    with Edge(workers[:1]) as edge, settled(edge), edge.client() as client:
-        assert client.ask(post(b"1")).body == b"1"
-        edge.put(0, url=workers[1].url)
-        assert client.ask(post(b"2")).body == b"2"
-        assert ([call.body for call in workers[0].calls], [call.body for call in workers[1].calls]) == ([b"1"], [b"2"])
-        assert workers[1].calls[0].header("host") == [workers[1].url.removeprefix("http://").encode()]
-        wait_until(lambda: workers[0].open_connections == 0, "the old connection is closed")
-        workers[1].reset()
 
 
 class InLoop:

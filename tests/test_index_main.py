@@ -228,6 +228,21 @@ def test_sizes_follow_eviction(house: House) -> None:
     assert control.ranks.get(0, words.R_OWNED_BLOCKS) == 4
 
 
+def test_index_says_by_which_version_it_acts(house: House) -> None:
+    control = house.control
+    engine = house.publisher()
+    engine.publish(stored(1, 4))
+    control.put(0, engine, rank_base=0)
+    house.index.sync()
+    house.wait_exact(0, 1, engine)
+    assert control.segment.workers_seen(0) == control.table.version()
+    control.table.remove(0)
+    assert control.segment.workers_seen(0) == control.table.version() - 1
+    house.index.sync()
+    assert control.segment.workers_seen(0) == control.table.version()
+    assert control.reader.stats()["live_blocks"] == 0, "what it says it has seen it has done"
+
+
 def test_close_leaves_nothing_in_the_tree(house: House) -> None:
     engine = house.publisher()
     engine.publish(stored(1, 4))

@@ -34,7 +34,7 @@ def plan(max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int
     stride = 8 + 3 * max_ranks // 8
     header |= {
         "magic": int.from_bytes(b"SGLFAST1", "little"),
-        "layout_major": 1,
+        "layout_major": 2,
         "max_workers": max_workers,
         "max_ranks": max_ranks,
         "max_shards": max_shards,
@@ -142,11 +142,14 @@ def test_attach_refuses_what_is_no_segment() -> None:
             Segment(memory)
 
 
-@pytest.mark.parametrize("major", [0, 2, 0xFFFFFFFF])
+@pytest.mark.parametrize("major", [0, _segment.LAYOUT_MAJOR + 1, 0xFFFFFFFF])
 def test_attach_refuses_another_layout_version(major: int) -> None:
     memory = formatted()
     memory[8:12] = major.to_bytes(4, "little")
-    text = f"the segment has layout version {major}, this build reads version 1: start all processes from one build of sglfast"
+    text = (
+        f"the segment has layout version {major}, this build reads version {_segment.LAYOUT_MAJOR}: "
+        "start all processes from one build of sglfast"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
         Segment(memory)
 
@@ -204,10 +207,10 @@ def test_attach_refuses_sizes_beyond_the_limits_even_if_they_agree(wrong: dict[s
 def test_attach_by_descriptor_raises_our_error() -> None:
     with shared_segment() as (fd, segment):
         words = Words(fd)
-        words.memory[8] = 9
-        with pytest.raises(ShmLayoutError, match="layout version 9, this build reads version 1"):
+        words.memory[8] = 99
+        with pytest.raises(ShmLayoutError, match=f"layout version 99, this build reads version {_segment.LAYOUT_MAJOR}"):
             shm.attach(fd)
-        words.memory[8] = 1
+        words.memory[8] = _segment.LAYOUT_MAJOR
         words.memory[0] = 0
         with pytest.raises(ShmLayoutError, match=NO_SEGMENT):
             shm.attach(fd)
@@ -291,6 +294,18 @@ def test_process_slots() -> None:
         assert [other.process_info(slot)[0] for slot in range(3)] == [100, 555, 102], "neighbours keep their own"
 
 
+def test_what_a_process_has_seen_of_the_worker_table() -> None:
+    with shared_segment(max_shards=2) as (fd, segment):
+        control = shm.attach(fd)
+        segment.process_start(1, 4711, 1000)
+        assert [control.workers_seen(slot) for slot in range(3)] == [0, 0, 0]
+        segment.process_saw(1, 1 << 40)
+        assert [control.workers_seen(slot) for slot in range(3)] == [0, 1 << 40, 0]
+        control.process_died(1)
+        segment.process_start(1, 4712, 2000)
+        assert control.workers_seen(1) == 0, "its successor has seen nothing yet"
+
+
 @pytest.mark.parametrize("slot", [-1, 3, 1000])
 def test_process_slots_outside_raise_and_write_nothing(slot: int) -> None:
     with shared_segment(max_shards=2) as (fd, segment):
@@ -301,6 +316,8 @@ def test_process_slots_outside_raise_and_write_nothing(slot: int) -> None:
             lambda: segment.process_heartbeat(slot, 1),
             lambda: segment.process_died(slot),
             lambda: segment.process_info(slot),
+            lambda: segment.process_saw(slot, 1),
+            lambda: segment.workers_seen(slot),
         ):
             with pytest.raises(IndexError, match=rf"^process slot {slot} of 3$"):
                 call()

@@ -187,9 +187,21 @@ def test_a_record_larger_than_its_slot_is_refused() -> None:
         assert table.version() == version
 
 
-def test_a_record_has_no_room_for_secrets() -> None:
-    """A new field is a decision: `/server_info` also holds api_key, admin_api_key and a key file's password."""
+def test_a_record_has_no_room_for_the_workers_secrets() -> None:
+    """A new field is a decision: `/server_info` also holds api_key, admin_api_key and a key file's password.
+
+    The api_key here is ours: what the router shows the worker.
+    """
     assert {field.name for field in msgspec.structs.fields(WorkerRecord)} == {
-        "url", "model", "version", "disaggregation_mode", "startup_time",
+        "url", "model", "api_key", "version", "disaggregation_mode", "startup_time",
         "kv_host", "kv_port_base", "kv_topic", "kv_replay_port_base", "kv_connects_out",
     }  # fmt: skip
+
+
+def test_the_key_is_in_no_text_of_a_record() -> None:
+    record = WorkerRecord(url="http://w", api_key="sk-very-secret", kv_topic="t")
+    view = msgspec.structs.replace(worker("http://w"), record=record)
+    for shown in (repr(record), str(view), f"{view}"):
+        assert "sk-very-secret" not in shown
+        assert "http://w" in shown
+        assert "has_key=True" in shown

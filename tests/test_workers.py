@@ -71,6 +71,24 @@ def test_states() -> None:
         assert other.read(0) == (2, READY, 3, 2, 64, FLAG_BIGRAM, b"record"), "the generation outlives the worker"
 
 
+def test_a_removed_worker_leaves_its_generation_and_nothing_else() -> None:
+    with shared_segment() as (fd, segment):
+        control, other = WorkerTable(segment), WorkerTable(shm.attach(fd))
+        with pytest.raises(ValueError, match="worker slot 1 was never written"):
+            control.remove(1)
+        control.put(1, **{**ROW, "blob": b"the key of the worker" * 50})
+        control.put(1, **{**ROW, "blob": b"short", "is_new": False})
+        assert b"the key" not in Words(fd).memory[:], "a longer record was written over"
+        control.put(1, **{**ROW, "blob": b"the key of another", "is_new": False})
+        version = other.version()
+        control.remove(1)
+        assert (other.read(1), other.state(1), other.version()) == (None, FREE, version + 1)
+        assert b"the key" not in Words(fd).memory[:]
+        assert other.generation(1) == 1
+        control.put(1, **ROW)
+        assert (other.generation(1), other.generation(0)) == (2, 0)
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -118,6 +136,8 @@ def test_slots_outside_raise_and_write_nothing(worker_idx: int) -> None:
             lambda: table.put(worker_idx, **ROW),
             lambda: table.set_state(worker_idx, READY),
             lambda: table.state(worker_idx),
+            lambda: table.remove(worker_idx),
+            lambda: table.generation(worker_idx),
             lambda: table.read(worker_idx),
         ):
             with pytest.raises(IndexError, match=rf"^worker {worker_idx} is outside 0\.\.3$"):

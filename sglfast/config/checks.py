@@ -32,6 +32,7 @@ def check(config: ServeConfig) -> ServeConfig:
         worker_urls=urls,
         tokenizer_path=_check_model(config),
         request_id_headers=tuple(name.lower() for name in config.request_id_headers),
+        retry_max_retries=1 if config.disable_retries else max(1, config.retry_max_retries),
         priority_header=config.priority_header.lower() if config.priority_header else None,
     )
     _check_addresses(config)
@@ -95,8 +96,8 @@ def _check_files(config: ServeConfig) -> None:
         for path in value if isinstance(value, tuple) else (value,):
             if path is not None and not os.access(path, os.R_OK):
                 raise ConfigError(f"{flag_of(name)} {path}: cannot be read")
-    if config.log_dir is not None and not os.path.isdir(config.log_dir):
-        raise ConfigError(f"--log-dir {config.log_dir}: no such folder")
+    if config.log_dir is not None and os.path.exists(config.log_dir) and not os.path.isdir(config.log_dir):
+        raise ConfigError(f"--log-dir {config.log_dir}: is no folder")
 
 
 def _check_headers(config: ServeConfig) -> None:

@@ -103,7 +103,7 @@ def from_file(field: Field, value: Any, where: str) -> Any:
         return None
     if field.is_list:
         if not isinstance(value, list):
-            raise ConfigError(f"{where}: must be a list of {_KINDS[field.kind]}, is {_shown(value)}")
+            raise ConfigError(f"{where}: must be a list of {_KINDS[field.kind]}, is {_shown(field, value)}")
         return tuple(_own_type(field, item, where) for item in value)
     return _own_type(field, value, where)
 
@@ -112,12 +112,13 @@ def _own_type(field: Field, value: Any, where: str) -> Any:
     if field.kind is float and type(value) is int:
         value = float(value)
     if type(value) is not field.kind:
-        shown = "of another type" if "secret" in field.meta else _shown(value)
-        raise ConfigError(f"{where}: must be {_KINDS[field.kind]}, is {shown}")
+        raise ConfigError(f"{where}: must be {_KINDS[field.kind]}, is {_shown(field, value)}")
     return _spelled(field, value)
 
 
-def _shown(value: Any) -> str:
+def _shown(field: Field, value: Any) -> str:
+    if "secret" in field.meta:
+        return "of another type"
     return "empty" if value is None else f"{str(value)[:80]!r} ({type(value).__name__})"
 
 

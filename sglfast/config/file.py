@@ -18,7 +18,7 @@ from sglfast.errors import ConfigError
 _LIMIT_BYTES = 1 << 20
 _SECTIONS = {field.meta["section"]: field for field in FIELDS.values() if "section" in field.meta}
 _FOLDERS = {path.rpartition(".")[0] for path in _SECTIONS} | {"discovery"}
-_KNOWN = {*BY_ANY_NAME, *FOREIGN, *_SECTIONS, "models.id", "discovery.backend"}
+_KNOWN = {*BY_ANY_NAME, *FOREIGN, *_SECTIONS, "models.id", "discovery.backend", "discovery.k8s"}
 _BACKENDS = ("static_urls", "k8s")
 
 
@@ -31,6 +31,8 @@ def read_file(path: str) -> tuple[dict[str, tuple[str, Any]], list[str]]:
         where = f"{path}: {key}"
         if key == "discovery.backend":
             _check_backend(where, value, tree)
+        elif key == "discovery.k8s":
+            raise ConfigError(f"{where}: {FOREIGN['service_discovery'].why}")
         elif key == "models.id":
             if not isinstance(value, str) or not value.strip():
                 raise ConfigError(f"{where}: must be the name of a model")

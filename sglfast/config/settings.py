@@ -38,40 +38,47 @@ class ServeConfig:
 
     # fmt: off
     worker_urls: tuple[str, ...] = _setting(
-        (), "base URLs of the workers, such as http://10.0.0.5:30000", "workers", metavar="URL", section="discovery.static_urls.urls")
+        (), "base URLs of the workers, such as http://10.0.0.5:30000", "workers", metavar="URL", section="discovery.static_urls.urls",
+        live=True)
     max_workers: int = _setting(1024, "workers at most", "workers", low=1, high=65536)
-    health_check_endpoint: str = _setting("/health", "path of the health check", "workers")
-    health_check_interval_secs: float = _setting(5.0, "time between health checks of a worker", "workers", low=0.1)
-    health_check_timeout_secs: float = _setting(5.0, "a health check must answer within this time", "workers", low=0.1)
-    health_failure_threshold: int = _setting(3, "failed checks in a row that take a worker out", "workers", low=1)
-    health_success_threshold: int = _setting(1, "good checks in a row that bring it back", "workers", low=1)
-    disable_health_check: bool = _setting(False, "take every worker for healthy, without asking", "workers")
+    health_check_endpoint: str = _setting("/health", "path of the health check", "workers", live=True)
+    health_check_interval_secs: float = _setting(5.0, "time between health checks of a worker", "workers", low=0.1, live=True)
+    health_check_timeout_secs: float = _setting(5.0, "a health check must answer within this time", "workers", low=0.1, live=True)
+    health_failure_threshold: int = _setting(3, "failed checks in a row that take a worker out", "workers", low=1, live=True)
+    health_success_threshold: int = _setting(1, "good checks in a row that bring it back", "workers", low=1, live=True)
+    disable_health_check: bool = _setting(False, "take every worker for healthy, without asking", "workers", live=True)
     worker_startup_timeout_secs: float = _setting(
-        1800.0, "a worker that is not ready this long after it was added is called failed; it is asked on", "workers", low=1.0)
+        1800.0, "a worker that is not ready this long after it was added is called failed; it is asked on", "workers", low=1.0, live=True)
     worker_startup_check_interval: float = _setting(
-        5.0, "seconds between checks of a worker that was never ready, after the quick ones of its first 10 s", "workers", low=0.1)
-    introspect_timeout_secs: float = _setting(2.0, "time for a worker's /server_info", "workers", low=0.05)
+        5.0, "seconds between checks of a worker that was never ready, after the quick ones of its first 10 s", "workers", low=0.1,
+        live=True)
+    worker_drain_timeout_secs: float = _setting(
+        600.0, "a worker that is being removed has this long to finish its requests, then they are cut", "workers", low=0.0, high=86400.0,
+        live=True)
+    introspect_timeout_secs: float = _setting(2.0, "time for a worker's /server_info", "workers", low=0.05, live=True)
 
     host: str = _setting("0.0.0.0", "address to listen on (127.0.0.1 for this machine only)", "server", section="server.host")
     port: int = _setting(30000, "port to listen on; 0 picks a free one", "server", low=0, high=65535, section="server.port")
     shards: int = _setting(0, "serving processes; 0 = one a core", "server", low=0, high=256)
     max_connections: int = _setting(32768, "client connections of each shard at most", "server", low=1, high=1 << 20)
-    max_payload_size: int = _setting(64 << 20, "largest request body in bytes", "server", low=1)
-    max_header_bytes: int = _setting(64 << 10, "largest request head in bytes", "server", low=1024, high=1 << 20)
+    max_payload_size: int = _setting(64 << 20, "largest request body in bytes", "server", low=1, live=True)
+    max_header_bytes: int = _setting(64 << 10, "largest request head in bytes", "server", low=1024, high=1 << 20, live=True)
     max_url_bytes: int = _setting(16 << 10, "longest request target in bytes", "server", low=64, high=1 << 20)
-    header_timeout_secs: float = _setting(10.0, "a request head must arrive within this time", "server", low=0.1)
-    body_timeout_secs: float = _setting(30.0, "longest pause inside a request body", "server", low=0.1)
-    idle_timeout_secs: float = _setting(75.0, "an idle client connection is closed after this time", "server", low=0.1)
-    send_timeout_secs: float = _setting(120.0, "a client that takes nothing of its answer for this long is cut", "server", low=0.1)
+    header_timeout_secs: float = _setting(10.0, "a request head must arrive within this time", "server", low=0.1, live=True)
+    body_timeout_secs: float = _setting(30.0, "longest pause inside a request body", "server", low=0.1, live=True)
+    idle_timeout_secs: float = _setting(75.0, "an idle client connection is closed after this time", "server", low=0.1, live=True)
+    send_timeout_secs: float = _setting(
+        120.0, "a client that takes nothing of its answer for this long is cut", "server", low=0.1, live=True)
     shutdown_grace_secs: float = _setting(
-        180.0, "at SIGTERM, time for requests in flight to finish", "server", low=0.0, high=3600.0, also=("shutdown_grace_period_secs",))
+        180.0, "at SIGTERM, time for requests in flight to finish", "server", low=0.0, high=3600.0, also=("shutdown_grace_period_secs",),
+        live=True)
     request_id_headers: tuple[str, ...] = _setting(
         REQUEST_ID_HEADERS, "request headers that may hold the request's id, the first one present counts", "server", metavar="NAME")
     passthrough: bool = _setting(False, "relay POST requests to unknown paths under /v1/ too", "server")
 
     policy: str = _setting(
         "auto", "how a worker is chosen; auto = cache_aware as soon as a worker publishes KV events, else least_load",
-        "routing", choices=POLICIES, same_as={"cache_aware_zmq": "cache_aware"}, section="models.policy")
+        "routing", choices=POLICIES, same_as={"cache_aware_zmq": "cache_aware"}, section="models.policy", live=True)
     tokenizer_path: str | None = _setting(
         None, "folder with tokenizer.json and tokenizer_config.json of the model (cache_aware needs it)", "routing",
         metavar="PATH", section="models.tokenizer_path")
@@ -87,13 +94,13 @@ class ServeConfig:
         "routing", low=0, also=("tokenizer_cache_l1_max_memory",))
     cache_threshold: float = _setting(
         0.5, "share of the prompt's blocks that a worker must hold for its cache to decide alone", "routing",
-        low=0.0, high=1.0, section="models.cache_aware.cache_threshold")
+        low=0.0, high=1.0, section="models.cache_aware.cache_threshold", live=True)
     balance_abs_threshold: int = _setting(
         32, "cache is ignored when in-flight requests of workers differ by more than this ...", "routing",
-        low=0, section="models.cache_aware.balance_abs_threshold")
+        low=0, section="models.cache_aware.balance_abs_threshold", live=True)
     balance_rel_threshold: float = _setting(
         1.1, "... and the busiest has more than this times the idlest", "routing",
-        low=1.0, section="models.cache_aware.balance_rel_threshold")
+        low=1.0, section="models.cache_aware.balance_rel_threshold", live=True)
     kv_listen: str | None = _setting(
         None, "where to listen for the KV events of workers that connect out, such as tcp://0.0.0.0:5557; rank r arrives at its port + r, "
         "workers are told apart by their topics", "routing", metavar="ADDRESS")
@@ -103,16 +110,16 @@ class ServeConfig:
         0, "ranks (workers x data-parallel size) in the KV index: multiple of 64 up to 1024; 0 = by the workers", "routing",
         low=0, high=1024)
 
-    connect_timeout_secs: float = _setting(5.0, "time to connect to a worker", "upstream", low=0.05)
+    connect_timeout_secs: float = _setting(5.0, "time to connect to a worker", "upstream", low=0.05, live=True)
     request_timeout_secs: float = _setting(
-        1800.0, "time until a worker begins its answer", "upstream", low=0.05, section="proxy.request_timeout_secs")
-    stream_idle_timeout_secs: float = _setting(180.0, "longest pause inside a worker's answer", "upstream", low=0.05)
+        1800.0, "time until a worker begins its answer", "upstream", low=0.05, section="proxy.request_timeout_secs", live=True)
+    stream_idle_timeout_secs: float = _setting(180.0, "longest pause inside a worker's answer", "upstream", low=0.05, live=True)
     stale_request_timeout_secs: float = _setting(
         1800.0, "a request in flight for longer is ended and no longer counted as load", "upstream",
         low=1.0, section="active_load.stale_request_timeout_secs")
     upstream_keepalive_secs: float = _setting(
         3.0, "an idle connection to a worker is closed after this time; keep it below the workers' own limit (5 s in uvicorn)",
-        "upstream", low=0.0)
+        "upstream", low=0.0, live=True)
 
     max_concurrent_requests: int = _setting(-1, "requests in flight at most, over all shards; -1 or 0 = no limit", "admission", low=-1)
     queue_size: int = _setting(100, "requests that wait when that limit is reached; 0 = none, 429 at once", "admission", low=0)
@@ -123,7 +130,7 @@ class ServeConfig:
         None, "request header with a whole number; those who wait are admitted in its order, highest first", "admission", metavar="NAME")
     tenant_fairness: bool = _setting(False, "those who wait are admitted in turn by API key", "admission")
 
-    retry_max_retries: int = _setting(5, "attempts for a request in all, the first one included", "retries", low=1, high=1000)
+    retry_max_retries: int = _setting(5, "attempts for a request in all, the first one included; 0 is as 1", "retries", low=0, high=1000)
     retry_initial_backoff_ms: int = _setting(50, "pause before the second attempt", "retries", low=0)
     retry_max_backoff_ms: int = _setting(30000, "longest pause between two attempts", "retries", low=0)
     retry_backoff_multiplier: float = _setting(1.5, "each further pause is this times the one before", "retries", low=1.0)
@@ -163,7 +170,7 @@ class ServeConfig:
 
     log_level: str = _setting(
         "info", "log level", "logs", choices=("debug", "info", "warning", "error"), same_as={"warn": "warning"},
-        section="observability.log_level")
+        section="observability.log_level", live=True)
     log_format: str = _setting("text", "log format", "logs", choices=("text", "json"), section="observability.log_format")
     request_log: str = _setting(
         "all", "one line for each request, for those that were not answered well (4xx, 5xx, cut, left), or none", "logs",

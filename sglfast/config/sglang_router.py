@@ -1,7 +1,7 @@
-"""Flags of sglang-router 0.3.2 that are no settings here: what happens when a script gives them.
+"""sglang-router 0.3.2: its flags that are no settings here, and what happens when a script gives them; what its other ones do differently.
 
 Runs in: control, at start and at SIGHUP. Contract: the words behind such a flag are taken in sglang-router's own form, then it is either
-    refused with what to do instead, or let pass with a note; never silently. docs/sglang-router.md is made of this table.
+    refused with what to do instead, or let pass with a note; never silently. docs/sglang-router.md is made of these tables.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,6 +82,33 @@ OTHER_POLICIES: Mapping[str, str] = {
     "bucket": "requests are not sorted by their length; least_load spreads them",
     "prefix_hash": "cache_aware follows the prefixes that workers really hold",
     "consistent_hashing": _NO_KEYS,
+}
+
+# Settings that it has too -> what is not the same here.
+DIFFERS: Mapping[str, str] = {
+    "health_check_interval_secs": "5 s instead of 60: a worker that hangs is out sooner",
+    "health_success_threshold": "1 instead of 2: a worker that is well gets requests at once",
+    "worker_startup_timeout_secs": "afterwards the log calls the worker failed; it is asked on",
+    "worker_startup_check_interval": "5 s instead of 30, and five times a second at first",
+    "max_payload_size": "64 MiB instead of 512: a body is held in memory while it arrives",
+    "policy": "`auto` instead of `cache_aware`; `cache_aware` follows what the workers' KV caches hold and needs `--tokenizer-path`, "
+    "without it is as `least_load`; `manual` is not offered",
+    "model_path": "only the tokenizer is taken from there",
+    "prompt_cache_bytes": "32 MiB for each shard instead of 50 MiB, and always on",
+    "cache_threshold": "0.5 instead of 0.3: it counts KV blocks that the worker holds, not characters that it was once sent",
+    "balance_abs_threshold": "32 instead of 64, as sgl-router has it for exact KV indexes",
+    "balance_rel_threshold": "1.1 instead of 1.5, as sgl-router has it for exact KV indexes",
+    "request_timeout_secs": "ends when the answer begins; a stream may go on for `--stale-request-timeout-secs`",
+    "max_concurrent_requests": "counts requests in flight over all shards, no token bucket: a place is free again when its answer ends",
+    "rate_limit_tokens_per_second": "no limit unless given, instead of `--max-concurrent-requests`",
+    "retry_max_retries": "a worker that failed is left out of the further attempts",
+    "cb_failure_threshold": "answers 4xx and 503 do not count as failures",
+    "cb_success_threshold": "a circuit that is half open lets one probe through at a time",
+    "cb_window_duration_secs": "takes effect; there it does not",
+    "control_plane_api_keys": "the role `user` may read, there it may do nothing",
+    "cors_allowed_origins": "none given means none allowed, instead of any",
+    "prometheus_host": "the main port serves `/metrics` too; this one only when it or `--prometheus-port` is given",
+    "prometheus_port": "the main port serves `/metrics` too; this one only when it or `--prometheus-host` is given",
 }
 
 

@@ -103,9 +103,8 @@ def _from_environment(environment: Mapping[str, str], notes: list[str]) -> dict[
             note = note_foreign(FOREIGN[name], text.split(), variable)
             notes += [note] if note else []
         elif name != "config":
-            known = [PREFIX + known.upper() for known in (*BY_ANY_NAME, "config")]
-            close = difflib.get_close_matches(variable.upper(), known, n=1, cutoff=0.6)
-            raise ConfigError(f"{variable}: there is no such setting" + (f"; the closest is {close[0]}" if close else ""))
+            close = difflib.get_close_matches(name, (*BY_ANY_NAME, "config"), n=1, cutoff=0.6)
+            raise ConfigError(f"{variable}: there is no such setting" + (f"; the closest is {PREFIX}{close[0].upper()}" if close else ""))
     return found
 
 

@@ -1,7 +1,9 @@
 """Control's own HTTP server, on an abstract Unix socket: shards hand on to it what only control can answer.
 
 Runs in: control. Contract: only processes of control's own user are answered (SO_PEERCRED); the socket's name is in no file system and goes
-    to the shards on their command line. Paths are the router's own: a shard relays `/metrics` unchanged.
+    to the shards on their command line. Paths, methods and bodies are the client's own: a shard relays them unchanged, its
+    `authorization` included (edge/relay). What has to be asked of every administrative request is one more of the middlewares
+    of `start`, whichever door the request came through.
 """
 
 import asyncio
@@ -10,7 +12,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from aiohttp import web
 
@@ -20,16 +22,18 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _BACKLOG = 128
 _CLOSE_S = 0.2  # for answers that are being sent
+_BODY_LIMIT_BYTES = 64 << 10  # a worker's description; shards refuse larger ones too
 
 
 class AdminServer:
     """Made before the children (they need `address`); `start` inside the loop, `close` releases everything.
 
-    render_metrics: returns the body of /metrics.
+    render_metrics: returns the body of /metrics; `add` brings all other paths, before `start`.
     """
 
     def __init__(self, render_metrics: Callable[[], bytes], log: logging.Logger) -> None:
         self._render_metrics = render_metrics
+        self._routes: list[web.RouteDef] = [web.get("/metrics", self._metrics)]
         self._log = log
         self._allowed_uid = os.geteuid()
         self._runner: web.AppRunner | None = None
@@ -43,10 +47,15 @@ class AdminServer:
             self._socket.close()
             raise
 
+    def add(self, routes: Iterable[web.RouteDef]) -> None:
+        """Answer these paths too."""
+        self._routes += routes
+
     async def start(self) -> None:
         """Begin to answer."""
-        app = web.Application(middlewares=[self._only_our_user])
-        app.router.add_get("/metrics", self._metrics)
+        app = web.Application(middlewares=[self._only_our_user], client_max_size=_BODY_LIMIT_BYTES)
+        app.add_routes(self._routes)
+        app.on_response_prepare.append(_without_server_line)
         self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_CLOSE_S)
         await self._runner.setup()
         await web.SockSite(self._runner, self._socket, backlog=_BACKLOG).start()
@@ -66,6 +75,11 @@ class AdminServer:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._render_metrics(), headers={"content-type": CONTENT_TYPE})
+
+
+async def _without_server_line(request: web.Request, response: web.StreamResponse) -> None:
+    """Clients are not told by which library they were answered."""
+    response.headers.popall("Server", None)
 
 
 def peer_uid(transport: asyncio.BaseTransport | None) -> int | None:

@@ -24,11 +24,13 @@ _WORDS_LIMIT = 500  # characters of the last line in a message
 
 @dataclass(frozen=True, slots=True)
 class Inheritance:
-    """What every child gets. shm_fd: the segment; config_fd: memfd with the settings; control_address: `@name` of the admin socket."""
+    """What every child gets. shm_fd: the segment; config_fd: memfd with the settings; control_address: `@name` of the admin socket;
+    keep_lines: gets a copy of the lines that it writes to standard error."""
 
     shm_fd: int
     config_fd: int
     control_address: str
+    keep_lines: Callable[[bytes], None] | None = None
 
 
 class Child:
@@ -47,6 +49,7 @@ class Child:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_exit = on_exit
+        self._keep_lines = inheritance.keep_lines
         self._line = b""
         self.last_line = ""
         self.started_s = self._loop.time()
@@ -140,6 +143,8 @@ class Child:
         words = next((line for line in reversed(lines.splitlines()) if line.strip()), b"")
         if words:
             self.last_line = words.decode(errors="replace").strip()[-_WORDS_LIMIT:]
+        if lines and self._keep_lines is not None:
+            self._keep_lines(lines)
         with contextlib.suppress(OSError):  # ours may be closed; that is no reason to end
             while lines:
                 lines = lines[os.write(2, lines) :]

@@ -1,7 +1,8 @@
-"""GET from workers with a bound on everything: time, size of the answer, and how many at once.
+"""Ask workers, with a bound on everything: time, size of the answer, and how many at once.
 
-Runs in: control. Contract: an error's text never holds a byte that a worker sent; answers carry secrets. Each request has a connection of
-    its own: a health check is to meet what a new client would meet, and no idle connection can turn stale.
+Runs in: control. Contract: an error's text never holds a byte that a worker sent, nor the key it was shown; answers carry secrets. Each
+    request has a connection of its own: a health check is to meet what a new client would meet, and no idle connection can
+    turn stale.
 """
 
 import asyncio
@@ -56,14 +57,22 @@ class Fetcher:
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
 
-    async def get(self, url: str, timeout_s: float, limit_bytes: int = 0) -> Answer:
-        """GET `url`; the body is read only when limit_bytes > 0. timeout_s counts from when the request has its place.
+    async def get(self, url: str, timeout_s: float, limit_bytes: int = 0, api_key: str | None = None) -> Answer:
+        """GET `url`, see `ask`."""
+        return await self.ask("GET", url, timeout_s, limit_bytes, api_key)
 
-        Redirects are answers, not followed. Raises FetchError.
+    async def ask(self, method: str, url: str, timeout_s: float, limit_bytes: int = 0, api_key: str | None = None) -> Answer:
+        """Send a request without a body; the answer's is read only when limit_bytes > 0. timeout_s counts from when it has its place.
+
+        api_key: shown as a bearer token. Redirects are answers, not followed. Raises FetchError.
         """
+        headers = None if api_key is None else {"authorization": f"Bearer {api_key}"}
         async with self._places:
             try:
-                async with asyncio.timeout(timeout_s), self._session.get(url, allow_redirects=False) as response:
+                async with (
+                    asyncio.timeout(timeout_s),
+                    self._session.request(method, url, headers=headers, allow_redirects=False) as response,
+                ):
                     body = bytearray()
                     if limit_bytes:
                         async for piece in response.content.iter_any():

@@ -8,13 +8,47 @@ Runs in: control, one HealthMachine a worker, fed by pool_watch.
 """
 
 import enum
+from dataclasses import dataclass
 
 from sglfast._workers import JOINING, READY, UNHEALTHY
+from sglfast.config import ServeConfig
 from sglfast.control.fetch import Fetcher, FetchError
+from sglfast.control.worker_spec import HealthChange
 
 QUICK_FOR_S = 10.0  # a worker that has just joined is polled quickly for this long
 _QUICK_PAUSE_S = 0.2
 _CHECKS_PER_S = 500  # of all workers together while they join; a check costs control about 0.3 ms
+
+
+@dataclass(frozen=True, slots=True)
+class HealthRules:
+    """How a worker is checked.
+
+    is_off: it counts as healthy without a check; thresholds: checks in a row; startup_timeout_s: a worker that is still not ready
+    then is called failed.
+    """
+
+    interval_s: float
+    startup_interval_s: float
+    timeout_s: float
+    success_threshold: int
+    failure_threshold: int
+    startup_timeout_s: float
+    is_off: bool = False
+
+
+def rules_of(config: ServeConfig, wanted: HealthChange | None = None) -> HealthRules:
+    """The flags' rules, and what was asked for one worker instead."""
+    wanted = wanted or HealthChange()
+    return HealthRules(
+        interval_s=wanted.health_check_interval_secs or config.health_check_interval_secs,
+        startup_interval_s=config.worker_startup_check_interval,
+        timeout_s=wanted.health_check_timeout_secs or config.health_check_timeout_secs,
+        success_threshold=wanted.health_success_threshold or config.health_success_threshold,
+        failure_threshold=wanted.health_failure_threshold or config.health_failure_threshold,
+        startup_timeout_s=config.worker_startup_timeout_secs,
+        is_off=config.disable_health_check if wanted.disable_health_check is None else wanted.disable_health_check,
+    )
 
 
 class Verdict(enum.Enum):
@@ -29,32 +63,24 @@ class Verdict(enum.Enum):
 
 
 class HealthMachine:
-    """The state of one worker. Thresholds: checks in a row; startup_timeout_s: a worker that is still not ready then is called failed."""
+    """The state of one worker. rules: may be replaced at any time; what was counted counts."""
 
-    def __init__(self, *, failure_threshold: int, success_threshold: int, startup_timeout_s: float) -> None:
+    def __init__(self, rules: HealthRules) -> None:
         self.state: int = JOINING
-        self._startup_timeout_s = startup_timeout_s
-        self._failure_threshold = failure_threshold
-        self._success_threshold = success_threshold
+        self.rules = rules
         self._good = 0
         self._bad = 0
         self._is_overdue = False
         self._has_failed = False
 
-    def apply(self, *, failure_threshold: int, success_threshold: int, startup_timeout_s: float) -> None:
-        """Go on with other thresholds; what was counted counts."""
-        self._failure_threshold = failure_threshold
-        self._success_threshold = success_threshold
-        self._startup_timeout_s = startup_timeout_s
-
     def checked(self, is_good: bool, age_s: float) -> Verdict:
         """Take a check's result. age_s: time since the worker was registered."""
         if not is_good:
             self._good, self._bad = 0, self._bad + 1
-            if self.state == READY and self._bad >= self._failure_threshold:
+            if self.state == READY and self._bad >= self.rules.failure_threshold:
                 self.state = UNHEALTHY
                 return Verdict.TAKE_OUT
-            if self.state == JOINING and age_s >= self._startup_timeout_s and not self._has_failed:
+            if self.state == JOINING and age_s >= self.rules.startup_timeout_s and not self._has_failed:
                 self._has_failed = self._is_overdue = True
                 return Verdict.FAILED
             if self.state == JOINING and age_s >= QUICK_FOR_S and not self._is_overdue:
@@ -65,25 +91,25 @@ class HealthMachine:
         self._good, self._bad = self._good + 1, 0
         if self.state == READY:
             return Verdict.LOOK_AGAIN if had_failed else Verdict.NOTHING
-        if self._good < self._success_threshold:
+        if self._good < self.rules.success_threshold:
             return Verdict.NOTHING
         self.state = READY
         return Verdict.TAKE_IN
 
 
-def pause_s(state: int, age_s: float, interval_s: float, pool_size: int, startup_interval_s: float) -> float:
-    """Pause before the next check of a worker, before jitter. startup_interval_s: for a worker that was never ready."""
+def pause_s(state: int, age_s: float, rules: HealthRules, pool_size: int) -> float:
+    """Pause before the next check of a worker, before jitter."""
     if state != JOINING:
-        return interval_s
+        return rules.interval_s
     if age_s < QUICK_FOR_S:
-        return min(startup_interval_s, max(_QUICK_PAUSE_S, pool_size / _CHECKS_PER_S))
-    return startup_interval_s
+        return min(rules.startup_interval_s, max(_QUICK_PAUSE_S, pool_size / _CHECKS_PER_S))
+    return rules.startup_interval_s
 
 
-async def check(fetcher: Fetcher, url: str, timeout_s: float) -> str:
+async def check(fetcher: Fetcher, url: str, timeout_s: float, api_key: str | None = None) -> str:
     """Ask a health endpoint; returns what is wrong, the empty string for a 2xx."""
     try:
-        answer = await fetcher.get(url, timeout_s)
+        answer = await fetcher.get(url, timeout_s, api_key=api_key)
     except FetchError as error:
         return str(error)
     return "" if answer.is_good else f"status {answer.status}"

@@ -45,11 +45,17 @@ def retry_pause_s(failures: int) -> float:
     return min(_RETRY_LATER_LAST_S, _RETRY_LATER_FIRST_S * _RETRY_LATER_GROWTH ** min(failures - 1, 16))
 
 
-async def introspect(fetcher: Fetcher, worker_url: str, timeout_s: float) -> Findings:
+async def introspect(fetcher: Fetcher, worker_url: str, timeout_s: float, api_key: str | None = None) -> Findings:
     """Ask the worker; timeout_s bounds each single request. Raises nothing but cancellation."""
 
     async def ask(*paths: str, pauses_s: Sequence[float] = ()) -> Answer:
-        return await _ask(fetcher, worker_url, paths, timeout_s, pauses_s)
+        """GET the first of `paths` that exists; after each pause once more when the failure is a passing one."""
+        answer = Answer(404, b"")
+        for path in paths:
+            answer = await _ask_one(fetcher, worker_url + path, timeout_s, pauses_s, api_key)
+            if answer.status != 404:
+                break
+        return answer
 
     async def name(parse: Callable[[bytes], str | None], *paths: str) -> str | None:
         try:
@@ -74,24 +80,14 @@ async def introspect(fetcher: Fetcher, worker_url: str, timeout_s: float) -> Fin
     return Findings(facts=facts, model=model, has_spoken=not problem, problem=problem)
 
 
-async def _ask(fetcher: Fetcher, worker_url: str, paths: Sequence[str], timeout_s: float, pauses_s: Sequence[float]) -> Answer:
-    """GET the first of `paths` that exists; after each pause once more when the failure is a passing one."""
-    answer = Answer(404, b"")
-    for path in paths:
-        answer = await _ask_one(fetcher, worker_url + path, timeout_s, pauses_s)
-        if answer.status != 404:
-            break
-    return answer
-
-
-async def _ask_one(fetcher: Fetcher, url: str, timeout_s: float, pauses_s: Sequence[float]) -> Answer:
+async def _ask_one(fetcher: Fetcher, url: str, timeout_s: float, pauses_s: Sequence[float], api_key: str | None) -> Answer:
     for pause_s in pauses_s:
         try:
-            answer = await fetcher.get(url, timeout_s, _BODY_LIMIT_BYTES)
+            answer = await fetcher.get(url, timeout_s, _BODY_LIMIT_BYTES, api_key)
             if answer.status < 500:
                 return answer
         except FetchError as error:
             if not error.is_transient:
                 raise
         await asyncio.sleep(pause_s)
-    return await fetcher.get(url, timeout_s, _BODY_LIMIT_BYTES)
+    return await fetcher.get(url, timeout_s, _BODY_LIMIT_BYTES, api_key)

@@ -29,17 +29,24 @@ from sglfast.config import ServeConfig, to_json
 from sglfast.config.flags import add_flags, given_in
 from sglfast.config.sources import Loaded, load
 from sglfast.control.admin import AdminServer
+from sglfast.control.admin_workers import WorkerRoutes
 from sglfast.control.children import Inheritance
+from sglfast.control.fanout import Fanout
 from sglfast.control.fetch import Fetcher
+from sglfast.control.followers import Followers
 from sglfast.control.listen import listen, url_of
+from sglfast.control.log_file import LogFile
+from sglfast.control.membership import Membership
 from sglfast.control.metrics import Metrics
 from sglfast.control.parity import ParityWatch
 from sglfast.control.pool_watch import PoolWatch
 from sglfast.control.reload import Reloader
 from sglfast.control.supervisor import Commands, Supervisor
+from sglfast.control.worker_spec import WorkerSpec
+from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
 from sglfast.errors import ConfigError
-from sglfast.logs import set_level, setup_logs
+from sglfast.logs import copy_logs_to, set_level, setup_logs
 from sglfast.shm import create
 
 _IDLE_POLL_S = 0.05
@@ -97,17 +104,21 @@ def run(read: Callable[[], Loaded], commands: Commands | None = None) -> int:
     loaded = read()
     config = loaded.config
     log = setup_logs("control", config.log_level, config.log_format)
-    for note in loaded.notes:
-        log.warning(note)
     _raise_file_limit()
     with contextlib.ExitStack() as owned:
+        log_file = LogFile(config.log_dir) if config.log_dir is not None else None
+        if log_file is not None:
+            owned.callback(log_file.close)
+            copy_logs_to(log_file)
+        for note in loaded.notes:
+            log.warning(note)
         listeners = listen(config.host, config.port, config.shards)
         for listener in listeners:
             owned.enter_context(listener)
         config = dataclasses.replace(config, port=listeners[0].getsockname()[1])
         segment, shm_fd = _create_segment(config)
         owned.callback(os.close, shm_fd)
-        control = Control(config, segment, shm_fd, listeners, commands or Commands(), log)
+        control = Control(config, segment, shm_fd, listeners, commands or Commands(), log, log_file)
         owned.callback(control.close)
         reloader = Reloader(config, loaded, read, control.apply, log)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -125,8 +136,10 @@ class Control:
         listeners: Sequence[socket.socket],
         commands: Commands,
         log: logging.Logger,
+        log_file: LogFile | None,
     ) -> None:
         self._config = config
+        self._keep_lines = log_file.write_lines if log_file is not None else None
         self._segment = segment
         self._shm_fd = shm_fd
         self._config_fd = _memfd("sglfast-config", to_json(config))
@@ -134,9 +147,8 @@ class Control:
         self._commands = commands
         self._log = log
         self._workers = Workers(WorkerTable(segment), config.max_ranks, log)
-        for url in config.worker_urls:
-            self._workers.register(url)
-        self._watch: PoolWatch | None = None
+        self._totals = WorkerTotals(segment)
+        self._members: Membership | None = None
         self._supervisor: Supervisor | None = None
         self._signals: list[signal.Signals] = []
         self._first_signal = asyncio.Event()
@@ -151,8 +163,8 @@ class Control:
         old_fd, self._config_fd = self._config_fd, _memfd("sglfast-config", to_json(config))
         self._config = config
         set_level(config.log_level)
-        if self._watch is not None:
-            self._watch.apply(config)
+        if self._members is not None:
+            self._members.apply(config)
         if self._supervisor is not None:
             self._supervisor.tell_settings(self._config_fd)
         os.close(old_fd)
@@ -164,20 +176,33 @@ class Control:
             loop.add_signal_handler(number, self._on_signal, number)
         loop.add_signal_handler(signal.SIGHUP, reloader.reload)
         async with contextlib.AsyncExitStack() as owned:
-            metrics = Metrics(self._segment, lambda: self._workers.views)
-            admin = AdminServer(metrics.render, self._log)
-            owned.push_async_callback(admin.close)
-            await admin.start()
-            watch = self._watch = PoolWatch(self._config, self._workers, await owned.enter_async_context(Fetcher()), self._log)
+            fetcher = await owned.enter_async_context(Fetcher())
+            watch = PoolWatch(self._config, self._workers, fetcher, self._log)
             owned.push_async_callback(watch.close)
-            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address)
+            followers = Followers(self._segment, self._log)
+            members = self._members = Membership(self._config, self._workers, watch, followers, self._totals, self._log)
+            owned.push_async_callback(members.close)
+            for url in self._config.worker_urls:
+                members.add(WorkerSpec(url=url))
+            admin = await self._start_admin(owned, members, watch, fetcher)
+            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address, self._keep_lines)
             supervisor = self._supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
             owned.push_async_callback(supervisor.stop)
             supervisor.start()
-            watch.start()
-            parity = asyncio.create_task(ParityWatch(self._segment, self._workers, self._log).run())
+            parity = asyncio.create_task(ParityWatch(self._segment, self._workers, self._log, self._totals).run())
             owned.callback(parity.cancel)
             return await self._serve(supervisor)
+
+    async def _start_admin(self, owned: contextlib.AsyncExitStack, members: Membership, watch: PoolWatch, fetcher: Fetcher) -> AdminServer:
+        metrics = Metrics(self._segment, lambda: self._workers.views, totals=self._totals, changes=members.changes)
+        admin = AdminServer(metrics.render, self._log)
+        owned.push_async_callback(admin.close)
+        admin.add(WorkerRoutes(members, self._workers, watch).routes())
+        fanout = Fanout(self._workers, fetcher)
+        owned.push_async_callback(fanout.close)
+        admin.add(fanout.routes())
+        await admin.start()
+        return admin
 
     def _on_signal(self, number: signal.Signals) -> None:
         self._signals.append(number)

@@ -8,7 +8,9 @@ Format: Prometheus text 0.0.4. Rendering costs about 5 us a line, so a text is s
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -20,6 +22,7 @@ from sglfast import _counters as words
 from sglfast._counters import RankTable, Totals
 from sglfast._hashtree import TreeReader
 from sglfast._segment import Segment
+from sglfast.control.worker_totals import WorkerTotals
 from sglfast.errors import REASONS
 from sglfast.shm import DECISIONS, RANK_REASONS, WorkerView
 
@@ -84,12 +87,31 @@ _RANK_COUNTERS = {
 _STATES = {_workers.JOINING: "joining", _workers.READY: "ready", _workers.UNHEALTHY: "unhealthy", _workers.DRAINING: "draining"}
 
 
-class Metrics:
-    """Renders. views: the workers as they are now; clock: seconds, for how long a text is served again."""
+@dataclass(slots=True)
+class WorkerChanges:
+    """How often workers came, by result, and went, by how."""
 
-    def __init__(self, segment: Segment, views: Callable[[], Sequence[WorkerView]], clock: Callable[[], float] = time.monotonic) -> None:
+    additions: Counter[str] = field(default_factory=Counter)
+    removals: Counter[str] = field(default_factory=Counter)
+
+
+class Metrics:
+    """Renders. views: the workers as they are now; clock: seconds, for how long a text is served again.
+
+    totals: the workers' counters since they got their slots; changes: how often workers came and went.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        views: Callable[[], Sequence[WorkerView]],
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        totals: WorkerTotals | None = None,
+        changes: WorkerChanges | None = None,
+    ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(RouterCollector(segment, views))
+        self._registry.register(RouterCollector(segment, views, totals or WorkerTotals(segment), changes or WorkerChanges()))
         self._clock = clock
         self._text = b""
         self._good_until_s = float("-inf")
@@ -107,9 +129,13 @@ class Metrics:
 class RouterCollector(Collector):
     """All metrics of the router, read at each collection."""
 
-    def __init__(self, segment: Segment, views: Callable[[], Sequence[WorkerView]]) -> None:
+    def __init__(
+        self, segment: Segment, views: Callable[[], Sequence[WorkerView]], worker_totals: WorkerTotals, changes: WorkerChanges
+    ) -> None:
         self._segment = segment
         self._views = views
+        self._worker_totals = worker_totals
+        self._changes = changes
         self._totals = Totals(segment)
         self._ranks = RankTable(segment)
         self._tree = TreeReader(segment)
@@ -145,13 +171,19 @@ class RouterCollector(Collector):
     def _of_workers(self) -> Iterable[Metric]:
         views = self._views()
         labels = [{"worker": view.record.url} for view in views]
-        totals = [self._totals.worker(view.worker_idx) for view in views]
+        totals = [self._worker_totals.of(view.worker_idx) for view in views]
         rows = [
             ({"worker": view.record.url, "model": view.record.model or ""}, float(view.state == _workers.READY)) for view in views
         ]  # fmt: skip
         yield _gauge("worker_up", "1 when the worker takes new requests.", rows)
         states = [view.state for view in views]
         yield _gauge("workers", "Workers by state.", [({"state": name}, states.count(state)) for state, name in _STATES.items()])
+        each = [({**label, "state": _STATES[view.state]}, 1.0) for label, view in zip(labels, views, strict=True)]
+        yield _gauge("worker_state", "The worker's state; always 1.", each)
+        rows = [({"result": result}, self._changes.additions[result]) for result in ("success", "failed", "duplicate")]
+        yield _counter("worker_registrations", "Workers that were added, by how that ended; failed: not ready in time.", rows)
+        rows = [({"how": how}, self._changes.removals[how]) for how in ("drained", "cut", "waiting")]
+        yield _counter("worker_removals", "Workers that were removed: after their requests, in their midst, or before they joined.", rows)
         requests = [
             ({**label, "outcome": outcome}, row[word])
             for label, row in zip(labels, totals, strict=True)

@@ -12,8 +12,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from sglfast import _counters as words
-from sglfast._counters import RankTable, Totals
+from sglfast._counters import RankTable
 from sglfast._segment import Segment
+from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
 from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK
 
@@ -78,12 +79,12 @@ def likely_cause(verdict: int, lost_events: int) -> str:
 class ParityWatch:
     """Judges all workers. `run` until cancelled."""
 
-    def __init__(self, segment: Segment, workers: Workers, log: logging.Logger) -> None:
-        self._totals = Totals(segment)
+    def __init__(self, segment: Segment, workers: Workers, log: logging.Logger, totals: WorkerTotals | None = None) -> None:
+        self._totals = totals or WorkerTotals(segment)
         self._ranks = RankTable(segment)
         self._workers = workers
         self._log = log
-        self._judges: dict[int, ParityJudge] = {}
+        self._judges: dict[tuple[int, int], ParityJudge] = {}  # (slot, generation)
 
     async def run(self) -> None:
         """Look once a second."""
@@ -93,11 +94,13 @@ class ParityWatch:
 
     def look(self) -> None:
         """Judge every worker that publishes events, and tell what changed."""
+        judges, self._judges = self._judges, {}
         for view in self._workers.views:
+            key = (view.worker_idx, view.generation)
+            judge = self._judges[key] = judges.get(key) or ParityJudge()
             if not view.block_size:
                 continue
-            judge = self._judges.setdefault(view.worker_idx, ParityJudge())
-            totals = self._totals.worker(view.worker_idx)
+            totals = self._totals.of(view.worker_idx)
             verdict = judge.feed(Counts(totals[words.W_PARITY_EXACT], totals[words.W_PARITY_HIGH], totals[words.W_PARITY_LOW]))
             if verdict == view.parity:
                 continue

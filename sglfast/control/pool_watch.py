@@ -2,18 +2,22 @@
 
 Runs in: control, one task per worker and at most one introspection beside it. Contract: a worker is READY only when its health is
     good; its introspection is given one timeout to answer first, so that its first requests find the right pool, and goes on
-    in the background when it does not. Checks are jittered; no more than fetch's bound run at once.
+    in the background when it does not. Checks are jittered; no more than fetch's bound run at once. A worker that has not been
+    ready for `worker_startup_timeout_secs` counts as failed and is checked on: it may come back on the same address.
 """
 
 import asyncio
+import dataclasses
 import logging
 import random
-from typing import Any
+import time
+from collections import Counter
+from dataclasses import dataclass
 
 from sglfast._workers import READY
 from sglfast.config import ServeConfig
 from sglfast.control.fetch import Fetcher
-from sglfast.control.health import HealthMachine, Verdict, check, pause_s
+from sglfast.control.health import HealthMachine, HealthRules, Verdict, check, pause_s, rules_of
 from sglfast.control.introspect import introspect, retry_pause_s
 from sglfast.control.workers import Workers
 
@@ -21,60 +25,115 @@ _JITTER = 0.1  # of a pause, both ways
 _SPREAD_PER_S = 1000  # workers whose first check starts in a second
 
 
-def _thresholds(config: ServeConfig) -> dict[str, Any]:
-    return {
-        "failure_threshold": config.health_failure_threshold,
-        "success_threshold": config.health_success_threshold,
-        "startup_timeout_s": config.worker_startup_timeout_secs,
-    }
+@dataclass(slots=True)
+class Progress:
+    """How far a worker's registration is. problem: of the last check, empty when it was good; since: unix seconds of the last change."""
+
+    problem: str = "has not been asked yet"
+    was_ready: bool = False
+    is_failed: bool = False
+    since: float = dataclasses.field(default_factory=time.time)
 
 
 class PoolWatch:
-    """The tasks of all workers. `start` once, inside the loop; `close` releases everything."""
+    """The tasks of all workers. `start` once, inside the loop; `close` releases everything.
+
+    outcomes: registrations by their result, "success" or "failed" (not ready within the startup timeout).
+    """
 
     def __init__(self, config: ServeConfig, workers: Workers, fetcher: Fetcher, log: logging.Logger) -> None:
-        self._watches = [_Watch(config, workers, fetcher, log, worker_idx, len(workers.views)) for worker_idx in range(len(workers.views))]
-        self._tasks: list[asyncio.Task[None]] = []
+        self._config = config
+        self._workers = workers
+        self._fetcher = fetcher
+        self._log = log
+        self._watches: dict[int, _Watch] = {}
+        self._next_start_s = 0.0
+        self.outcomes: Counter[str] = Counter()
 
     def start(self) -> None:
-        """Begin to follow all workers."""
-        self._tasks = [asyncio.create_task(watch.run()) for watch in self._watches]
+        """Begin to follow all workers of the table that are not followed yet."""
+        for view in self._workers.views:
+            if view.worker_idx not in self._watches:
+                self.add(view.worker_idx, rules_of(self._config))
+
+    def add(self, worker_idx: int, rules: HealthRules) -> None:
+        """Begin to follow a worker of the table."""
+        watch = _Watch(self, self._config, self._workers, self._fetcher, self._log, worker_idx, rules)
+        self._watches[worker_idx] = watch
+        now_s = asyncio.get_running_loop().time()
+        self._next_start_s = max(now_s, self._next_start_s) + 1 / _SPREAD_PER_S
+        watch.task = asyncio.create_task(watch.run(self._next_start_s - now_s))
+
+    async def remove(self, worker_idx: int) -> None:
+        """Follow a worker no more; when this returns nothing writes its slot."""
+        watch = self._watches.pop(worker_idx, None)
+        if watch is not None:
+            await watch.close()
+
+    def set_rules(self, worker_idx: int, rules: HealthRules) -> None:
+        """Check a worker in another way from its next check on."""
+        self._watches[worker_idx].set_rules(rules)
 
     def apply(self, config: ServeConfig) -> None:
-        """Go on with other settings, from each worker's next check on."""
-        for watch in self._watches:
-            watch.apply(config)
+        """Go on with other settings; rules of workers: `set_rules`."""
+        self._config = config
+        for watch in self._watches.values():
+            watch.config = config
+
+    def progress(self, worker_idx: int) -> Progress:
+        """How far a worker is."""
+        return self._watches[worker_idx].progress
+
+    @property
+    def size(self) -> int:
+        """Workers that are followed."""
+        return len(self._watches)
 
     async def close(self) -> None:
         """End all tasks."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(watch.forget() for watch in self._watches))
-        self._tasks.clear()
+        watches, self._watches = self._watches, {}
+        await asyncio.gather(*(watch.close() for watch in watches.values()))
 
 
 class _Watch:
     """One worker."""
 
     def __init__(
-        self, config: ServeConfig, workers: Workers, fetcher: Fetcher, log: logging.Logger, worker_idx: int, pool_size: int
+        self,
+        pool: PoolWatch,
+        config: ServeConfig,
+        workers: Workers,
+        fetcher: Fetcher,
+        log: logging.Logger,
+        worker_idx: int,
+        rules: HealthRules,
     ) -> None:
-        self._config = config
+        self._pool = pool
+        self.config = config
         self._workers = workers
         self._fetcher = fetcher
         self._log = log
         self._worker_idx = worker_idx
-        self._pool_size = pool_size
-        self._url = workers.views[worker_idx].record.url
-        self._machine = HealthMachine(**_thresholds(config))
+        self._url = workers.view(worker_idx).record.url
+        self._machine = HealthMachine(rules)
         self._introspection: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.progress = Progress()
 
-    async def run(self) -> None:
+    def set_rules(self, rules: HealthRules) -> None:
+        self._machine.rules = rules
+
+    async def close(self) -> None:
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
+        await self.forget()
+
+    async def run(self, delay_s: float) -> None:
         """Check the worker for ever."""
         loop = asyncio.get_running_loop()
         joined_s = loop.time()
-        await asyncio.sleep(self._worker_idx / _SPREAD_PER_S)
+        await asyncio.sleep(delay_s)
         while True:
             verdict = Verdict.NOTHING
             try:
@@ -86,26 +145,22 @@ class _Watch:
                     await self.forget()
                 self._workers.set_state(self._worker_idx, self._machine.state)
                 self._tell(verdict, problem)
+                self._note(verdict, problem)
             except Exception:
                 # A worker that breaks our code must not leave the others, nor itself, unwatched.
                 self._log.exception("a health check failed in an unforeseen way", extra={"fields": {"worker": self._url}})
-            config, age_s = self._config, loop.time() - joined_s
-            pause = pause_s(
-                self._machine.state, age_s, config.health_check_interval_secs, self._pool_size, config.worker_startup_check_interval
-            )  # fmt: skip
             # Workers that join together are not to be checked together for ever.
-            await asyncio.sleep(pause * (random.random() if verdict is Verdict.TAKE_IN else random.uniform(1 - _JITTER, 1 + _JITTER)))
+            spread = random.random() if verdict is Verdict.TAKE_IN else random.uniform(1 - _JITTER, 1 + _JITTER)
+            pause = pause_s(self._machine.state, loop.time() - joined_s, self._machine.rules, self._pool.size)
+            await asyncio.sleep(pause * spread)
 
     async def _check(self) -> str:
         """What is wrong with the worker, the empty string when nothing is."""
-        if self._config.disable_health_check:
+        rules = self._machine.rules
+        if rules.is_off:
             return ""
-        return await check(self._fetcher, self._url + self._config.health_check_endpoint, self._config.health_check_timeout_secs)
-
-    def apply(self, config: ServeConfig) -> None:
-        """Go on with other settings."""
-        self._config = config
-        self._machine.apply(**_thresholds(config))
+        url = self._url + self.config.health_check_endpoint
+        return await check(self._fetcher, url, rules.timeout_s, self._workers.view(self._worker_idx).record.api_key)
 
     async def forget(self) -> None:
         """End the introspection, if one runs."""
@@ -114,17 +169,27 @@ class _Watch:
             await asyncio.gather(self._introspection, return_exceptions=True)
             self._introspection = None
 
+    def _note(self, verdict: Verdict, problem: str) -> None:
+        """Keep what GET /workers tells of the registration, and count how it ended."""
+        progress = self.progress
+        progress.problem = problem
+        if not progress.was_ready and self._machine.state == READY:
+            progress.was_ready, progress.since = True, time.time()
+            self._pool.outcomes["success"] += 1
+        elif verdict is Verdict.FAILED:
+            progress.is_failed, progress.since = True, time.time()
+            self._pool.outcomes["failed"] += 1
+
     def _tell(self, verdict: Verdict, problem: str) -> None:
         """One log line for each transition."""
         if verdict is Verdict.TAKE_IN:
-            view = self._workers.views[self._worker_idx]
+            view = self._workers.view(self._worker_idx)
             fields = {"worker": self._url, "model": view.record.model, "kv_block_size": view.block_size, "ranks": view.dp_size}
             self._log.info("worker is ready", extra={"fields": fields})
         elif verdict is Verdict.TAKE_OUT:
             self._log.warning("worker is unhealthy", extra={"fields": {"worker": self._url, "problem": problem}})
         elif verdict is Verdict.FAILED:
-            seconds = self._config.worker_startup_timeout_secs
-            text = f"worker was not healthy within --worker-startup-timeout-secs {seconds:g}; it is asked on"
+            text = f"worker was not healthy within --worker-startup-timeout-secs {self._machine.rules.startup_timeout_s:g}; it is asked on"
             self._log.error(text, extra={"fields": {"worker": self._url, "problem": problem}})
         elif verdict is Verdict.OVERDUE:
             self._log.warning("worker is not healthy yet", extra={"fields": {"worker": self._url, "problem": problem}})
@@ -135,7 +200,7 @@ class _Watch:
         done = asyncio.Event()
         self._introspection = asyncio.create_task(self._introspect(done))
         try:
-            async with asyncio.timeout(self._config.introspect_timeout_secs):
+            async with asyncio.timeout(self.config.introspect_timeout_secs):
                 await done.wait()
         except TimeoutError:
             pass
@@ -145,20 +210,24 @@ class _Watch:
         failures = 0
         while True:
             try:
-                findings = await introspect(self._fetcher, self._url, self._config.introspect_timeout_secs)
+                api_key = self._workers.view(self._worker_idx).record.api_key
+                findings = await introspect(self._fetcher, self._url, self.config.introspect_timeout_secs, api_key)
                 has_changed = self._workers.learn(self._worker_idx, findings)
-                is_complete, problem = findings.is_complete, findings.problem or "no path tells the model's name"
+                is_named = self._workers.view(self._worker_idx).record.model is not None  # maybe by the one who added it
+                is_complete = findings.is_complete or (findings.has_spoken and is_named)
+                problem = findings.problem or "no path tells the model's name"
             except Exception:
                 self._log.exception("an introspection failed in an unforeseen way", extra={"fields": {"worker": self._url}})
                 has_changed, is_complete, problem = False, False, "see above"
-            if has_changed and self._workers.views[self._worker_idx].state == READY:
-                record = self._workers.views[self._worker_idx].record
-                self._log.info("worker describes itself differently now", extra={"fields": {"worker": self._url, "model": record.model}})
+            view = self._workers.view(self._worker_idx)
+            if has_changed and view.state == READY:
+                fields = {"worker": self._url, "model": view.record.model}
+                self._log.info("worker describes itself differently now", extra={"fields": fields})
             done.set()
             if is_complete:
                 return
             failures += 1
             if failures == 1:
-                fields = {"worker": self._url, "problem": problem, "model": self._workers.views[self._worker_idx].record.model}
+                fields = {"worker": self._url, "problem": problem, "model": view.record.model}
                 self._log.warning("worker does not tell what it is; it is asked again later", extra={"fields": fields})
             await asyncio.sleep(retry_pause_s(failures) * random.uniform(1 - _JITTER, 1 + _JITTER))

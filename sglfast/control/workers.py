@@ -2,15 +2,17 @@
 
 Runs in: control, the table's only writer. Contract: a worker's ranks are contiguous; ranks that it gives back are used again only in a
     later write of the table, and index clears them before (index/main). A worker that finds no ranks is routed without KV
-    awareness: its slot says dp_size 0 and block_size 0.
+    awareness: its slot says dp_size 0 and block_size 0. The slot and the ranks of a removed worker are nobody's until `release`:
+    while a shard may still count a request there, the next owner would inherit it.
 """
 
+import heapq
 import logging
 from collections.abc import Sequence
 
 import msgspec
 
-from sglfast._workers import BLOB_BYTES, JOINING, WorkerTable
+from sglfast._workers import BLOB_BYTES, DRAINING, JOINING, WorkerTable
 from sglfast.control.introspect import Findings
 from sglfast.errors import ConfigError
 from sglfast.shm import WorkerRecord, WorkerView, put_worker
@@ -19,6 +21,10 @@ from sglfast.wire.server_info import WorkerFacts
 _NAME_LIMIT_CHARACTERS = 512
 _URL_LIMIT_BYTES = 1024
 _BLOCK_SIZE_LIMIT = 1 << 20
+
+
+class TableFullError(ConfigError):
+    """There is no slot for one more worker."""
 
 
 class RankRanges:
@@ -48,36 +54,54 @@ class RankRanges:
 
 
 class Workers:
-    """The workers in slot order. `views` is what the table says; only this class changes both."""
+    """The workers. `views` is what the table says; only this class changes both."""
 
     def __init__(self, table: WorkerTable, max_ranks: int, log: logging.Logger) -> None:
         self._table = table
         self._max_ranks = max_ranks
         self._ranks = RankRanges(max_ranks)
         self._log = log
-        self._views: list[WorkerView] = []
+        self._views: dict[int, WorkerView] = {}
+        self._health: dict[int, int] = {}  # state by health alone
+        self._draining: set[int] = set()
+        self._models: dict[int, str] = {}  # names that were given, and not to be asked for
+        self._removed: dict[int, tuple[int, int]] = {}  # slot -> (first rank, ranks) until `release`
+        self._free_slots = list(range(table.max_workers))  # a heap: the lowest is taken first, which keeps pools in order
 
     @property
     def views(self) -> Sequence[WorkerView]:
-        """All workers; position = worker_idx."""
-        return self._views
+        """All workers in slot order."""
+        return [self._views[worker_idx] for worker_idx in sorted(self._views)]
 
-    def register(self, url: str) -> int:
-        """Give the worker a slot, in state JOINING and with nothing known of it; returns its worker_idx.
+    def view(self, worker_idx: int) -> WorkerView:
+        """One worker. Raises KeyError for a slot that nobody has."""
+        return self._views[worker_idx]
 
-        Raises ConfigError when the table is full or the URL does not fit.
+    def health(self, worker_idx: int) -> int:
+        """The state that the worker's health alone gives it, whether it drains or not."""
+        return self._health[worker_idx]
+
+    @property
+    def version(self) -> int:
+        """Of the table; it moves with every change."""
+        return self._table.version()
+
+    def register(self, url: str, *, model: str | None = None, api_key: str | None = None) -> int:
+        """Give the worker a slot, in state JOINING and with nothing known of it but what is given; returns its worker_idx.
+
+        model: its model's name, whatever it says itself. Raises ConfigError when the URL does not fit, TableFullError.
         """
-        worker_idx = len(self._views)
-        record = WorkerRecord(url=url)
-        if worker_idx >= self._table.max_workers:
-            raise ConfigError(f"--max-workers {self._table.max_workers}: there is no slot for {url}")
+        record = WorkerRecord(url=url, model=model, api_key=api_key)
         if len(url.encode()) > _URL_LIMIT_BYTES:
             raise ConfigError(f"--worker-urls: a URL of {len(url)} characters is longer than {_URL_LIMIT_BYTES} bytes")
+        if not self._free_slots:
+            raise TableFullError(f"--max-workers {self._table.max_workers}: there is no slot for {url}")
+        worker_idx = heapq.heappop(self._free_slots)
         # Its rank is taken like any other's, so that the rank table can say that it publishes no events.
         rank_base = self._ranks.take(1)
         view = WorkerView(
             worker_idx=worker_idx,
-            generation=1,
+            generation=self._table.generation(worker_idx) + 1,
             state=JOINING,
             rank_base=rank_base or 0,
             dp_size=0 if rank_base is None else 1,
@@ -86,19 +110,57 @@ class Workers:
             record=record,
         )
         put_worker(self._table, view, is_new=True)
-        self._views.append(view)
+        self._views[worker_idx] = view
+        self._health[worker_idx] = JOINING
+        if model is not None:
+            self._models[worker_idx] = model
         return worker_idx
 
+    def remove(self, worker_idx: int) -> None:
+        """Take the worker out of the table; its slot and ranks stay taken until `release`."""
+        view = self._views.pop(worker_idx)
+        del self._health[worker_idx]
+        self._draining.discard(worker_idx)
+        self._models.pop(worker_idx, None)
+        self._removed[worker_idx] = (view.rank_base, view.dp_size)
+        self._table.remove(worker_idx)
+
+    def release(self, worker_idx: int) -> None:
+        """Give a removed worker's slot and ranks to whoever comes: no shard counts or sends there any more."""
+        self._ranks.give_back(*self._removed.pop(worker_idx))
+        heapq.heappush(self._free_slots, worker_idx)
+
     def set_state(self, worker_idx: int, state: int) -> None:
-        """Change whether the worker is routed to. state: a word of sglfast._workers."""
+        """Change what the worker's health says. state: a word of sglfast._workers; READY is routed to unless it drains."""
+        self._health[worker_idx] = state
+        self._show_state(worker_idx)
+
+    def set_draining(self, worker_idx: int, is_draining: bool) -> None:
+        """Begin or end that the worker gets no new requests, whatever its health."""
+        if is_draining:
+            self._draining.add(worker_idx)
+        else:
+            self._draining.discard(worker_idx)
+        self._show_state(worker_idx)
+
+    def _show_state(self, worker_idx: int) -> None:
+        state = DRAINING if worker_idx in self._draining else self._health[worker_idx]
         if self._views[worker_idx].state != state:
             self._views[worker_idx] = msgspec.structs.replace(self._views[worker_idx], state=state)
             self._table.set_state(worker_idx, state)
 
+    def set_api_key(self, worker_idx: int, api_key: str | None) -> None:
+        """Change the key that the worker is shown."""
+        old = self._views[worker_idx]
+        self._put(msgspec.structs.replace(old, record=msgspec.structs.replace(old.record, api_key=api_key)))
+
+    def _put(self, view: WorkerView) -> None:
+        self._views[view.worker_idx] = view
+        put_worker(self._table, view, is_new=False)
+
     def set_parity(self, worker_idx: int, parity: int) -> None:
         """Change whether the worker's reports agree with the predictions. parity: shm.PARITY_*."""
-        self._views[worker_idx] = msgspec.structs.replace(self._views[worker_idx], parity=parity)
-        put_worker(self._table, self._views[worker_idx], is_new=False)
+        self._put(msgspec.structs.replace(self._views[worker_idx], parity=parity))
 
     def learn(self, worker_idx: int, findings: Findings) -> bool:
         """Take over what an introspection found; returns whether the table changed.
@@ -106,7 +168,7 @@ class Workers:
         What a worker that did not speak said earlier is kept: a slow `/server_info` must not cost its KV awareness.
         """
         old = self._views[worker_idx]
-        model = self._usable_name(old.record.url, findings.model)
+        model = self._models.get(worker_idx) or self._usable_name(old.record.url, findings.model)
         if not findings.has_spoken:
             new = msgspec.structs.replace(old, record=msgspec.structs.replace(old.record, model=model or old.record.model))
             if not _fits(new.record):
@@ -115,8 +177,7 @@ class Workers:
             new = self._place(old, model, findings.facts)
         if new == old:
             return False
-        self._views[worker_idx] = new
-        put_worker(self._table, new, is_new=False)
+        self._put(new)
         return True
 
     def _usable_name(self, url: str, model: str | None) -> str | None:
@@ -131,12 +192,13 @@ class Workers:
     def _place(self, old: WorkerView, model: str | None, facts: WorkerFacts | None) -> WorkerView:
         """The worker with these facts, its ranks taken."""
         url = old.record.url
-        record = WorkerRecord(url=url, model=model)
+        record = WorkerRecord(url=url, model=model, api_key=old.record.api_key)
         kv = facts.kv if facts else None
         if facts is not None:
             full = WorkerRecord(
                 url=url,
                 model=model,
+                api_key=old.record.api_key,
                 version=facts.version,
                 disaggregation_mode=facts.disaggregation_mode,
                 startup_time=facts.startup_time,
@@ -186,11 +248,10 @@ class Workers:
 
     def _free_idle_ranks(self, except_idx: int) -> None:
         """Take the ranks of workers without KV events back: they serve nothing but display."""
-        for worker_idx, view in enumerate(self._views):
-            if worker_idx != except_idx and view.dp_size and not view.block_size:
+        for view in self.views:
+            if view.worker_idx != except_idx and view.dp_size and not view.block_size:
                 self._ranks.give_back(view.rank_base, view.dp_size)
-                self._views[worker_idx] = msgspec.structs.replace(view, rank_base=0, dp_size=0)
-                put_worker(self._table, self._views[worker_idx], is_new=False)
+                self._put(msgspec.structs.replace(view, rank_base=0, dp_size=0))
 
 
 def _fits(record: WorkerRecord) -> bool:

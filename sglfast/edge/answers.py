@@ -1,4 +1,4 @@
-"""Answers that the router makes itself: errors, health, models, metrics.
+"""Answers that the router makes itself: errors, health, models.
 
 Runs in: shards, event loop. Contract: errors are OpenAI error objects with the header `x-router-error-code` (errors.REASONS); all bytes
     that do not change are made once, at import.
@@ -6,8 +6,6 @@ Runs in: shards, event loop. Contract: errors are OpenAI error objects with the 
 
 from __future__ import annotations
 
-import asyncio
-import socket
 from typing import TYPE_CHECKING
 
 import orjson
@@ -39,8 +37,6 @@ _STATUS_LINES = {
         504: "Gateway Timeout",
     }.items()
 }
-_METRICS_LIMIT_BYTES = 64 << 20
-_METRICS_TIMEOUT_SECS = 5.0
 
 
 def error_body(reason: errors.Reason, message: str | None = None) -> bytes:
@@ -71,7 +67,8 @@ def error_answer(reason: errors.Reason, message: str | None = None) -> tuple[byt
     if reason.status in (429, 503):
         extra += b"retry-after: 1\r\n"
     if reason is errors.METHOD_NOT_ALLOWED and message:
-        extra += b"allow: POST\r\n" if message.endswith("POST") else b"allow: GET, HEAD\r\n"
+        # "this path takes only GET, POST"
+        extra += b"allow: %b\r\n" % message.rpartition(" only ")[2].replace("GET", "GET, HEAD").encode()
     return head(reason.status, JSON, len(body), extra), body
 
 
@@ -109,39 +106,3 @@ LOCAL = {
     b"/readiness": ready,
     b"/v1/models": models,
 }
-# Paths that control answers; a shard hands them on through control's own socket.
-FROM_CONTROL = frozenset({b"/metrics"})
-
-
-async def ask_control(address: str, path: bytes) -> tuple[int, bytes, bytes]:
-    """GET a path from control: (status, content type, body). Raises OSError or TimeoutError when control does not answer.
-
-    address: `@name` is an abstract Unix socket, which no file system holds.
-    """
-    async with asyncio.timeout(_METRICS_TIMEOUT_SECS):
-        # libuv takes no abstract name, so the socket is connected first.
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            peer.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(peer, "\0" + address[1:])
-            reader, writer = await asyncio.open_unix_connection(sock=peer)
-        except BaseException:
-            peer.close()
-            raise
-        try:
-            writer.write(b"GET %b HTTP/1.1\r\nhost: control\r\nconnection: close\r\n\r\n" % path)
-            opening = await reader.readuntil(b"\r\n\r\n")
-            lines = opening.split(b"\r\n")
-            fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines[1:] if line)}
-            size = int(fields.get(b"content-length", b"-1"))
-            if not 0 <= size <= _METRICS_LIMIT_BYTES:
-                raise ConnectionError("control's answer has no usable length")
-            body = await reader.readexactly(size)
-            status = int(lines[0].split()[1])
-            if status not in _STATUS_LINES:
-                raise ConnectionError(f"control's answer has the unknown status {status}")
-            return status, fields.get(b"content-type", TEXT), body
-        except (asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError, IndexError) as error:
-            raise ConnectionError(f"control's answer is broken: {error}") from error
-        finally:
-            writer.close()

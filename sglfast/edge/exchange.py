@@ -106,7 +106,7 @@ class Exchange(ExchangeBase):
         self.connection = None
         route = self.route
         assert route is not None
-        if not connection.has_spoken and connection.uses > 1 and not self.is_resent:
+        if not connection.has_spoken and connection.uses > 1 and not self.is_resent and not route.upstream.is_removed:
             # It had been idle: the worker closed it while our request was on its way. A fresh connection tells for sure.
             self.is_resent = True
             self.shard.column.add(_counters.S_RESENDS)

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 PREFIX = b"/explain"
 TIERS = {"device": 1, "host": 2, "disk": 4}
-_NOT_READY = {_workers.JOINING: "has not passed a health check yet", _workers.UNHEALTHY: "fails its health checks"}
+_NOT_READY = {
+    _workers.JOINING: "has not passed a health check yet",
+    _workers.UNHEALTHY: "fails its health checks",
+    _workers.DRAINING: "is draining: it finishes its requests and takes no new ones",
+}
 _WHY = {
     CACHE_HIT: "holds the longest part of the prompt, more than --cache-threshold of its blocks",
     CACHE_MISS: "has the least work before the first token (score)",
@@ -51,7 +55,9 @@ def _explanation(shard: Shard, pool: Pool, facts: Facts) -> dict[str, Any]:
     hits = {hit.position: hit for hit in prompt.hits}
     candidates = [_candidate(shard, pool, prompt, place, hits.get(place), by_tier) for place in range(len(pool.workers))]
     candidates[position]["why"] = _WHY.get(decision, f"is the choice of {DECISIONS[decision]}")
-    others = [_unready(view) for view in read_workers(shard.table) if view.state != _workers.READY and view.record.model == pool.model]
+    others = [
+        _unready(shard, view) for view in read_workers(shard.table) if view.state != _workers.READY and view.record.model == pool.model
+    ]
     sizes = sorted({size for size, _ in pool.variants})
     chosen = candidates[position]
     return {
@@ -96,14 +102,14 @@ def _candidate(
     }
 
 
-def _unready(view: WorkerView) -> dict[str, Any]:
+def _unready(shard: Shard, view: WorkerView) -> dict[str, Any]:
     return {
         "worker": view.record.url,
         "rank": 0,
         "overlap_blocks": 0,
         "overlap_blocks_by_tier": dict.fromkeys(TIERS, 0),
-        "load": {"requests": 0, "tokens": 0},
+        "load": {"requests": shard.loads.requests(view.worker_idx), "tokens": shard.loads.tokens(view.worker_idx)},
         "score": None,
         "eligible": False,
-        "why": _NOT_READY.get(view.state, "takes no new requests"),
+        "why": _NOT_READY[view.state],
     }

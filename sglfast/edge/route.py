@@ -107,7 +107,7 @@ class Router(RouterBase):
         self.models: list[str] = []
 
     def refresh(self) -> None:
-        """Follow the worker table when its version has moved. Cost then: one read per slot."""
+        """Follow the worker table when its version has moved, and say so. Cost then: one read per slot."""
         version = self._shard.table.version()
         if version == self.seen_version:
             return
@@ -125,6 +125,8 @@ class Router(RouterBase):
                 ready.setdefault(view.record.model, []).append(view)
         for upstream in old.values():
             upstream.close()
+        if old:
+            self._shard.cut(set(old.values()))
         policies = {model: pool.policy for model, pool in self.pools.items()}
         self.pools = {}
         for model, workers in ready.items():
@@ -141,11 +143,13 @@ class Router(RouterBase):
             self.plain_choose = only.policy.choose
             self.plain_arguments = (only.view, self._shard.loads, _NO_PROMPT)
             self.plain_routes = only.plain_routes
+        # From here on no choice is made by an older version: control waits for this word (control/followers).
+        self._shard.segment.process_saw(self._shard.process_slot, version)
 
     def renew_policies(self) -> None:
         """Make the policies anew: the settings that they were made of have changed."""
         self.pools = {}
-        self.seen_version = (1 << 64) - 1
+        self.seen_version = (1 << 64) - 1  # as before the first look
         self.refresh()
 
     def sweep(self, before_s: float) -> None:

@@ -16,6 +16,7 @@ from sglfast._relay import BODY, BUSY, CHUNKED, CLOSED, HEAD, UNUSUAL, ClientBas
 from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
 from sglfast.edge.later import LATER
+from sglfast.edge.relay import relay, relayed
 from sglfast.edge.request import ENDPOINTS, OTHER_KIND, OTHERS_UNDER, Endpoint
 from sglfast.edge.unusual import UnusualRequest
 
@@ -157,7 +158,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             endpoint = ENDPOINTS.get(path)
             if endpoint is None and path not in LATER:
                 if head.method != b"POST" or not self.shard.config.passthrough or not path.startswith(OTHERS_UNDER):
-                    self._answer_locally(head, path)
+                    self._answer_locally(head, path, body)
                     return
                 endpoint = Endpoint(path, OTHER_KIND)
         if head.method != b"POST":
@@ -170,21 +171,25 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         exchange = self.exchange = Exchange(self, endpoint, head, body)
         exchange.start()
 
-    def _answer_locally(self, head: RequestHead, path: bytes) -> None:
+    def _answer_locally(self, head: RequestHead, path: bytes, body: bytes) -> None:
         is_head = head.method == b"HEAD"
         local = answers.LOCAL.get(path)
-        if local is None and path not in answers.FROM_CONTROL:
+        from_control = relayed(path) if local is None else None
+        if local is not None and (is_head or head.method == b"GET"):
+            status, content_type, body = local(self.shard)
+            self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, head.request_id)
+        elif local is not None:
+            self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only GET")
+        elif from_control is None:
             may_pass = head.method == b"POST" and path.startswith(OTHERS_UNDER)
             hint = "no such path here; the router relays unknown paths under /v1/ when it is started with --passthrough"
             self.answer_error(errors.NOT_FOUND, head.request_id, hint if may_pass else None, is_head)
-        elif head.method not in (b"GET", b"HEAD"):
-            self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only GET")
-        elif local is None:
-            self.state = BUSY
-            self.task = self.shard.loop.create_task(self._ask_control(path, head.request_id, is_head))
+        elif not from_control.takes(head.method):
+            methods = b", ".join(from_control.methods).decode()
+            self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, f"this path takes only {methods}")
         else:
-            status, content_type, body = local(self.shard)
-            self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, head.request_id)
+            self.state = BUSY
+            self.task = self.shard.loop.create_task(relay(self, from_control, head, body))
 
     def _answer_later(self, found: Answer, request_id: bytes | None) -> None:
         if self.state != BUSY:
@@ -193,16 +198,6 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             self._answer(answers.head(200, answers.JSON, len(found)), found, request_id)
         else:
             self.answer_error(found[0], request_id, found[1])
-        self.on_exchange_end()
-
-    async def _ask_control(self, path: bytes, request_id: bytes | None, is_head: bool) -> None:
-        try:
-            status, content_type, body = await answers.ask_control(self.shard.control_address, path)
-        except (OSError, TimeoutError):
-            self.answer_error(errors.CONTROL_UNAVAILABLE, request_id, None, is_head)
-        else:
-            self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, request_id)
-        self.task = None
         self.on_exchange_end()
 
     def _refuse(self, reason: errors.Reason) -> None:

@@ -79,6 +79,14 @@ class Shard(ShardBase):
             self._silent_until_s = self.now_s + _LOG_PAUSE_SECS
             self.log.warning("worker cannot be reached", extra={"fields": {"worker": upstream.url, "error": str(error) or repr(error)}})
 
+    def cut(self, gone: set[Upstream]) -> None:
+        """End the exchanges with workers that were removed: control takes a worker out when it is idle, or to cut what it has."""
+        for client in self.clients:
+            exchange = client.exchange
+            connection = exchange.connection if exchange is not None else None
+            if connection is not None and connection.upstream in gone:
+                connection.cut()
+
     def tick(self) -> None:
         """Move the coarse clock, follow the program's state, now and then sweep."""
         self.loop.call_later(_TICK_SECS, self.tick)  # first: an error below must not stop the clock
@@ -90,9 +98,9 @@ class Shard(ShardBase):
             self.is_draining = True
             for client in list(self.clients):
                 client.drop_if_idle()
+        self.router.refresh()  # a shard without requests follows too
         if self._ticks % _SWEEP_TICKS == 0:
             for client in list(self.clients):
                 client.tick(now_s)
-            self.router.refresh()
             self.router.sweep(now_s - self.config.upstream_keepalive_secs)
             self.segment.process_heartbeat(self.process_slot, int(time.time() * 1000))

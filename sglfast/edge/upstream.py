@@ -49,6 +49,17 @@ class UpstreamConnection(WorkerConnectionBase, asyncio.Protocol):
         self.close()
         exchange.on_malformed(self)
 
+    def cut(self) -> None:
+        """The worker was removed: close, and tell the exchange from the loop, not from inside of somebody else's choice."""
+        exchange = self.exchange
+        self.close()
+        if exchange is not None:
+            self.upstream.shard.loop.call_soon(self._tell_lost, exchange)
+
+    def _tell_lost(self, exchange: Exchange) -> None:
+        if not exchange.is_over:
+            exchange.on_lost(self)
+
 
 class Upstream(UpstreamBase):
     """The connections of this shard to one worker; taking and giving back is compiled."""
@@ -87,6 +98,9 @@ class Upstream(UpstreamBase):
         shard.column.add(_counters.S_UPSTREAM_CONNECTS)
         if connection.transport is None:
             exchange.on_unreachable(ConnectionResetError("closed while it was being opened"))
+        elif self.is_removed and not exchange.is_over:
+            connection.close()
+            exchange.on_unreachable(ConnectionAbortedError("the worker was removed"))
         elif exchange.is_over:
             connection.uses = 1  # it will have been idle when it is used
             self.give_back(connection)
@@ -106,7 +120,7 @@ class Upstream(UpstreamBase):
             self.idle.pop(0).close()
 
     def close(self) -> None:
-        """The worker is gone: close idle connections now, busy ones when their answer ends."""
+        """The worker is gone: close idle connections now; whoever still opens one is turned away (Shard.cut ends the busy ones)."""
         self.is_removed = True
         for connection in self.idle[:]:
             connection.close()

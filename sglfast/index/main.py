@@ -108,6 +108,7 @@ class Index:
             self._ranks.clear(rank)
         self._inheritance = {}
         self._version = version
+        self._segment.process_saw(INDEX_SLOT, version)
         return True
 
     def publish_sizes(self) -> None:

@@ -1,0 +1,148 @@
+"""Write docs/flags.md and docs/sglang-router.md from the settings and from the list of sglang-router's flags: `make docs`.
+
+The tests compare the files with what this writes, and each row about sglang-router with what the parser does.
+"""
+
+import csv
+from pathlib import Path
+
+from sglfast.config.fields import BY_ANY_NAME, FIELDS, Field, flag_of
+from sglfast.config.flags import help_of
+from sglfast.config.sglang_router import DIFFERS, FOREIGN, OTHER_POLICIES
+from sglfast.config.sources import OTHER_VARIABLES
+
+HERE = Path(__file__).parent
+FLAGS_OF_0_3_2 = HERE.parent / "tests" / "golden" / "sglang_router" / "flags_0.3.2.tsv"
+
+_FLAGS_HEAD = """\
+# The settings of `sglfast serve`
+
+Made by `make docs` from `sglfast/config/settings.py`; do not edit.
+
+Each setting is a flag, a variable of the environment and a key of the settings file: `--log-level`, `SGLFAST_LOG_LEVEL` and
+`log_level`. A flag wins over the environment, the environment over the file, the file over the default. What means nothing is refused
+by name, wherever it stands; `sglfast check-config` with the same flags prints what would run and where each value comes from.
+
+* **Flags**: a switch stands alone or with `true` or `false`; a list takes all words up to the next flag; given twice, the last counts.
+* **Environment**: a list is separated by commas or blanks (`SGLFAST_CONTROL_PLANE_API_KEYS` by commas only); an empty variable is as none.
+  No settings are {others}.
+  What Kubernetes sets in every pod beside a Service named `sglfast` is passed over.
+* **File**: `--config FILE`, or `SGLFAST_CONFIG`; YAML (`.yaml`, `.yml`) or TOML (`.toml`). Every setting is a key of the top level, with
+  the type that it has here: `port: "80"` is text and refused. The sections of sgl-router's file mean the same settings, see below.
+* **SIGHUP** reads the file again. Settings marked *live* change at once, in all processes; others are named in the log and wait for a new
+  start. A file that cannot work changes nothing, and the log says why.
+* **Secrets** (marked) are never printed. On a command line every user of the machine can read them; the environment and files are better.
+"""
+
+_FILE_HEAD = """
+## The file in sgl-router's form
+
+```yaml
+server: {host: 0.0.0.0, port: 30000}
+observability: {log_level: info, log_format: json}
+models:
+  - id: my-model                      # the workers tell the names of their models; this one changes nothing
+    tokenizer_path: /models/my-model
+    policy: cache_aware               # or cache_aware_zmq
+    circuit_breaker: {threshold: 3, cool_down_secs: 30}
+    cache_aware: {cache_threshold: 0.5, balance_abs_threshold: 32, balance_rel_threshold: 1.1}
+discovery:
+  backend: static_urls
+  static_urls: {urls: ["http://10.0.0.5:30000", "http://10.0.0.6:30000"]}
+proxy: {request_timeout_secs: 300}
+active_load: {stale_request_timeout_secs: 600}
+max_concurrent_requests: 512          # any setting of the tables above, beside the sections
+```
+
+| key | setting |
+|---|---|
+"""
+
+_ROUTER_HEAD = """\
+# From sglang-router to sglfast
+
+Made by `make docs` from `sglfast/config`; do not edit.
+
+A script that starts `python -m sglang_router.launch_router` (or `sglang-router`, `smg`) keeps its flags: put `sglfast serve` in their
+place. The {count} flags of sglang-router 0.3.2, in the order of its help: *same* means name, form and default; *differs* says in what; *not
+offered* ends the start with this sentence, so that nothing is lost in silence. Flags that change nothing here are named in the log.
+
+| flag | here | default there | what is not the same |
+|---|---|---|---|
+"""
+
+_POLICIES_HEAD = """
+Policies of sglang-router that are not offered:
+
+| policy | instead |
+|---|---|
+"""
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _form(field: Field) -> str:
+    if "choices" in field.meta:
+        return ", ".join(f"`{choice}`" for choice in field.meta["choices"])
+    name = {int: "whole number", float: "number", bool: "switch", str: "text"}[field.kind]
+    text = f"list of {name}" if field.is_list else name
+    low, high = field.meta.get("low"), field.meta.get("high")
+    if low is not None:
+        text += f", {low} to {high}" if high is not None else f", {low} or more"
+    return text
+
+
+def flags_page() -> str:
+    """The text of docs/flags.md."""
+    parts = [_FLAGS_HEAD.format(others=", ".join(f"`{name}`" for name in sorted(OTHER_VARIABLES)))]
+    group = ""
+    for field in FIELDS.values():
+        if field.meta["group"] != group:
+            group = field.meta["group"]
+            parts.append(f"\n## {group[0].upper()}{group[1:]}\n\n| flag | value | what |\n|---|---|---|\n")
+        flags = ", ".join(f"`{flag_of(name)}`" for name in field.names)
+        marks = "".join(f" *{mark}*" for mark in ("live", "secret") if mark in field.meta)
+        parts.append(f"| {flags} | {_form(field)} | {_cell(help_of(field))}{marks} |\n")
+    parts.append(_FILE_HEAD)
+    parts += [f"| `{field.meta['section']}` | `{field.flag}` |\n" for field in FIELDS.values() if "section" in field.meta]
+    return "".join(parts)
+
+
+def flags_of_sglang_router() -> list[dict[str, str]]:
+    """Rows with flag, words, choices and default, in the order of its help."""
+    with open(FLAGS_OF_0_3_2, newline="") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def verdict(flag: str) -> tuple[str, str]:
+    """(same | differs | not offered, what is not the same) of a flag of sglang-router."""
+    name = flag.removeprefix("--").replace("-", "_")
+    if name in FOREIGN:
+        foreign = FOREIGN[name]
+        if not foreign.is_refused:
+            return "differs", f"changes nothing: {foreign.why}"
+        fine = f" (`{'`, `'.join(foreign.fine)}` is taken)" if foreign.fine else ""
+        return "not offered", foreign.why + fine
+    field = BY_ANY_NAME[name]
+    return ("differs", DIFFERS[field.name]) if field.name in DIFFERS else ("same", "")
+
+
+def router_page() -> str:
+    """The text of docs/sglang-router.md."""
+    rows = flags_of_sglang_router()
+    parts = [_ROUTER_HEAD.format(count=len(rows))]
+    for row in rows:
+        here, why = verdict(row["flag"])
+        parts.append(f"| `{row['flag']}` | {here} | `{row['default']}` | {_cell(why)} |\n")
+    parts.append(_POLICIES_HEAD)
+    parts += [f"| `{name}` | {_cell(instead)} |\n" for name, instead in OTHER_POLICIES.items()]
+    return "".join(parts)
+
+
+PAGES = {"flags.md": flags_page, "sglang-router.md": router_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (HERE / name).write_text(page())

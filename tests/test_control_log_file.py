@@ -1,0 +1,74 @@
+"""sglfast.control.log_file: a file a day with the lines of all processes."""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from router_process import engine, get, running
+
+from sglfast.control import log_file
+from sglfast.control.log_file import LogFile
+from sglfast.errors import ConfigError
+
+
+def test_lines_are_appended(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there yet"
+    for text in ("one\n", "two\n"):
+        file = LogFile(str(folder))
+        file.write(text)
+        file.write_lines(b"bytes\n")
+        file.close()
+        file.close()
+    (path,) = folder.iterdir()
+    assert path.name == time.strftime("sglfast.%Y-%m-%d.log")
+    assert path.read_text() == "one\nbytes\ntwo\nbytes\n"
+    assert path.stat().st_mode & 0o007 == 0, "not for everybody to read"
+
+
+def test_a_new_day_is_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    days = ["2026-05-31", "2026-05-31", "2026-06-01"]
+    monkeypatch.setattr(log_file.time, "strftime", lambda _: days.pop(0))
+    file = LogFile(str(tmp_path))
+    file.write("may\n")
+    file.write("june\n")
+    file.close()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "sglfast.2026-05-31.log": "may\n",
+        "sglfast.2026-06-01.log": "june\n",
+    }
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--log-dir .*/file/logs: cannot be written \(Not a directory\)"):
+        LogFile(str(tmp_path / "file" / "logs"))
+
+
+def test_a_full_disk_costs_only_its_lines(tmp_path: Path) -> None:
+    file = LogFile(str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    path.symlink_to("/dev/full")
+    file.close()
+    file.write("lost\n")
+    path.unlink()
+    file.write("kept\n")
+    file.close()
+    assert path.read_text() == "kept\n"
+
+
+def test_it_has_the_lines_of_all_processes(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    argv = [sys.executable, "-m", "sglfast", "serve", "--shards", "1", "--log-level", "debug", "--log-dir", str(folder)]
+    with engine() as url, running(tmp_path, argv, worker=url) as router:
+        router.until_listening()
+        router.until(lambda: get(router.port, "/readyz")[0] == 200, "ready")
+        router.signal(signal.SIGTERM)
+        assert router.end() == 0
+        (path,) = folder.iterdir()
+        text = path.read_text()
+        assert sorted(text.splitlines()) == sorted(router.err.splitlines())
+        for process in ("control", "index", "shard0"):
+            assert f" {process}: " in text

@@ -42,6 +42,8 @@ cdef extern from "sf_http.h" nogil:
         uint8_t is_event_stream
         uint8_t wants_kv
         int16_t request_id
+        int16_t other_id
+        int16_t origin
         uint16_t status
         uint32_t method_len
         uint32_t target_off
@@ -66,7 +68,8 @@ cdef class RequestHead:
     """A client's request head.
 
     method, target: bytes; content_length: -1 = not given; kept: the end-to-end header lines to hand on, each with CRLF, without
-    Host, framing and hop-by-hop lines; request_id: value of x-request-id or None; head_bytes: size of the head in `data`.
+    Host, framing and hop-by-hop lines; request_id: value of x-request-id (has_request_id), else of x-correlation-id, x-trace-id or
+    request-id, or None; origin: value of Origin, which is not handed on, or None; head_bytes: size of the head in `data`.
     """
 
 
@@ -81,6 +84,10 @@ cdef bytes kept_lines(const sf_head_t *head, const char *start, size_t start_len
     memcpy(PyBytes_AS_STRING(out), start, start_len)
     sf_copy_kept(head, PyBytes_AS_STRING(out) + start_len)
     return out
+
+
+cdef bytes value_of(const sf_head_t *head, int line):
+    return PyBytes_FromStringAndSize(head.lines[line].name + head.lines[line].value_off, head.lines[line].value_len)
 
 
 cpdef object scan_request(bytes data, Py_ssize_t limit):
@@ -100,9 +107,12 @@ cpdef object scan_request(bytes data, Py_ssize_t limit):
     out.target = PyBytes_FromStringAndSize(base + head.target_off, head.target_len)
     out.kept = kept_lines(&head, base, 0)
     if head.request_id >= 0:
-        out.request_id = PyBytes_FromStringAndSize(
-            head.lines[head.request_id].name + head.lines[head.request_id].value_off, head.lines[head.request_id].value_len
-        )
+        out.request_id = value_of(&head, head.request_id)
+        out.has_request_id = True
+    elif head.other_id >= 0:
+        out.request_id = value_of(&head, head.other_id)
+    if head.origin >= 0:
+        out.origin = value_of(&head, head.origin)
     out.content_length = head.content_length
     out.head_bytes = head.head_len
     out.n_hosts = head.n_hosts

@@ -62,6 +62,7 @@ cdef class ShardBase:
     # Copies of settings
     cdef long long max_header_bytes
     cdef long long max_payload_size
+    cdef long long max_url_bytes
     cdef double request_timeout_secs
     cdef bytes id_prefix
     cdef uint64_t id_count
@@ -74,6 +75,7 @@ cdef class ShardBase:
         self.config = config
         self.max_header_bytes = config.max_header_bytes
         self.max_payload_size = config.max_payload_size
+        self.max_url_bytes = config.max_url_bytes
         self.request_timeout_secs = config.request_timeout_secs
 
     cpdef bytes new_request_id(self):
@@ -128,6 +130,8 @@ cdef class ExchangeBase:
     cdef public RequestHead head
     cdef public bytes body
     cdef public bytes request_id
+    cdef public bytes kept       # header lines for the worker
+    cdef public bint makes_id    # x-request-id is ours to add to them
     cdef public object route
     cdef public WorkerConnectionBase connection
     cdef public double started_s
@@ -160,7 +164,9 @@ cdef class ExchangeBase:
         self.head = head
         self.body = body
         self.bytes_in = PyBytes_GET_SIZE(body)
-        self.request_id = head.request_id if head.request_id else client.shard.new_request_id()
+        self.kept = head.kept
+        self.makes_id = not head.has_request_id
+        self.request_id = head.request_id if head.request_id is not None else client.shard.new_request_id()
         self.started_s = monotonic()
         self.deadline_s = INFINITE
         self.tried = ()
@@ -187,7 +193,8 @@ cdef class ExchangeBase:
     cpdef on_connected(self, WorkerConnectionBase connection):
         """A connection to the chosen worker is ready: send."""
         cdef RequestHead head = self.head
-        cdef bytes made = b"" if head.request_id is not None else b"x-request-id: " + self.request_id + b"\r\n"
+        cdef bytes kept = self.kept if connection.upstream.key_line is None else self.kept_with_key(connection.upstream)
+        cdef bytes made = b"x-request-id: " + self.request_id + b"\r\n" if self.makes_id else b""
         cdef bytes host = connection.upstream.host_header
         cdef bytes body = self.body
         cdef Py_ssize_t body_bytes = PyBytes_GET_SIZE(body)
@@ -200,7 +207,7 @@ cdef class ExchangeBase:
         out = PyBytes_FromStringAndSize(
             NULL,
             PyBytes_GET_SIZE(head.method) + 1 + PyBytes_GET_SIZE(head.target) + 17 + PyBytes_GET_SIZE(host) + 2
-            + PyBytes_GET_SIZE(head.kept) + PyBytes_GET_SIZE(made) + length_bytes + copied_bytes,
+            + PyBytes_GET_SIZE(kept) + PyBytes_GET_SIZE(made) + length_bytes + copied_bytes,
         )
         end = PyBytes_AS_STRING(out)
         end = put(end, head.method)
@@ -209,7 +216,7 @@ cdef class ExchangeBase:
         memcpy(end, b" HTTP/1.1\r\nhost: ", 17)
         end = put(end + 17, host)
         memcpy(end, b"\r\n", 2)
-        end = put(put(end + 2, head.kept), made)
+        end = put(put(end + 2, kept), made)
         memcpy(end, length, length_bytes)
         memcpy(end + length_bytes, PyBytes_AS_STRING(body), copied_bytes)
         connection.take(self)

@@ -34,6 +34,7 @@ cdef class ClientBase:
     cdef public bint is_http10
     cdef public bint is_write_paused
     cdef public bint lingers
+    cdef public bytes cors  # lines of the present answer for the browser
 
     def __init__(self, ShardBase shard not None):
         self.shard = shard
@@ -81,7 +82,7 @@ cdef class ClientBase:
             if not head.keeps_alive:
                 self.closes = True
             size = head.content_length
-            if size > limit_body_bytes or head.expects_other:
+            if size > limit_body_bytes or head.expects_other or PyBytes_GET_SIZE(head.target) > self.shard.max_url_bytes:
                 self.refuse_head(head)
                 return
             end = head.head_bytes + (size if size > 0 else 0)
@@ -168,6 +169,8 @@ cdef class ClientBase:
             extra += b"connection: close\r\n"
         elif self.is_http10:
             extra += b"connection: keep-alive\r\n"
+        if self.cors is not None:
+            extra += self.cors
         if self.transport is None:
             return
         out = PyBytes_FromStringAndSize(

@@ -159,6 +159,7 @@ cdef class UpstreamBase:
     cdef public ShardBase shard
     cdef public unsigned int worker_idx
     cdef public bytes host_header
+    cdef public bytes key_line   # what the worker is shown instead of the client's authorization; None = that
     cdef public bytes log_label  # what the request log says of the worker
     cdef public list idle  # oldest first; the newest is taken first
     cdef public bint is_removed

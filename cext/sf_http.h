@@ -35,7 +35,10 @@ typedef struct {
     uint8_t minor_version;
     uint8_t is_event_stream;
     uint8_t wants_kv;
-    int16_t request_id; /* line number or -1 */
+    int16_t request_id; /* line number or -1: x-request-id, ... */
+    int16_t other_id;   /* ... else what holds an id too: x-correlation-id before x-trace-id before request-id */
+    int16_t origin;     /* line number or -1 */
+    uint8_t other_id_rank;
     uint16_t status;
     uint32_t method_len;
     uint32_t target_off;
@@ -102,6 +105,13 @@ static inline void _sf_drop_named(sf_head_t *head) {
     }
 }
 
+static inline void _sf_other_id(sf_head_t *head, uint32_t i, uint8_t rank) {
+    if (head->lines[i].value_len && rank > head->other_id_rank) {
+        head->other_id = (int16_t)i;
+        head->other_id_rank = rank;
+    }
+}
+
 /* Meaning of one header line. Dropped lines: hop-by-hop ones, and what the router writes anew. */
 static inline int _sf_header(sf_head_t *head, uint32_t i, int is_request) {
     sf_line_t *line = &head->lines[i];
@@ -119,6 +129,9 @@ static inline int _sf_header(sf_head_t *head, uint32_t i, int is_request) {
             if (SF_VALUE(line, "100-continue")) head->expects_continue = 1;
             else head->expects_other = 1;
             line->is_dropped = 1;
+        } else if (is_request && SF_NAME(line, "origin")) {
+            if (head->origin < 0) head->origin = (int16_t)i;
+            line->is_dropped = 1; /* who may call from a browser is the router's to say */
         }
         break;
     case 7: line->is_dropped = SF_NAME(line, "upgrade"); break;
@@ -126,7 +139,9 @@ static inline int _sf_header(sf_head_t *head, uint32_t i, int is_request) {
         if (SF_NAME(line, "connection")) {
             if (!_sf_connection(head, line)) return SF_HTTP_UNUSUAL;
             line->is_dropped = 1;
-        } else line->is_dropped = SF_NAME(line, "keep-alive");
+        } else if (SF_NAME(line, "keep-alive")) line->is_dropped = 1;
+        else if (is_request && SF_NAME(line, "x-trace-id")) _sf_other_id(head, i, 2);
+        else if (is_request && SF_NAME(line, "request-id")) _sf_other_id(head, i, 1);
         break;
     case 12:
         if (SF_NAME(line, "x-request-id")) {
@@ -150,7 +165,10 @@ static inline int _sf_header(sf_head_t *head, uint32_t i, int is_request) {
             line->is_dropped = (uint8_t)is_request;
         }
         break;
-    case 16: line->is_dropped = SF_NAME(line, "proxy-connection"); break;
+    case 16:
+        if (SF_NAME(line, "proxy-connection")) line->is_dropped = 1;
+        else if (is_request && SF_NAME(line, "x-correlation-id")) _sf_other_id(head, i, 3);
+        break;
     case 17:
         if (SF_NAME(line, "transfer-encoding")) {
             /* white space behind it: llhttp takes a blank, not a tab, and reads another framing then */
@@ -211,6 +229,8 @@ static inline void _sf_head_init(sf_head_t *head) {
     memset(head, 0, offsetof(sf_head_t, lines));
     head->content_length = -1;
     head->request_id = -1;
+    head->other_id = -1;
+    head->origin = -1;
 }
 
 /* `METHOD SP target SP HTTP/1.x CRLF headers CRLF`; the target is `/...` or `*` in visible ASCII without `#`. */

@@ -12,6 +12,8 @@ cdef class RequestHead:
     cdef readonly bytes target
     cdef readonly bytes kept
     cdef readonly object request_id
+    cdef readonly object origin
+    cdef readonly bint has_request_id
     cdef readonly long long content_length
     cdef readonly unsigned int head_bytes
     cdef readonly unsigned int n_hosts

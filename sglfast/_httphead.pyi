@@ -10,6 +10,8 @@ class RequestHead:
     target: bytes
     kept: bytes
     request_id: bytes | None
+    origin: bytes | None
+    has_request_id: bool
     content_length: int
     head_bytes: int
     n_hosts: int

@@ -53,6 +53,8 @@ class ExchangeBase:
     head: RequestHead
     body: bytes
     request_id: bytes
+    kept: bytes
+    makes_id: bool
     route: Any
     connection: Any
     started_s: float
@@ -103,6 +105,7 @@ class ClientBase:
     is_http10: bool
     is_write_paused: bool
     lingers: bool
+    cors: bytes | None
     def __init__(self, shard: ShardBase) -> None: ...
     def data_received(self, data: bytes) -> None: ...
     def read(self, data: bytes) -> None: ...
@@ -135,6 +138,7 @@ class UpstreamBase:
     shard: Any
     worker_idx: int
     host_header: bytes
+    key_line: bytes | None
     log_label: bytes
     idle: list[Any]
     is_removed: bool

@@ -89,6 +89,8 @@ UNPROCESSABLE = Reason("unprocessable", 422, "client", "the body does not have t
 SERVICE_OVERLOADED = Reason("service_overloaded", 503, "router", "too much waits for the tokenizer", True)
 QUEUE_FULL = Reason("queue_full", 429, "client", "too many requests: the router and its queue are full, try again later", True)
 QUEUE_TIMEOUT = Reason("queue_timeout", 408, "client", "the request waited too long for its turn", True)
+INVALID_API_KEY = Reason("invalid_api_key", 401, "client", "a valid API key is needed: `authorization: Bearer KEY`")
+TOO_MANY_CONNECTIONS = Reason("too_many_connections", 503, "router", "too many connections, try again later", True)
 
 # Position = word in each shard's column of shared memory: append only.
 REASONS: tuple[Reason, ...] = (
@@ -115,5 +117,7 @@ REASONS: tuple[Reason, ...] = (
     SERVICE_OVERLOADED,
     QUEUE_FULL,
     QUEUE_TIMEOUT,
+    INVALID_API_KEY,
+    TOO_MANY_CONNECTIONS,
 )
 REASON_INDEX: dict[str, int] = {reason.code: position for position, reason in enumerate(REASONS)}

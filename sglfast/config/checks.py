@@ -148,13 +148,11 @@ def worker_url(text: str, name: str = "--worker-urls") -> str:
         port = parts.port
     except ValueError as error:
         raise ConfigError(f"{name} {text}: {error}") from None
-    if parts.scheme == "https":
-        raise ConfigError(f"{name} {text}: TLS to workers is not supported yet; use http://")
-    if parts.scheme != "http" or not parts.hostname:
-        raise ConfigError(f"{name} {text}: must look like http://host:port")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{name} {text}: must look like http://host:port or https://host:port")
     if port == 0:
         raise ConfigError(f"{name} {text}: port 0 is no port that a worker can listen on")
     # Also what is empty: `http://host?`, `http://@host`, `http://host:`; and blanks and control characters.
     if text.partition("://")[2] != parts.netloc or not set(parts.netloc).isdisjoint("@ ") or parts.netloc.endswith(":"):
-        raise ConfigError(f"{name} {text}: give only scheme, host and port, such as http://{parts.hostname}:{port or 80}")
-    return f"http://{parts.netloc.lower()}"
+        raise ConfigError(f"{name} {text}: give only scheme, host and port, such as {parts.scheme}://{parts.hostname}:{port or 80}")
+    return f"{parts.scheme}://{parts.netloc.lower()}"

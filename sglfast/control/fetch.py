@@ -7,6 +7,7 @@ Runs in: control. Contract: an error's text never holds a byte that a worker sen
 
 import asyncio
 import os
+import ssl
 from dataclasses import dataclass
 
 import aiohttp
@@ -39,12 +40,12 @@ class Answer:
 
 
 class Fetcher:
-    """The only HTTP client of control. Use it as an async context manager, inside the event loop."""
+    """The only HTTP client of control. Use it as an async context manager, inside the event loop. tls: for workers whose URL is https."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | bool = True) -> None:
         self._places = asyncio.Semaphore(_AT_ONCE)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True, ssl=tls),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"user-agent": f"sglfast/{__version__}", "accept-encoding": "identity"},

@@ -20,7 +20,9 @@ _STATUS_LINES = {
     status: f"HTTP/1.1 {status} {phrase}\r\n".encode()
     for status, phrase in {
         200: "OK",
+        204: "No Content",
         400: "Bad Request",
+        401: "Unauthorized",
         404: "Not Found",
         405: "Method Not Allowed",
         408: "Request Timeout",
@@ -64,6 +66,8 @@ def error_answer(reason: errors.Reason, message: str | None = None) -> tuple[byt
     """(open head, body) of an error."""
     body = error_body(reason, message) if message else _ERROR_BODIES[reason.code]
     extra = b"x-router-error-code: %b\r\n" % reason.code.encode()
+    if reason.status == 401:
+        extra += b"www-authenticate: Bearer\r\n"
     if reason.status in (429, 503):
         extra += b"retry-after: 1\r\n"
     if reason is errors.METHOD_NOT_ALLOWED and message:

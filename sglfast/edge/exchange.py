@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from sglfast import _counters, errors
 from sglfast._relay import UNTIL_CLOSE, ExchangeBase
 from sglfast.edge.answers import error_event
+from sglfast.edge.header_lines import without
 from sglfast.edge.parity import cached_tokens_in, outcome_word
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from sglfast.edge.route import Route
     from sglfast.edge.server import ClientConnection
     from sglfast.edge.shard import Shard
-    from sglfast.edge.upstream import UpstreamConnection
+    from sglfast.edge.upstream import Upstream, UpstreamConnection
 
 _MAX_CHOICES = 3  # workers that are tried when they cannot be reached, the first one included
 
@@ -38,6 +39,12 @@ class Exchange(ExchangeBase):
     connection: UpstreamConnection | None
 
     # ---- towards the worker ----
+
+    def take_id(self, request_id: bytes | None) -> None:
+        """Name the request by this id, or one of our own, whatever its x-request-id says."""
+        self.request_id = request_id or self.shard.new_request_id()
+        self.kept = without(self.kept, b"x-request-id")
+        self.makes_id = True
 
     def start(self) -> None:
         """Begin, or wait for leave to begin."""
@@ -75,6 +82,10 @@ class Exchange(ExchangeBase):
             self.refuse(errors.UPSTREAM_TIMEOUT if isinstance(error, TimeoutError) else errors.UPSTREAM_UNREACHABLE)
         else:
             self.dispatch(following)
+
+    def kept_with_key(self, upstream: Upstream) -> bytes:
+        """The header lines with the worker's key in the place of the client's."""
+        return without(self.kept, b"authorization") + (upstream.key_line or b"")
 
     # ---- back to the client ----
 

@@ -119,6 +119,7 @@ class Router(RouterBase):
             key = (view.worker_idx, view.generation)
             upstream = old.pop(key, None)
             upstream = self._upstreams[key] = upstream or Upstream(self._shard, view.worker_idx, view.record.url)
+            upstream.key_line = self._shard.key_line(view.record.api_key)
             if self._shard.request_log is not None:
                 upstream.log_label = self._shard.request_log.label(view.record.model, view.record.url)
             if view.state == _workers.READY:

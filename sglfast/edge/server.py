@@ -42,6 +42,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.shard.clients.add(self)
+        if len(self.shard.clients) > self.shard.config.max_connections:
+            self._refuse(errors.TOO_MANY_CONNECTIONS)
         self.shard.column.add(_counters.S_CONNECTIONS, 1)
         self.shard.column.add(_counters.S_CONNECTIONS_TOTAL, 1)
 
@@ -79,7 +81,11 @@ class ClientConnection(ClientBase, asyncio.Protocol):
 
     def refuse_head(self, head: RequestHead) -> None:
         """A head that says more than we take."""
-        self._refuse(errors.PAYLOAD_TOO_LARGE if head.content_length > self.shard.config.max_payload_size else errors.EXPECTATION_FAILED)
+        if head.expects_other:
+            self._refuse(errors.EXPECTATION_FAILED)
+        else:
+            is_long = head.content_length > self.shard.config.max_payload_size
+            self._refuse(errors.PAYLOAD_TOO_LARGE if is_long else errors.URI_TOO_LONG)
 
     def read_no_head(self, code: int, data: bytes) -> None:
         """Bytes that hold no whole plain head. code: of _httphead.scan_request."""
@@ -151,6 +157,12 @@ class ClientConnection(ClientBase, asyncio.Protocol):
 
     def dispatch(self, head: RequestHead, body: bytes) -> None:
         """A whole request, whatever it asks for."""
+        if self.shard.cors:
+            self.cors = self.shard.cors.lines_for(head)
+            lines = self.shard.cors.preflight(head)
+            if lines is not None:
+                self._answer(answers.head(204, answers.TEXT, 0, lines), b"", head.request_id)
+                return
         target = head.target
         endpoint = ENDPOINTS.get(target)
         if endpoint is None:
@@ -161,6 +173,9 @@ class ClientConnection(ClientBase, asyncio.Protocol):
                     self._answer_locally(head, path, body)
                     return
                 endpoint = Endpoint(path, OTHER_KIND)
+        if self.shard.guard and not self.shard.guard.lets_in(head):
+            self.answer_error(errors.INVALID_API_KEY, head.request_id, None, head.method == b"HEAD")
+            return
         if head.method != b"POST":
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only POST", head.method == b"HEAD")
             return
@@ -169,6 +184,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             LATER[path](self.shard, head, body, lambda found: self._answer_later(found, head.request_id))
             return
         exchange = self.exchange = Exchange(self, endpoint, head, body)
+        if self.shard.has_own_ids:
+            exchange.take_id(self.shard.id_in(head))
         exchange.start()
 
     def _answer_locally(self, head: RequestHead, path: bytes, body: bytes) -> None:
@@ -231,7 +248,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         self.pending = b""
         if self.transport is None:
             return
-        if self.lingers:
+        if self.lingers and self.transport.can_write_eof():  # TLS cannot
             self.transport.write_eof()
         else:
             self.transport.close()

@@ -16,14 +16,20 @@ from sglfast._counters import Column, Loads, RankTable
 from sglfast._hashtree import TreeReader
 from sglfast._relay import ShardBase
 from sglfast._workers import WorkerTable
+from sglfast.config import REQUEST_ID_HEADERS
 from sglfast.edge.admission import Admission, is_limited
+from sglfast.edge.cors import Cors
+from sglfast.edge.guard import Guard
+from sglfast.edge.header_lines import value_of
 from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.request_log import RequestLog
 from sglfast.edge.route import Router
 from sglfast.errors import REASON_INDEX, Reason
 from sglfast.logs import set_level
+from sglfast.tls import worker_context
 
 if TYPE_CHECKING:
+    from sglfast._httphead import RequestHead
     from sglfast.boot import Boot
     from sglfast.config import ServeConfig
     from sglfast.edge.request import PromptKeyer
@@ -58,16 +64,35 @@ class Shard(ShardBase):
         self.now_s = loop.time()  # coarse: moved by the tick
         self._silent_until_s = 0.0
         self._ticks = 0
+        self.guard = Guard(boot.config)
+        self.cors = Cors(boot.config)
+        self.worker_tls = worker_context(boot.config)
         self.request_log = RequestLog(boot.config, f"shard{boot.shard}") if boot.config.request_log != "off" else None
         self.router = Router(self, keyer)
         self.admission = Admission(self) if is_limited(self) else None
-        self.is_gated = self.admission is not None
+        self._ids_from = boot.config.request_id_headers
+        self.is_gated = self.admission is not None or bool(self.guard) or bool(self.cors) or self.has_own_ids
 
     def apply(self, config: ServeConfig) -> None:
         """Go on with other settings, from the next request on; what cannot change in a running program is the same in both."""
         self.configure(config)
         set_level(config.log_level)
         self.router.renew_policies()
+
+    @property
+    def has_own_ids(self) -> bool:
+        """Whether requests are named by other headers than the scanner knows."""
+        return self._ids_from != REQUEST_ID_HEADERS
+
+    def id_in(self, head: RequestHead) -> bytes | None:
+        """The id of a request by the headers of the settings."""
+        return next((value for name in self._ids_from if (value := value_of(head.kept, name.encode()))), None)
+
+    def key_line(self, api_key: str | None) -> bytes | None:
+        """The header line by which a worker is shown its key; empty when it gets none and must not see the client's either, else None."""
+        if api_key is not None:
+            return b"authorization: Bearer %b\r\n" % api_key.encode()
+        return b"" if self.guard else None
 
     def count_error(self, reason: Reason) -> None:
         """Count an answer of our own in the metric of its code."""

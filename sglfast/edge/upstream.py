@@ -64,7 +64,7 @@ class UpstreamConnection(WorkerConnectionBase, asyncio.Protocol):
 class Upstream(UpstreamBase):
     """The connections of this shard to one worker; taking and giving back is compiled."""
 
-    __slots__ = ("_opening", "busy", "host", "open_count", "port", "url")
+    __slots__ = ("_opening", "host", "is_tls", "open_count", "port", "url")
 
     def __init__(self, shard: Shard, worker_idx: int, url: str) -> None:
         parts = urlsplit(url)
@@ -72,7 +72,8 @@ class Upstream(UpstreamBase):
         self.worker_idx = worker_idx
         self.url = url
         self.host = parts.hostname or "127.0.0.1"
-        self.port = parts.port or 80
+        self.is_tls = parts.scheme == "https"
+        self.port = parts.port or (443 if self.is_tls else 80)
         self.host_header = parts.netloc.encode()
         self.log_label = b""
         self.idle: list[UpstreamConnection] = []  # oldest first; the newest is taken first
@@ -90,8 +91,9 @@ class Upstream(UpstreamBase):
         shard = self.shard
         try:
             async with asyncio.timeout(shard.config.connect_timeout_secs):
-                _, connection = await shard.loop.create_connection(lambda: UpstreamConnection(self), self.host, self.port)
-        except (OSError, TimeoutError, ValueError) as error:  # ValueError: a host that is no name
+                tls = shard.worker_tls if self.is_tls else None
+                _, connection = await shard.loop.create_connection(lambda: UpstreamConnection(self), self.host, self.port, ssl=tls)
+        except (OSError, TimeoutError, ValueError) as error:  # ValueError: a host that is no name; OSError: ssl.SSLError too
             shard.column.add_worker(self.worker_idx, _counters.W_CONNECT_ERRORS)
             exchange.on_unreachable(error)
             return

@@ -57,7 +57,7 @@ icount: build $(VENV)/.installed-dev ## instructions per call against bench/icou
 bench: build $(VENV)/.installed-dev ## micro benchmarks, then the router against nginx if nginx and wrk are there
 	$(PY) -m pytest bench -o addopts=-q --benchmark-only
 	$(PY) bench/prompt_path.py
-	@if command -v nginx >/dev/null && command -v wrk >/dev/null; then $(PY) bench/compare.py $(ARGS); \
+	@if command -v nginx >/dev/null && command -v wrk >/dev/null; then $(PY) bench/compare.py $(ARGS) && $(PY) bench/streams.py; \
 	else echo 'SKIPPED: the comparison needs nginx and wrk (apt-get install nginx-light haproxy wrk)'; fi
 
 # The sanitized modules live in a copy of the tree, so that the working ones stay as they are. The first line after the

@@ -48,4 +48,4 @@ directives = {
     "boundscheck": DEBUG, "wraparound": False, "initializedcheck": False,
     "auto_pickle": False, "autotestdict": False,
 }  # fmt: skip
-setup(ext_modules=cythonize(extensions, include_path=["cext"], build_dir="build/cython", compiler_directives=directives, nthreads=0))
+setup(ext_modules=cythonize(extensions, include_path=["cext", "."], build_dir="build/cython", compiler_directives=directives, nthreads=0))

@@ -63,6 +63,7 @@ _NGINX_ROUTER = """
         location / {{
             proxy_pass http://workers;
             proxy_http_version 1.1;
+            {extra}
             proxy_set_header Host $http_host;
             proxy_set_header Connection "";
         }}
@@ -91,11 +92,12 @@ backend workers
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a contender works: its core, the workers' ports, and the folder of all files."""
+    """Where a contender works: its core, the workers' ports, and the folder of all files. is_streamed: answers are not to wait."""
 
     core: int
     worker_ports: tuple[int, ...]
     folder: Path
+    is_streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,8 @@ def start_workers(workload: Workload, core: int, ports: Sequence[int], folder: P
 
 def _start_nginx(setting: Setting, port: int) -> PinnedProcess:
     servers = "\n        ".join(f"server 127.0.0.1:{worker};" for worker in setting.worker_ports)
-    http = _NGINX_ROUTER.format(servers=servers, port=port, connections=UPSTREAM_CONNECTIONS)
+    extra = "proxy_buffering off;" if setting.is_streamed else ""
+    http = _NGINX_ROUTER.format(servers=servers, port=port, connections=UPSTREAM_CONNECTIONS, extra=extra)
     return _nginx("nginx", http, setting.core, setting.folder)
 
 

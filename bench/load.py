@@ -89,6 +89,12 @@ def chat(body_bytes: int) -> Workload:
     return Workload(f"chat, {body_bytes} bytes", "/v1/chat/completions", json.dumps(body).encode(), json.dumps(answer))
 
 
+def stream_request(port: int) -> bytes:
+    """A whole HTTP request for a streamed chat completion."""
+    workload = chat(2048)
+    return Workload("stream", workload.path, workload.body[:-1] + b', "stream": true}', "").request(port)
+
+
 @dataclass(frozen=True)
 class LoadResult:
     """What wrk saw. Errors are counts of connections, of responses for `status`."""

@@ -89,10 +89,6 @@ for _i, _bound in enumerate(BUCKETS_US):
 cdef class Column:
     """The counters of one shard, written by that shard alone."""
 
-    cdef uint64_t *words
-    cdef object segment
-    cdef uint64_t max_workers
-
     def __cinit__(self, segment, int shard):
         if not 0 <= shard < segment.max_shards:
             raise ValueError(f"shard {shard} is outside 0..{segment.max_shards - 1}")
@@ -105,7 +101,7 @@ cdef class Column:
             raise IndexError(f"worker {worker_idx} is outside 0..{self.max_workers - 1}")
         return sf_column_worker(self.words, worker_idx)
 
-    def begin(self, unsigned int worker_idx, unsigned long long tokens, unsigned int decision, unsigned long long bytes_in=0):
+    cpdef begin(self, unsigned int worker_idx, unsigned long long tokens, unsigned int decision, unsigned long long bytes_in=0):
         """A request of `bytes_in` body bytes was given to the worker with `tokens` uncached prompt tokens (0 = unknown)."""
         cdef uint64_t *words = self.worker(worker_idx)
         _sf_add(words + c_W_INFLIGHT_REQUESTS, 1)
@@ -117,17 +113,16 @@ cdef class Column:
         if decision < 16:
             _sf_add(self.words + c_S_DECISIONS + decision, 1)
 
-    def answered(self, unsigned int status_class):
+    cpdef answered(self, unsigned int status_class):
         """An answer's head goes to the client. status_class: first digit of the status."""
         if 2 <= status_class <= 5:
             _sf_add(self.words + c_S_RESPONSES_2XX - 2 + status_class, 1)
 
-    def prefilled(self, unsigned int worker_idx, unsigned long long tokens):
+    cpdef prefilled(self, unsigned int worker_idx, unsigned long long tokens):
         """The first byte came: these prompt tokens are no load any more."""
         _sf_add(self.worker(worker_idx) + c_W_INFLIGHT_TOKENS, -tokens)
 
-    def end(self, unsigned int worker_idx, unsigned long long tokens, unsigned int outcome_word,
-            unsigned long long bytes_out):
+    cpdef end(self, unsigned int worker_idx, unsigned long long tokens, unsigned int outcome_word, unsigned long long bytes_out):
         """The request left the worker; `tokens` are what `prefilled` did not take back."""
         cdef uint64_t *words = self.worker(worker_idx)
         if outcome_word >= SF_WORKER_WORDS:
@@ -139,13 +134,13 @@ cdef class Column:
         _sf_add(self.words + c_S_INFLIGHT, <uint64_t>-1)
         _sf_add(self.words + c_S_BYTES_OUT, bytes_out)
 
-    def add(self, unsigned int word, long long n=1):
+    cpdef add(self, unsigned int word, long long n=1):
         """Add to a word of the shard (negative only for gauges)."""
         if word >= SF_SHARD_WORDS:
             raise IndexError(f"no shard word {word}")
         _sf_add(self.words + word, <uint64_t>n)
 
-    def add_worker(self, unsigned int worker_idx, unsigned int word, long long n=1):
+    cpdef add_worker(self, unsigned int worker_idx, unsigned int word, long long n=1):
         """Add to a word of a worker in this shard's column."""
         if word >= SF_WORKER_WORDS:
             raise IndexError(f"no worker word {word}")
@@ -159,7 +154,7 @@ cdef class Column:
         _sf_add(words + c_BUCKETS + 1, 1)
         _sf_add(words + c_BUCKETS + 2, value_us)
 
-    def observe(self, unsigned long long ttft_us, unsigned long long duration_us):
+    cpdef observe(self, unsigned long long ttft_us, unsigned long long duration_us):
         """Count a good answer in the histograms of time to first body byte and of its whole time, in microseconds."""
         self.count_in(self.words + c_S_TTFT, ttft_us)
         self.count_in(self.words + c_S_DURATION, duration_us)

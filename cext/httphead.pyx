@@ -8,10 +8,11 @@ Contract: `scan_request` and `scan_response` look at one head at the start of `d
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stddef cimport size_t
-from libc.stdint cimport int16_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int16_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 
 cimport cython
+from sf_chunks cimport SF_CH_DONE, SF_CH_SIZE, sf_chunks_feed
 
 
 cdef extern from "sf_http.h" nogil:
@@ -53,18 +54,6 @@ cdef extern from "sf_http.h" nogil:
     size_t sf_kept_len(const sf_head_t *head) noexcept
     char *sf_copy_kept(const sf_head_t *head, char *out) noexcept
 
-cdef extern from "sf_chunks.h" nogil:
-    enum:
-        SF_CH_SIZE
-        SF_CH_DONE
-
-    ctypedef struct sf_chunks_t:
-        uint64_t left
-        uint32_t state
-
-    ctypedef int (*sf_emit_t)(void *, const char *, size_t) noexcept nogil
-    int64_t sf_chunks_feed(sf_chunks_t *chunks, const char *base, size_t length, sf_emit_t emit, void *sink) noexcept
-
 
 MORE = SF_HTTP_MORE
 UNUSUAL = SF_HTTP_UNUSUAL
@@ -80,34 +69,11 @@ cdef class RequestHead:
     Host, framing and hop-by-hop lines; request_id: value of x-request-id or None; head_bytes: size of the head in `data`.
     """
 
-    cdef readonly bytes method
-    cdef readonly bytes target
-    cdef readonly bytes kept
-    cdef readonly object request_id
-    cdef readonly long long content_length
-    cdef readonly unsigned int head_bytes
-    cdef readonly unsigned int n_hosts
-    cdef readonly bint is_chunked
-    cdef readonly bint keeps_alive
-    cdef readonly bint is_http10
-    cdef readonly bint expects_continue
-    cdef readonly bint expects_other
-    cdef readonly bint wants_kv
-
 
 @cython.final
 @cython.freelist(64)
 cdef class ResponseHead:
     """A worker's answer head. `kept` starts with the status line (as HTTP/1.1) and holds the end-to-end lines and the framing."""
-
-    cdef readonly int status
-    cdef readonly bytes kept
-    cdef readonly long long content_length
-    cdef readonly unsigned int head_bytes
-    cdef readonly bint is_chunked
-    cdef readonly bint keeps_alive
-    cdef readonly bint has_request_id
-    cdef readonly bint is_event_stream
 
 
 cdef bytes kept_lines(const sf_head_t *head, const char *start, size_t start_len):
@@ -117,7 +83,7 @@ cdef bytes kept_lines(const sf_head_t *head, const char *start, size_t start_len
     return out
 
 
-def scan_request(bytes data, Py_ssize_t limit):
+cpdef object scan_request(bytes data, Py_ssize_t limit):
     """RequestHead, or MORE, UNUSUAL, TOO_LARGE. limit: bytes that a head may have."""
     cdef sf_head_t head
     cdef const char *base = PyBytes_AS_STRING(data)
@@ -151,7 +117,7 @@ def scan_request(bytes data, Py_ssize_t limit):
     return out
 
 
-def scan_response(bytes data, Py_ssize_t limit):
+cpdef object scan_response(bytes data, Py_ssize_t limit):
     """ResponseHead, or MORE, UNUSUAL, TOO_LARGE. limit: bytes that a head may have."""
     cdef sf_head_t head
     cdef const char *base = PyBytes_AS_STRING(data)
@@ -188,13 +154,11 @@ cdef int append_piece(void *sink, const char *piece, size_t size) noexcept with 
 cdef class Chunks:
     """Chunked framing, followed over any cutting of the bytes (RFC 9112 7.1); extensions and trailers are bounded."""
 
-    cdef sf_chunks_t chunks
-
     def __cinit__(self):
         self.chunks.left = 0
         self.chunks.state = SF_CH_SIZE
 
-    def follow(self, bytes data, Py_ssize_t start=0):
+    cpdef Py_ssize_t follow(self, bytes data, Py_ssize_t start=0) except -3:
         """Index behind the end of the body, -1 when it goes on, -2 when the framing is malformed."""
         cdef int64_t used
         used = sf_chunks_feed(&self.chunks, PyBytes_AS_STRING(data) + start, PyBytes_GET_SIZE(data) - start, NULL, NULL)

@@ -17,57 +17,43 @@ from edge_harness import StubTransport
 from fuzz_grammar import cuts
 from llhttp_reference import Fields, Message, answers, end_to_end, fields_of, requests
 
-from sglfast import errors
-from sglfast._httphead import RequestHead, ResponseHead
+from sglfast import errors, shm
+from sglfast._counters import Column
+from sglfast._httphead import RequestHead, scan_request
+from sglfast._relay import BUSY, CLOSED, IDLE, RouterBase, ShardBase, UpstreamBase
 from sglfast.config import ServeConfig
-from sglfast.edge.server import BUSY, CLOSED, ClientConnection
-from sglfast.edge.upstream import IDLE, UpstreamConnection
+from sglfast.edge.exchange import Exchange
+from sglfast.edge.request import ENDPOINTS
+from sglfast.edge.server import ClientConnection
+from sglfast.edge.upstream import UpstreamConnection
 
 KNOWN = (b"GET", b"HEAD", b"POST", b"PUT", b"PATCH", b"DELETE", b"OPTIONS")
 OURS = (b"host", b"content-length", b"transfer-encoding", b"expect", b"x-sglfast-kv")
 
 
-class Nothing:
-    """Takes every call and does nothing: counters."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_: None
+_FD, _SEGMENT = shm.create(max_workers=1, max_ranks=64, max_shards=1, capacity_blocks=1)
 
 
-class StubShard:
+class StubShard(ShardBase):
     """What connections ask of a shard. `later`: calls that the loop would make; `choices`: requests that wait for a route."""
 
     def __init__(self, config: ServeConfig, rng: Random) -> None:
-        self.config = config
-        self.column = Nothing()
+        self.configure(config)
+        self.column = Column(_SEGMENT, 0)
         self.clients: set[Any] = set()
-        self.is_draining = False
-        self.now_s = 0.0
-        self.loop = SimpleNamespace(call_soon=lambda call, *args: self.later.append((call, args)))
-        self.router = self
-        self.pools: dict[str, Any] = {}
-        self.models: list[str] = []
+        self.endpoints = ENDPOINTS
+        self.is_gated = True  # every request passes `dispatch`
+        self.loop = cast(Any, SimpleNamespace(call_soon=lambda call, *args: self.later.append((call, args))))
+        self.router = StubRouter(self)
         self.started_s = 0
         self.segment = SimpleNamespace(state=1)
         self.later: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self.choices: deque[Callable[[errors.Reason], None]] = deque()
         self.reasons: list[str] = []
-        self._rng = rng
+        self.rng = rng
 
     def count_error(self, reason: errors.Reason) -> None:
         self.reasons.append(reason.code)
-
-    def new_request_id(self) -> bytes:
-        return b"id"
-
-    def refresh(self) -> None:
-        pass
-
-    def choose(self, endpoint: object, body: bytes, then: Callable[[errors.Reason], None]) -> None:
-        if self._rng.random() < 0.5:
-            then(errors.NO_HEALTHY_WORKERS)
-        else:
-            self.choices.append(then)
 
     def turn(self) -> bool:
         """Do one thing that waits; whether there was one."""
@@ -81,6 +67,25 @@ class StubShard:
         return True
 
 
+class StubRouter(RouterBase):
+    """Refuses every request, now or later."""
+
+    def __init__(self, shard: StubShard) -> None:
+        super().__init__(_SEGMENT)
+        self._shard = shard
+        self.pools: dict[str, Any] = {}
+        self.models: list[str] = []
+
+    def refresh(self) -> None:
+        pass
+
+    def choose(self, endpoint: object, body: bytes, then: Callable[[errors.Reason], None]) -> None:
+        if self._shard.rng.random() < 0.5:
+            then(errors.NO_HEALTHY_WORKERS)
+        else:
+            self._shard.choices.append(then)
+
+
 class RecordingConnection(ClientConnection):
     """Notes every request that the connection understood."""
 
@@ -90,9 +95,9 @@ class RecordingConnection(ClientConnection):
         super().__init__(shard)
         self.seen: list[tuple[RequestHead, bytes]] = []
 
-    def _dispatch(self, head: RequestHead, body: bytes) -> None:
+    def dispatch(self, head: RequestHead, body: bytes) -> None:
         self.seen.append((head, body))
-        super()._dispatch(head, body)
+        super().dispatch(head, body)
 
 
 _CONFIG = ServeConfig(max_payload_size=1 << 20)
@@ -149,55 +154,47 @@ def check_connection(data: bytes, rng: Random) -> str:
     return f"open after {min(len(ours), 3)}"
 
 
-class StubExchange:
-    """Notes what a worker's connection tells its exchange."""
+class RecordingExchange(Exchange):
+    """Notes how its answer ended."""
 
-    def __init__(self, is_http10: bool) -> None:
-        self.head = SimpleNamespace(is_http10=is_http10)
-        self.decodes_chunks = False
-        self.was_active = False
-        self.kept = b""
-        self.found: ResponseHead | None = None
-        self.relayed = b""
-        self.end = ""
-        self.is_reusable = False
-
-    def on_head(self, connection: UpstreamConnection, head: ResponseHead, payload: bytes) -> bool:
-        assert self.found is None
-        self.found = head
-        self.relayed += payload
-        self.decodes_chunks = self.head.is_http10 and head.is_chunked
-        return True
-
-    def on_body(self, data: bytes) -> None:
-        assert self.found is not None
-        assert not self.end
-        self.relayed += data
-
-    def on_end(self, connection: UpstreamConnection, is_reusable: bool) -> None:
-        assert not self.end
-        self.end = "complete"
-        self.is_reusable = is_reusable
+    __slots__ = ("failure",)
+    failure: str
 
     def on_malformed(self, connection: UpstreamConnection) -> None:
-        assert not self.end
-        self.end = "malformed"
+        self.failure = "malformed"
 
     def on_lost(self, connection: UpstreamConnection) -> None:
-        assert not self.end
-        self.end = "lost"
+        self.failure = "lost"
+
+    @property
+    def end(self) -> str:
+        assert not (self.failure and self.is_over)
+        return "complete" if self.is_over else self.failure
+
+
+class StubUpstream(UpstreamBase):
+    """The connections to one worker, without a pool."""
+
+    def __init__(self, shard: StubShard) -> None:
+        self.shard = shard
+        self.idle = []
+        self.open_count = 0
+
+    def forget(self, connection: object) -> None:
+        pass
 
 
 def check_upstream(data: bytes, rng: Random) -> str:
     """What is relayed of a worker's bytes must be its answer as llhttp reads it: the same bytes, the same end."""
-    upstream = SimpleNamespace(
-        open_count=0, worker_idx=0, idle=[], forget=lambda _: None, shard=SimpleNamespace(config=_CONFIG, column=Nothing())
-    )
-    connection = UpstreamConnection(cast(Any, upstream))
-    transport = StubTransport()
+    shard = StubShard(_CONFIG, rng)
+    connection, client = UpstreamConnection(cast(Any, StubUpstream(shard))), ClientConnection(cast(Any, shard))
+    transport, sent = StubTransport(), StubTransport()
     connection.connection_made(transport)
-    exchange = StubExchange(is_http10=rng.random() < 0.3)
-    connection.send(cast(Any, exchange), b"POST / HTTP/1.1\r\n\r\n", b"")
+    client.connection_made(sent)
+    head = scan_request(b"POST / HTTP/1.0\r\n\r\n" if rng.random() < 0.3 else b"POST / HTTP/1.1\r\nhost: a\r\n\r\n", 1024)
+    exchange = client.exchange = RecordingExchange(client, ENDPOINTS[b"/generate"], cast(RequestHead, head), b"")
+    exchange.failure = ""
+    exchange.on_connected(connection)
     for piece in cuts(rng, data):
         if transport.is_closed:
             break
@@ -207,16 +204,15 @@ def check_upstream(data: bytes, rng: Random) -> str:
     body = b""
     if any(0 < message.status < 200 and not (message.is_complete and message.keeps_alive) for message in reference.messages):
         return "odd 1xx"  # llhttp reads nothing behind one that closes, and a body where one claims chunks; there is none
-    if exchange.found is not None:
+    if exchange.has_answer:
         assert final is not None, f"we hand on a head that llhttp does not take: {reference.error}"
-        assert exchange.found.status == final.status
-        if exchange.decodes_chunks or not exchange.found.is_chunked:
-            body = exchange.relayed
+        assert exchange.status == final.status
+        opening, _, relayed = sent.written.partition(b"\r\n\r\n")
+        if exchange.decodes_chunks or b"transfer-encoding" not in opening.lower():
+            body = relayed
         else:
-            at = data.index(exchange.relayed) if exchange.relayed else 0
-            assert at >= 0, "relayed bytes are not the worker's"
-            decoded = answers(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + exchange.relayed)
-            body = decoded.messages[0].body
+            assert relayed in data, "relayed bytes are not the worker's"
+            body = answers(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + relayed).messages[0].body
         assert final.body.startswith(body), f"body differs: {body!r} {final.body!r}"
     if exchange.end == "complete":
         assert final is not None

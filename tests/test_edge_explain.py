@@ -125,7 +125,7 @@ def test_a_late_explanation() -> None:
         assert transport.take() == b""
         keyer.waiting.pop()()
         assert transport.take().startswith(b"HTTP/1.1 200 OK\r\ncontent-type: application/json")
-        connection._go_on()
+        connection.go_on()
         assert transport.take().endswith(b"OK")
         connection.data_received(sent)
         connection.connection_lost(None)

@@ -133,9 +133,10 @@ def test_a_planted_upward_import_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", sorted(COMPILED))
 def test_compiled_modules_import_nothing_of_ours(module: str) -> None:
-    """They share C headers; only their stubs name each other's types."""
-    found = re.findall(r"^\s*(?:from|import|cimport)\s+sglfast\b.*$", COMPILED[module].read_text(), re.MULTILINE)
-    assert not found, f"{COMPILED[module]}: {found}"
+    """They share C headers; only the relay stands on the C side of two others, and stubs name each other's types."""
+    found = re.findall(r"^\s*(?:from|import|cimport)\s+(sglfast\b.*)$", COMPILED[module].read_text(), re.MULTILINE)
+    below = [line for line in found if module == "sglfast._relay" and re.match(r"sglfast\._(counters|httphead) cimport ", line)]
+    assert found == below, f"{COMPILED[module]}: {found}"
     assert module in STUBS, f"{COMPILED[module]} has no typed stub sglfast/{room(module)}.pyi"
 
 

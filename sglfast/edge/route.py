@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglfast import _counters, _workers, errors
+from sglfast._relay import RouterBase
 from sglfast.edge.policy import FAILOVER, Hit, Policy, PoolView, Prompt
 from sglfast.edge.policy.cache_aware import CacheAware
 from sglfast.edge.policy.least_load import LeastLoad
@@ -93,13 +94,13 @@ def make_policy(name: str, config: ServeConfig, loads: Loads, *, has_events: boo
     return Random() if name == "random" else LeastLoad()
 
 
-class Router:
+class Router(RouterBase):
     """The pools as the worker table has them now, and the choice among them."""
 
     def __init__(self, shard: Shard, keyer: PromptKeyer | None) -> None:
+        super().__init__(shard.segment)
         self._shard = shard
         self.keyer = keyer
-        self._version = -1
         self._upstreams: dict[tuple[int, int], Upstream] = {}  # (slot, generation)
         self.pools: dict[str | None, Pool] = {}
         self.only: Pool | None = None  # the one pool, when no worker, also of those that are down, has another model
@@ -108,9 +109,9 @@ class Router:
     def refresh(self) -> None:
         """Follow the worker table when its version has moved. Cost then: one read per slot."""
         version = self._shard.table.version()
-        if version == self._version:
+        if version == self.seen_version:
             return
-        self._version = version
+        self.seen_version = version
         views = read_workers(self._shard.table)
         old, self._upstreams = self._upstreams, {}
         ready: dict[str | None, list[WorkerView]] = {}
@@ -132,7 +133,12 @@ class Router:
             self.pools[model] = Pool(model, workers, upstreams, kept if type(kept) is type(fresh) and kept else fresh)
         self.models = sorted({view.record.model for view in views if view.record.model is not None})
         is_alone = len(self.pools) == 1 and len(self.models) <= 1
-        self.only = next(iter(self.pools.values())) if is_alone else None
+        only = self.only = next(iter(self.pools.values())) if is_alone else None
+        self.plain_routes = None
+        if only is not None and not only.policy.needs_prompt:
+            self.plain_choose = only.policy.choose
+            self.plain_arguments = (only.view, self._shard.loads, _NO_PROMPT)
+            self.plain_routes = only.plain_routes
 
     def renew_policies(self) -> None:
         """Make the policies anew: the settings that they were made of have changed."""

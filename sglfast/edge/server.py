@@ -11,7 +11,8 @@ import asyncio
 from typing import TYPE_CHECKING, cast
 
 from sglfast import _counters, errors
-from sglfast._httphead import MORE, TOO_LARGE, Chunks, RequestHead, scan_request
+from sglfast._httphead import MORE, TOO_LARGE, Chunks, RequestHead
+from sglfast._relay import BODY, BUSY, CHUNKED, CLOSED, HEAD, UNUSUAL, ClientBase
 from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
 from sglfast.edge.later import LATER
@@ -22,55 +23,18 @@ if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
     from sglfast.edge.tokenize import Answer
 
-HEAD, BODY, CHUNKED, BUSY, UNUSUAL, CLOSED = range(6)
-_PIPELINE_BYTES = 65536  # waiting bytes of further requests above which the connection is not read
 _LINGER_SECS = 2.0  # after a refusal, what the client still sends is read and dropped for so long
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
-class ClientConnection(asyncio.Protocol):
-    """One client."""
+class ClientConnection(ClientBase, asyncio.Protocol):
+    """One client. What every request does is compiled (cext/relayclient.pxi), the rest is here."""
 
-    __slots__ = (
-        "body_left",
-        "body_size",
-        "chunks",
-        "closes",
-        "exchange",
-        "head",
-        "is_http10",
-        "is_write_paused",
-        "lingers",
-        "pending",
-        "pieces",
-        "quiet_since_s",
-        "shard",
-        "state",
-        "task",
-        "transport",
-        "unusual",
-        "was_active",
-    )
+    __slots__ = ()
 
-    def __init__(self, shard: Shard) -> None:
-        self.shard = shard
-        self.transport: asyncio.Transport | None = None
-        self.exchange: Exchange | None = None
-        self.head: RequestHead | None = None
-        self.chunks: Chunks | None = None
-        self.unusual: UnusualRequest | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.pieces: list[bytes] = []
-        self.pending = b""
-        self.state = HEAD
-        self.body_left = 0
-        self.body_size = 0
-        self.quiet_since_s = shard.now_s
-        self.was_active = False
-        self.closes = False
-        self.is_http10 = False
-        self.is_write_paused = False
-        self.lingers = False
+    shard: Shard
+    exchange: Exchange | None
+    new_exchange = Exchange
 
     # ---- the transport's calls ----
 
@@ -110,66 +74,14 @@ class ClientConnection(asyncio.Protocol):
             else:
                 exchange.connection.transport.resume_reading()
 
-    def data_received(self, data: bytes) -> None:
-        self.was_active = True
-        state = self.state
-        if state == HEAD:
-            if self.pending:
-                data = self.pending + data  # what waits is older, also when its turn is only queued
-                self.pending = b""
-            else:
-                self.quiet_since_s = self.shard.now_s  # a head begins
-            self._read(data)
-        elif state == BODY:
-            self._read_rest(self._read_body(data))
-        elif state == CHUNKED:
-            self._read_rest(self._read_chunks(data))
-        elif state == BUSY:
-            self._wait_with(data)
-        elif state == UNUSUAL:
-            self._read_unusual(data)
-
     # ---- reading requests ----
 
-    def _read(self, data: bytes) -> None:
-        """Read requests from `data` until it is used up or an exchange has begun."""
-        config = self.shard.config
-        while data:
-            head = scan_request(data, config.max_header_bytes)
-            if type(head) is not RequestHead:
-                if data[0] in b"\r\n":
-                    data = data.lstrip(b"\r\n")  # empty lines before a request are ignored (RFC 9112 2.2)
-                    continue
-                self._read_no_head(head, data)
-                return
-            self.is_http10 = head.is_http10
-            if not head.keeps_alive:
-                self.closes = True
-            size = head.content_length
-            if size > config.max_payload_size:
-                self._refuse(errors.PAYLOAD_TOO_LARGE)
-                return
-            if head.expects_other:
-                self._refuse(errors.EXPECTATION_FAILED)
-                return
-            start = head.head_bytes
-            if size <= 0 and not head.is_chunked:
-                data = data[start:]
-                self._dispatch(head, b"")
-            elif head.is_chunked or len(data) < start + size:
-                data = self._begin_body(head, data[start:])
-            else:
-                end = start + size
-                body = data[start:end]
-                data = data[end:] if len(data) > end else b""
-                self._dispatch(head, body)
-            if self.state != HEAD:
-                if data and self.state == BUSY:
-                    self._wait_with(data)
-                return
-            self.quiet_since_s = self.shard.now_s
+    def refuse_head(self, head: RequestHead) -> None:
+        """A head that says more than we take."""
+        self._refuse(errors.PAYLOAD_TOO_LARGE if head.content_length > self.shard.config.max_payload_size else errors.EXPECTATION_FAILED)
 
-    def _read_no_head(self, code: int, data: bytes) -> None:
+    def read_no_head(self, code: int, data: bytes) -> None:
+        """Bytes that hold no whole plain head. code: of _httphead.scan_request."""
         if code == MORE:
             self.pending = data
         elif code == TOO_LARGE:
@@ -178,18 +90,12 @@ class ClientConnection(asyncio.Protocol):
             self.shard.column.add(_counters.S_UNUSUAL_HEADS)
             self.unusual = UnusualRequest(self.shard.config.max_header_bytes, self.shard.config.max_payload_size)
             self.state = UNUSUAL
-            self._read_unusual(data)
-
-    def _read_rest(self, data: bytes) -> None:
-        """What came behind the body of a request."""
-        if data and self.state == HEAD:
-            self._read(data)
-        elif data and self.state == BUSY:
-            self._wait_with(data)
+            self.read_unusual(data)
 
     # These return what came behind the body, b"" while it goes on: reading on in a loop, a pipeline is no recursion.
 
-    def _begin_body(self, head: RequestHead, data: bytes) -> bytes:
+    def begin_body(self, head: RequestHead, data: bytes) -> bytes:
+        """A head whose body has not come at once."""
         self.head = head
         self.pieces = []
         if head.expects_continue and not data:
@@ -198,26 +104,13 @@ class ClientConnection(asyncio.Protocol):
             self.state = CHUNKED
             self.chunks = Chunks()
             self.body_size = 0
-            return self._read_chunks(data) if data else b""
+            return self.read_chunks(data) if data else b""
         self.state = BODY
         self.body_left = head.content_length
-        return self._read_body(data) if data else b""
+        return self.read_body(data) if data else b""
 
-    def _read_body(self, data: bytes) -> bytes:
-        left = self.body_left - len(data)
-        self.body_left = left
-        if left > 0:
-            self.pieces.append(data)
-            return b""
-        rest = b""
-        if left < 0:
-            rest = data[left:]
-            data = data[:left]
-        self.pieces.append(data)
-        self._end_body()
-        return rest
-
-    def _read_chunks(self, data: bytes) -> bytes:
+    def read_chunks(self, data: bytes) -> bytes:
+        """Take bytes of a chunked body."""
         assert self.chunks is not None
         pieces: list[bytes] = []
         end = self.chunks.decode(data, 0, pieces)
@@ -229,20 +122,12 @@ class ClientConnection(asyncio.Protocol):
         elif self.body_size > self.shard.config.max_payload_size:
             self._refuse(errors.PAYLOAD_TOO_LARGE)
         elif end >= 0:
-            self._end_body()
+            self.end_body()
             return data[end:]
         return b""
 
-    def _end_body(self) -> None:
-        head, body = self.head, b"".join(self.pieces)
-        assert head is not None
-        self.head = None
-        self.chunks = None
-        self.pieces = []
-        self.state = HEAD
-        self._dispatch(head, body)
-
-    def _read_unusual(self, data: bytes) -> None:
+    def read_unusual(self, data: bytes) -> None:
+        """Bytes of a request that llhttp reads."""
         assert self.unusual is not None
         found = self.unusual.feed(data)
         if isinstance(found, errors.Reason):
@@ -256,20 +141,15 @@ class ClientConnection(asyncio.Protocol):
             if head.expects_other:
                 self._refuse(errors.EXPECTATION_FAILED)
             else:
-                self._dispatch(head, body)
+                self.dispatch(head, body)
         elif self.unusual.wants_continue:
             self.unusual.wants_continue = False
             self.write(_CONTINUE)
 
-    def _wait_with(self, data: bytes) -> None:
-        """Bytes of further requests, while an exchange runs."""
-        self.pending += data
-        if len(self.pending) > _PIPELINE_BYTES and self.transport is not None:
-            self.transport.pause_reading()
-
     # ---- answering ----
 
-    def _dispatch(self, head: RequestHead, body: bytes) -> None:
+    def dispatch(self, head: RequestHead, body: bytes) -> None:
+        """A whole request, whatever it asks for."""
         target = head.target
         endpoint = ENDPOINTS.get(target)
         if endpoint is None:
@@ -342,50 +222,6 @@ class ClientConnection(asyncio.Protocol):
         self.write_head(opening, request_id or self.shard.new_request_id(), b"", body)
         if self.closes and self.state != BUSY:
             self.close_after_write()
-
-    def write_head(self, opening: bytes, request_id: bytes | None, extra: bytes, body: bytes = b"") -> None:
-        """Send the head of an answer: its lines, our x-request-id unless the worker set one, and how the connection goes on."""
-        shard = self.shard
-        if shard.is_draining:
-            self.closes = True
-        shard.column.answered(opening[9] - 48)
-        if self.closes:
-            extra += b"connection: close\r\n"
-        elif self.is_http10:
-            extra += b"connection: keep-alive\r\n"
-        if request_id is not None:
-            extra += b"x-request-id: %b\r\n" % request_id
-        if self.transport is not None:
-            if len(body) < 16384:
-                self.transport.write(b"%b%b\r\n%b" % (opening, extra, body))
-            else:
-                self.transport.writelines((b"%b%b\r\n" % (opening, extra), body))
-
-    def write(self, data: bytes) -> None:
-        """Send bytes to the client, unless it is gone."""
-        if self.transport is not None:
-            self.transport.write(data)
-
-    def on_exchange_end(self) -> None:
-        """The answer is complete: read the next request, or close."""
-        if self.state != BUSY:
-            return
-        if self.closes:
-            self.close_after_write()
-            return
-        self.state = HEAD
-        self.quiet_since_s = self.shard.now_s
-        if self.pending:
-            if self.transport is not None:
-                self.transport.resume_reading()
-            # From the loop, so that a long pipeline of quick answers is no recursion. Until then the bytes stay where they are:
-            # more may be received before.
-            self.shard.loop.call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        if self.state == HEAD and self.pending:
-            data, self.pending = self.pending, b""
-            self._read(data)
 
     def close_after_write(self) -> None:
         """Close when what was written has been sent."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from typing import TYPE_CHECKING
 
 from sglfast import _counters, _segment
 from sglfast._counters import Column, Loads, RankTable
 from sglfast._hashtree import TreeReader
+from sglfast._relay import ShardBase
 from sglfast._workers import WorkerTable
+from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.route import Router
 from sglfast.errors import REASON_INDEX, Reason
 from sglfast.logs import set_level
@@ -32,11 +33,11 @@ _SWEEP_TICKS = 5  # connections are looked at every 0.5 s; their timeouts are se
 _LOG_PAUSE_SECS = 5.0
 
 
-class Shard:
+class Shard(ShardBase):
     """One serving process."""
 
     def __init__(self, boot: Boot, loop: asyncio.AbstractEventLoop, keyer: PromptKeyer | None, log: logging.Logger) -> None:
-        self.config = boot.config
+        self.configure(boot.config)
         self.segment = boot.segment
         self.process_slot = boot.process_slot
         self.control_address = boot.control_address
@@ -49,24 +50,18 @@ class Shard:
         self.table = WorkerTable(boot.segment)
         self.clients: set[ClientConnection] = set()
         self.is_draining = False
+        self.endpoints = ENDPOINTS
         self.started_s = int(time.time())
         self.now_s = loop.time()  # coarse: moved by the tick
-        self._id_prefix = os.urandom(8).hex().encode()
-        self._id_count = 0
         self._silent_until_s = 0.0
         self._ticks = 0
         self.router = Router(self, keyer)
 
     def apply(self, config: ServeConfig) -> None:
         """Go on with other settings, from the next request on; what cannot change in a running program is the same in both."""
-        self.config = config
+        self.configure(config)
         set_level(config.log_level)
         self.router.renew_policies()
-
-    def new_request_id(self) -> bytes:
-        """An id for a request that came without one: 32 hex digits, unique over shards and restarts."""
-        self._id_count += 1
-        return b"%b%016x" % (self._id_prefix, self._id_count)
 
     def count_error(self, reason: Reason) -> None:
         """Count an answer of our own in the metric of its code."""

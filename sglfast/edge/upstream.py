@@ -12,32 +12,20 @@ from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
 from sglfast import _counters
-from sglfast._httphead import MORE, Chunks, ResponseHead, scan_response
+from sglfast._relay import IDLE, UNTIL_CLOSE, UpstreamBase, WorkerConnectionBase
 
 if TYPE_CHECKING:
     from sglfast.edge.exchange import Exchange
     from sglfast.edge.shard import Shard
 
-# Framing of the answer that a connection is reading.
-IDLE, HEAD, LENGTH, CHUNKED, UNTIL_CLOSE = range(5)
 
+class UpstreamConnection(WorkerConnectionBase, asyncio.Protocol):
+    """One connection to a worker. What every answer does is compiled (cext/relayworker.pxi), the rest is here."""
 
-class UpstreamConnection(asyncio.Protocol):
-    """One connection to a worker."""
+    __slots__ = ()
 
-    __slots__ = ("chunks", "exchange", "has_spoken", "idle_since_s", "left", "partial", "state", "transport", "upstream", "uses")
-
-    def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream
-        self.transport: asyncio.Transport | None = None
-        self.exchange: Exchange | None = None
-        self.chunks: Chunks | None = None
-        self.partial = b""
-        self.state = IDLE
-        self.left = 0
-        self.uses = 0
-        self.has_spoken = False  # a byte came since the present request was sent
-        self.idle_since_s = 0.0
+    upstream: Upstream
+    exchange: Exchange | None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -51,122 +39,9 @@ class UpstreamConnection(asyncio.Protocol):
         if exchange is not None:
             self.exchange = None
             if self.state == UNTIL_CLOSE and exc is None:
-                exchange.on_end(self, is_reusable=False)
+                self.end_at_close(exchange)
             else:
                 exchange.on_lost(self)
-
-    def send(self, exchange: Exchange, head: bytes, body: bytes) -> None:
-        """Give the connection a request. Small bodies ride with the head; large ones are not copied once more."""
-        assert self.transport is not None
-        self.exchange = exchange
-        self.state = HEAD
-        self.has_spoken = False
-        self.uses += 1
-        if len(body) < 16384:
-            self.transport.write(head + body)
-        else:
-            self.transport.writelines((head, body))
-
-    def data_received(self, data: bytes) -> None:
-        exchange = self.exchange
-        if exchange is None:
-            self.close()  # a worker that speaks out of turn
-            return
-        exchange.was_active = True
-        state = self.state
-        if state == CHUNKED:
-            self._chunked(exchange, data)
-        elif state == LENGTH:
-            self._length(exchange, data)
-        elif state == HEAD:
-            self._head(exchange, data)
-        else:
-            exchange.on_body(data)
-
-    def _head(self, exchange: Exchange, data: bytes) -> None:
-        self.has_spoken = True
-        if self.partial:
-            data = self.partial + data
-            self.partial = b""
-        while True:
-            head = scan_response(data, self.upstream.shard.config.max_header_bytes)
-            if type(head) is not ResponseHead:
-                if head == MORE:
-                    self.partial = data
-                else:
-                    self.fail(exchange)
-                return
-            if head.status >= 200:
-                break
-            if head.status == 101:
-                self.fail(exchange)
-                return
-            # 100 and 103 are between the worker and us; the client's own 100 was ours
-            data = data[head.head_bytes :]
-        start = head.head_bytes
-        payload = data[start:] if len(data) > start else b""
-        left = head.content_length
-        if head.status in (204, 304):
-            left = 0
-        elif head.is_chunked:
-            self.chunks = Chunks()
-            self.state = CHUNKED
-            if exchange.head.is_http10:
-                if exchange.on_head(self, head, b"") and payload:
-                    self._chunked(exchange, payload)
-                return
-            end = self.chunks.follow(payload)
-            if end == -2:
-                self.fail(exchange)
-            elif exchange.on_head(self, head, payload if end < 0 else payload[:end]) and end >= 0:
-                self._end(exchange, end == len(payload))
-            return
-        elif left < 0:
-            self.state = UNTIL_CLOSE
-            exchange.on_head(self, head, payload)
-            return
-        self.state = LENGTH
-        self.left = left - len(payload)
-        if self.left > 0:
-            exchange.on_head(self, head, payload)
-            return
-        # The whole answer came at once: one write to the client.
-        if exchange.on_head(self, head, payload if self.left == 0 else payload[: self.left]):
-            self._end(exchange, self.left == 0)
-
-    def _length(self, exchange: Exchange, data: bytes) -> None:
-        self.left -= len(data)
-        if self.left > 0:
-            exchange.on_body(data)
-            return
-        exchange.on_body(data if self.left == 0 else data[: self.left])
-        self._end(exchange, self.left == 0)
-
-    def _chunked(self, exchange: Exchange, data: bytes) -> None:
-        chunks = self.chunks
-        assert chunks is not None
-        if exchange.decodes_chunks:
-            pieces: list[bytes] = []
-            end = chunks.decode(data, 0, pieces)
-            payload = b"".join(pieces)
-        else:
-            end = chunks.follow(data)
-            payload = data if end < 0 or end == len(data) else data[:end]
-        if end == -2:
-            self.fail(exchange)
-            return
-        if payload:
-            exchange.on_body(payload)
-        if end >= 0:
-            self._end(exchange, end == len(data))
-
-    def _end(self, exchange: Exchange, is_reusable: bool) -> None:
-        if self.exchange is not exchange:
-            return  # the client left while the last bytes were relayed
-        self.exchange = None
-        self.state = IDLE
-        self.chunks = None
-        exchange.on_end(self, is_reusable)
 
     def fail(self, exchange: Exchange) -> None:
         """The worker's bytes are no HTTP answer: the connection cannot be used any more."""
@@ -174,29 +49,11 @@ class UpstreamConnection(asyncio.Protocol):
         self.close()
         exchange.on_malformed(self)
 
-    def close(self) -> None:
-        """Close at once; what was not yet sent is dropped. Never calls back into an exchange."""
-        self.exchange = None
-        if self.transport is not None:
-            self.transport.abort()
 
+class Upstream(UpstreamBase):
+    """The connections of this shard to one worker; taking and giving back is compiled."""
 
-class Upstream:
-    """The connections of this shard to one worker."""
-
-    __slots__ = (
-        "_opening",
-        "busy",
-        "host",
-        "host_header",
-        "idle",
-        "is_removed",
-        "open_count",
-        "port",
-        "shard",
-        "url",
-        "worker_idx",
-    )
+    __slots__ = ("_opening", "busy", "host", "open_count", "port", "url")
 
     def __init__(self, shard: Shard, worker_idx: int, url: str) -> None:
         parts = urlsplit(url)
@@ -210,14 +67,6 @@ class Upstream:
         self.open_count = 0
         self.is_removed = False
         self._opening: set[asyncio.Task[None]] = set()
-
-    def take_idle(self) -> UpstreamConnection | None:
-        """The most recently used idle connection that is still open."""
-        while self.idle:
-            connection = self.idle.pop()
-            if connection.transport is not None and not connection.transport.is_closing():
-                return connection
-        return None
 
     def open(self, exchange: Exchange) -> None:
         """Open a connection; then calls `exchange.on_connected` or `exchange.on_unreachable`."""
@@ -242,18 +91,6 @@ class Upstream:
             self.give_back(connection)
         else:
             exchange.on_connected(connection)
-
-    def give_back(self, connection: UpstreamConnection) -> None:
-        """Keep a connection for the next request, or close it when it cannot serve one."""
-        transport = connection.transport
-        if transport is None:
-            return
-        # Unsent request bytes: the worker answered before it had read all; it may close at any moment.
-        if self.is_removed or transport.get_write_buffer_size() or transport.is_closing():
-            connection.close()
-            return
-        connection.idle_since_s = self.shard.now_s
-        self.idle.append(connection)
 
     def forget(self, connection: UpstreamConnection) -> None:
         """A connection was closed."""

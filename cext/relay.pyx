@@ -1,0 +1,326 @@
+"""The common case of the relay: a request that is well formed goes to a worker that answers, all in one piece of machine code.
+
+Runs in: shards, event loop, on the request path. Theory: what decides a relay's cost in Python is objects and calls per header and per
+    chunk, not the bytes; so the classes here hold the state of a connection or exchange as C fields and take the steps that
+    every request takes. The classes in sglfast/edge/{shard,server,exchange,upstream}.py inherit from them and add what is rare:
+    refusals, failures, timeouts, odd framing. A method that is called here on `self` but not defined here is theirs.
+Contract: bodies are the same bytes on both sides. A request is one write, an answer that came at once is one write.
+
+    client bytes -> ClientBase.data_received -> ExchangeBase.dispatch -> on_connected -> WorkerConnectionBase.data_received
+        -> ExchangeBase.on_head, on_body, on_end -> ClientBase.write_head
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport uint64_t, uintptr_t
+from libc.string cimport memcpy
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from sf_shm cimport sf_header, sf_load
+from sglfast._counters cimport Column
+from sglfast._httphead cimport Chunks, RequestHead, ResponseHead, scan_request, scan_response
+
+import math
+import os
+
+
+cdef enum:
+    # Words of sglfast._counters; test_relay.py holds them against it.
+    c_W_CONNECTIONS = 2
+    c_W_OK = 4
+    c_W_CLIENT_ERRORS = 5
+    c_W_BUSY = 6
+    c_W_ERRORS = 7
+
+    COPIED_BYTES = 16384  # bodies below ride with their head in one write; larger ones are not copied once more
+
+cdef double INFINITE = math.inf
+
+
+cdef inline double monotonic() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <double>now.tv_sec + 1e-9 * <double>now.tv_nsec
+
+
+cdef class ShardBase:
+    """What the compiled relay reads of its shard.
+
+    endpoints: path -> Endpoint of the data plane. is_gated: requests pass `ClientConnection.dispatch` one by one, because
+    something must be asked before they may begin.
+    """
+
+    cdef public Column column
+    cdef readonly object config
+    cdef public RouterBase router
+    cdef public object loop
+    cdef public dict endpoints
+    cdef public double now_s
+    cdef public bint is_draining
+    cdef public bint is_gated
+    # Copies of settings
+    cdef long long max_header_bytes
+    cdef long long max_payload_size
+    cdef double request_timeout_secs
+    cdef bytes id_prefix
+    cdef uint64_t id_count
+
+    def __cinit__(self, *args, **kwargs):
+        self.id_prefix = os.urandom(8).hex().encode()
+
+    def configure(self, config):
+        """Take these settings from now on. config: ServeConfig."""
+        self.config = config
+        self.max_header_bytes = config.max_header_bytes
+        self.max_payload_size = config.max_payload_size
+        self.request_timeout_secs = config.request_timeout_secs
+
+    cpdef bytes new_request_id(self):
+        """An id for a request that came without one: 32 hex digits, unique over shards and restarts."""
+        cdef bytes made = PyBytes_FromStringAndSize(NULL, 32)
+        cdef char *end = put(PyBytes_AS_STRING(made), self.id_prefix)
+        cdef uint64_t count
+        cdef int i
+        self.id_count += 1
+        count = self.id_count
+        for i in range(15, -1, -1):
+            end[i] = b"0123456789abcdef"[count & 15]
+            count >>= 4
+        return made
+
+
+cdef class RouterBase:
+    """The choice that needs nothing of the request: see sglfast/edge/route.py, which fills this in `refresh`.
+
+    seen_version: of the worker table, that the fields follow. plain_routes: one per worker of the only pool, None when a request
+    has to be looked at; plain_choose(plain_view, loads, no_prompt) is its policy.
+    """
+
+    cdef uint64_t *version_word
+    cdef object segment
+    cdef public uint64_t seen_version
+    cdef public list plain_routes
+    cdef public object plain_choose
+    cdef public tuple plain_arguments
+
+    def __init__(self, segment):
+        self.segment = segment
+        self.version_word = &sf_header(<void *><uintptr_t>segment.address).workers_version
+        self.seen_version = <uint64_t>-1
+
+    cdef object plain_route(self):
+        # A Route, or None.
+        if sf_load(self.version_word) != self.seen_version:
+            self.refresh()
+        if self.plain_routes is None:
+            return None
+        position, _ = self.plain_choose(*self.plain_arguments)
+        return self.plain_routes[position]
+
+
+cdef class ExchangeBase:
+    """See sglfast/edge/exchange.py."""
+
+    cdef public ClientBase client
+    cdef public ShardBase shard
+    cdef public object endpoint
+    cdef public RequestHead head
+    cdef public bytes body
+    cdef public bytes request_id
+    cdef public object route
+    cdef public WorkerConnectionBase connection
+    cdef public double started_s
+    cdef public double deadline_s
+    cdef public long long tokens
+    cdef public tuple tried
+    cdef public long long bytes_out
+    cdef public long long predicted_tokens  # of the prompt, in the worker's cache; -1 = nobody looked
+    cdef public long long cached_tokens     # as the worker reports it; -1 = it has not
+    cdef public int status
+    cdef public long long ttft_us
+    cdef public bint has_answer
+    cdef public bint has_body
+    cdef public bint keeps_alive
+    cdef public bint is_event_stream
+    cdef public bint decodes_chunks
+    cdef public bint is_resent
+    cdef public bint is_over
+    cdef public bint was_active
+
+    def __init__(self, ClientBase client not None, endpoint, RequestHead head not None, bytes body not None):
+        self.client = client
+        self.shard = client.shard
+        self.endpoint = endpoint
+        self.head = head
+        self.body = body
+        self.request_id = head.request_id if head.request_id else client.shard.new_request_id()
+        self.started_s = monotonic()
+        self.deadline_s = INFINITE
+        self.tried = ()
+        self.predicted_tokens = -1
+        self.cached_tokens = -1
+
+    # ---- towards the worker ----
+
+    cpdef dispatch(self, route):
+        """Take a route: count the load, and send on an idle connection or open one."""
+        cdef WorkerConnectionBase connection
+        cdef UpstreamBase upstream = route.upstream
+        self.route = route
+        self.tokens = route.uncached_tokens
+        self.predicted_tokens = route.predicted_tokens
+        self.shard.column.begin(upstream.worker_idx, self.tokens, route.decision, PyBytes_GET_SIZE(self.body))
+        self.deadline_s = self.started_s + self.shard.request_timeout_secs
+        connection = upstream.take_idle()
+        if connection is None:
+            upstream.open(self)
+        else:
+            self.on_connected(connection)
+
+    cpdef on_connected(self, WorkerConnectionBase connection):
+        """A connection to the chosen worker is ready: send."""
+        cdef RequestHead head = self.head
+        cdef bytes made = b"" if head.request_id is not None else b"x-request-id: " + self.request_id + b"\r\n"
+        cdef bytes host = connection.upstream.host_header
+        cdef bytes body = self.body
+        cdef Py_ssize_t body_bytes = PyBytes_GET_SIZE(body)
+        cdef Py_ssize_t copied_bytes = body_bytes if body_bytes < COPIED_BYTES else 0
+        cdef char length[40]
+        cdef int length_bytes = put_length(length, body_bytes)
+        cdef bytes out
+        cdef char *end
+        self.connection = connection
+        out = PyBytes_FromStringAndSize(
+            NULL,
+            PyBytes_GET_SIZE(head.method) + 1 + PyBytes_GET_SIZE(head.target) + 17 + PyBytes_GET_SIZE(host) + 2
+            + PyBytes_GET_SIZE(head.kept) + PyBytes_GET_SIZE(made) + length_bytes + copied_bytes,
+        )
+        end = PyBytes_AS_STRING(out)
+        end = put(end, head.method)
+        end[0] = c" "
+        end = put(end + 1, head.target)
+        memcpy(end, b" HTTP/1.1\r\nhost: ", 17)
+        end = put(end + 17, host)
+        memcpy(end, b"\r\n", 2)
+        end = put(put(end + 2, head.kept), made)
+        memcpy(end, length, length_bytes)
+        memcpy(end + length_bytes, PyBytes_AS_STRING(body), copied_bytes)
+        connection.take(self)
+        if copied_bytes == body_bytes:
+            connection.transport.write(out)
+        else:
+            connection.transport.writelines((out, body))
+        if self.client.is_write_paused and connection.transport is not None:
+            connection.transport.pause_reading()
+
+    # ---- back to the client ----
+
+    cdef bint on_head(self, WorkerConnectionBase connection, ResponseHead head, bytes payload) except -1:
+        # The worker's answer begins: hand its head on, with the part of the body that came along. Returns whether the exchange goes on
+        # (writing can end it, when the client turns out to be gone).
+        cdef bytes kept = head.kept
+        self.has_answer = True
+        self.body = b""  # it is not sent again from here on; a stream may last long
+        self.status = head.status
+        self.keeps_alive = head.keeps_alive
+        self.is_event_stream = head.is_event_stream
+        self.deadline_s = INFINITE
+        if head.is_chunked:
+            if self.head.is_http10:
+                kept = self.unchunked(kept)
+        elif head.content_length < 0 and head.status != 204 and head.status != 304:
+            self.client.closes = True  # the end of the connection is the end of the answer
+        if PyBytes_GET_SIZE(payload):
+            self.first_byte()
+            self.bytes_out = PyBytes_GET_SIZE(payload)
+            if self.predicted_tokens >= 0:
+                self.look_for_cached_tokens(payload)
+        self.client.write_head(
+            kept, None if head.has_request_id else self.request_id, self.kv_header() if self.head.wants_kv else b"", payload
+        )
+        return not self.is_over
+
+    cdef on_body(self, bytes data):
+        # A piece of the answer's body, framing included.
+        if not self.has_body:
+            self.first_byte()
+        self.bytes_out += PyBytes_GET_SIZE(data)
+        if self.predicted_tokens >= 0:
+            self.look_for_cached_tokens(data)
+        if self.client.transport is not None:
+            self.client.transport.write(data)
+
+    cdef first_byte(self):
+        self.has_body = True
+        self.ttft_us = <long long>((monotonic() - self.started_s) * 1e6)
+        if self.tokens and self.route is not None:
+            self.shard.column.prefilled(self.route.upstream.worker_idx, self.tokens)
+            self.tokens = 0
+
+    cdef on_end(self, WorkerConnectionBase connection, bint is_reusable):
+        # The answer is complete.
+        cdef ClientBase client = self.client
+        cdef unsigned int outcome_word
+        self.connection = None
+        if is_reusable and self.keeps_alive:
+            if client.is_write_paused and connection.transport is not None:
+                connection.transport.resume_reading()  # it was paused for this client, not for the next
+            connection.upstream.give_back(connection)
+        else:
+            connection.close()
+        if self.status < 400:
+            outcome_word = c_W_OK
+            self.shard.column.observe(self.ttft_us, <unsigned long long>((monotonic() - self.started_s) * 1e6))
+            # Nothing predicted and nothing found says nothing: every new prompt does that, whatever is wrong.
+            if self.cached_tokens >= 0 and self.cached_tokens + self.predicted_tokens > 0 and self.route is not None:
+                self.count_parity()
+        elif self.status == 429 or self.status == 503:
+            outcome_word = c_W_BUSY
+        elif self.status < 500:
+            outcome_word = c_W_CLIENT_ERRORS
+        else:
+            outcome_word = c_W_ERRORS
+        self.leave_worker(outcome_word)
+        self.finish()
+        client.on_exchange_end()
+
+    # ---- ends ----
+
+    cpdef leave_worker(self, unsigned int outcome_word):
+        """Give the load counters of the worker back, once."""
+        if self.route is not None:
+            self.shard.column.end(self.route.upstream.worker_idx, self.tokens, outcome_word, self.bytes_out)
+            self.route = None
+            self.tokens = 0
+
+    cpdef finish(self):
+        """The exchange is over: its client reads on."""
+        if self.is_over:
+            raise RuntimeError("an exchange ends once")
+        self.is_over = True
+        self.client.exchange = None
+
+
+cdef inline char *put(char *end, bytes data) noexcept:
+    memcpy(end, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+    return end + PyBytes_GET_SIZE(data)
+
+
+cdef int put_length(char *out, uint64_t size) noexcept:
+    # `content-length: SIZE` and the end of a head; returns its length, at most 40 bytes.
+    cdef char digits[20]
+    cdef int n = 0
+    memcpy(out, b"content-length: ", 16)
+    while True:
+        digits[n] = c"0" + size % 10
+        n += 1
+        size //= 10
+        if size == 0:
+            break
+    for i in range(n):
+        out[16 + i] = digits[n - 1 - i]
+    memcpy(out + 16 + n, b"\r\n\r\n", 4)
+    return 20 + n
+
+
+include "relayclient.pxi"
+include "relayworker.pxi"

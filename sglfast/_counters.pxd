@@ -1,0 +1,22 @@
+# C view of sglfast._counters for other compiled modules (cext/relay.pyx): calls without Python objects.
+
+from libc.stdint cimport uint64_t
+
+cimport cython
+
+
+@cython.final
+cdef class Column:
+    cdef uint64_t *words
+    cdef object segment
+    cdef uint64_t max_workers
+
+    cdef uint64_t *worker(self, uint64_t worker_idx) except NULL
+    cdef void count_in(self, uint64_t *words, uint64_t value_us) noexcept nogil
+    cpdef begin(self, unsigned int worker_idx, unsigned long long tokens, unsigned int decision, unsigned long long bytes_in=*)
+    cpdef answered(self, unsigned int status_class)
+    cpdef prefilled(self, unsigned int worker_idx, unsigned long long tokens)
+    cpdef end(self, unsigned int worker_idx, unsigned long long tokens, unsigned int outcome_word, unsigned long long bytes_out)
+    cpdef add(self, unsigned int word, long long n=*)
+    cpdef add_worker(self, unsigned int worker_idx, unsigned int word, long long n=*)
+    cpdef observe(self, unsigned long long ttft_us, unsigned long long duration_us)

@@ -1,0 +1,134 @@
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from typing_extensions import disjoint_base
+
+from sglfast._counters import Column
+from sglfast._httphead import Chunks, RequestHead
+from sglfast._segment import Segment
+
+HEAD: int
+BODY: int
+CHUNKED: int
+BUSY: int
+UNUSUAL: int
+CLOSED: int
+IDLE: int
+ANSWER_HEAD: int
+LENGTH: int
+ANSWER_CHUNKED: int
+UNTIL_CLOSE: int
+
+# Attributes that hold an object of sglfast.edge are Any here: its classes name them by their own types.
+
+@disjoint_base
+class ShardBase:
+    column: Column
+    config: Any
+    router: Any
+    loop: asyncio.AbstractEventLoop
+    endpoints: dict[bytes, Any]
+    now_s: float
+    is_draining: bool
+    is_gated: bool
+    def configure(self, config: Any) -> None: ...
+    def new_request_id(self) -> bytes: ...
+
+@disjoint_base
+class RouterBase:
+    seen_version: int
+    plain_routes: list[Any] | None
+    plain_choose: Callable[..., tuple[int, int]]
+    plain_arguments: tuple[Any, ...]
+    def __init__(self, segment: Segment) -> None: ...
+
+@disjoint_base
+class ExchangeBase:
+    client: Any
+    shard: Any
+    endpoint: Any
+    head: RequestHead
+    body: bytes
+    request_id: bytes
+    route: Any
+    connection: Any
+    started_s: float
+    deadline_s: float
+    tokens: int
+    tried: tuple[int, ...]
+    bytes_out: int
+    predicted_tokens: int
+    cached_tokens: int
+    status: int
+    ttft_us: int
+    has_answer: bool
+    has_body: bool
+    keeps_alive: bool
+    is_event_stream: bool
+    decodes_chunks: bool
+    is_resent: bool
+    is_over: bool
+    was_active: bool
+    def __init__(self, client: ClientBase, endpoint: Any, head: RequestHead, body: bytes) -> None: ...
+    def dispatch(self, route: Any) -> None: ...
+    def on_connected(self, connection: WorkerConnectionBase) -> None: ...
+    def leave_worker(self, outcome_word: int) -> None: ...
+    def finish(self) -> None: ...
+
+@disjoint_base
+class ClientBase:
+    shard: Any
+    transport: asyncio.Transport | None
+    exchange: Any
+    head: RequestHead | None
+    chunks: Chunks | None
+    unusual: Any
+    task: asyncio.Task[None] | None
+    pieces: list[bytes]
+    pending: bytes
+    state: int
+    body_left: int
+    body_size: int
+    quiet_since_s: float
+    was_active: bool
+    closes: bool
+    is_http10: bool
+    is_write_paused: bool
+    lingers: bool
+    def __init__(self, shard: ShardBase) -> None: ...
+    def data_received(self, data: bytes) -> None: ...
+    def read(self, data: bytes) -> None: ...
+    def read_body(self, data: bytes) -> bytes: ...
+    def end_body(self) -> None: ...
+    def write_head(self, opening: bytes, request_id: bytes | None, extra: bytes, body: bytes = b"") -> None: ...
+    def write(self, data: bytes) -> None: ...
+    def on_exchange_end(self) -> None: ...
+    def go_on(self) -> None: ...
+
+@disjoint_base
+class WorkerConnectionBase:
+    upstream: Any
+    transport: asyncio.Transport | None
+    exchange: Any
+    chunks: Chunks | None
+    partial: bytes
+    state: int
+    left: int
+    uses: int
+    has_spoken: bool
+    idle_since_s: float
+    def __init__(self, upstream: UpstreamBase) -> None: ...
+    def data_received(self, data: bytes) -> None: ...
+    def end_at_close(self, exchange: ExchangeBase) -> None: ...
+    def close(self) -> None: ...
+
+@disjoint_base
+class UpstreamBase:
+    shard: Any
+    worker_idx: int
+    host_header: bytes
+    idle: list[Any]
+    is_removed: bool
+    def take_idle(self) -> Any: ...
+    def give_back(self, connection: WorkerConnectionBase) -> None: ...

@@ -1,7 +1,7 @@
 """The worker table in shared memory: control writes it, index and shards follow it.
 
-Runs in: control (`put`, `set_state`; `remove` gives a slot back), index and shards (`version`, `read`). On the request path only `version`: one
-    atomic load; a reader builds its own structures again when the version has moved.
+Runs in: control (`put`, `set_state`; `remove` gives a slot back), index and shards (`version`, `read`). On the request path only
+    `version`: one atomic load; a reader builds its own structures again when the version has moved.
 Contract: what choosing needs at once stands in fixed words, all else (URL, model, event endpoint) in a blob of msgpack that
     sglfast.shm encodes. Seqlock per worker: `read` retries while control writes and returns None for a free slot. A blob may hold
     a worker's key: nothing of it is left in the slot once it was written over or removed.

@@ -86,7 +86,7 @@ def control(index: str, shard: str, flags: list[str]) -> int:
     me = (sys.executable, __file__)
     commands = Commands(index=(*me, "index", index), shard=(*me, "shard", shard))
     given = given_in(build_parser().parse_args(flags))
-    return run(lambda: load(given), commands)
+    return run(load(given), lambda: load(given), commands)
 
 
 if __name__ == "__main__":

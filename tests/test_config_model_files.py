@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sglfast.config.model_files import folder_of
+from sglfast.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,6 +32,13 @@ def ask(cache: Path, name: str) -> list[str]:
     assert done.returncode == 0, done.stderr
     found: list[str] = json.loads(done.stdout)
     return found
+
+
+def test_without_the_network_only_the_cache_counts() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--model-path no-such-org/no-such-model: no such folder, and not in the cache of the Hugging Face"
+    ):
+        folder_of("no-such-org/no-such-model", "--model-path", may_fetch=False)
 
 
 def snapshot(cache: Path, name: str, *files: str) -> Path:

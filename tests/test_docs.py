@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md"]
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "docs/flags.md", "docs/sglang-router.md"]
 
 
 def text_of(document: str) -> str:
@@ -84,7 +84,7 @@ def test_named_make_targets_exist(document: str) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_named_paths_exist(document: str) -> None:
     """In backticks, what begins with a folder of ours is a path; `name` in it stands for a name to choose."""
-    folders = "sglfast|cext|tests|bench"
+    folders = "sglfast|cext|tests|bench|docs"
     named = {
         path.rstrip("/.,:")
         for code in code_in(text_of(document))

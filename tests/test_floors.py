@@ -30,13 +30,17 @@ COMPILED_FLOOR = 0
 # What the process that runs this module must not have loaded.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "sglfast.edge.main": (
-        "zmq", "aiohttp", "rich", "matplotlib", "sglfast.index", "sglfast.control", "sglfast.sim", "sglfast.load",
+        "zmq", "aiohttp", "rich", "matplotlib", "yaml", "sglfast.config.sources", "sglfast.index", "sglfast.control", "sglfast.sim",
+        "sglfast.load",
     ),
     "sglfast.index.main": (
-        "httptools", "tokenizers", "aiohttp", "rich", "matplotlib",
+        "httptools", "tokenizers", "aiohttp", "rich", "matplotlib", "yaml", "sglfast.config.sources",
         "sglfast.edge", "sglfast.control", "sglfast.sim", "sglfast.load",
     ),
-    "sglfast.control.main": ("zmq", "matplotlib", "sglfast.edge", "sglfast.index", "sglfast.sim", "sglfast.load"),
+    "sglfast.control.main": (
+        "zmq", "matplotlib", "yaml", "huggingface_hub", "tokenizers",
+        "sglfast.edge", "sglfast.index", "sglfast.sim", "sglfast.load",
+    ),
     "sglfast.cli": ("sglfast.edge", "sglfast.index", "sglfast.sim", "sglfast.load", "zmq", "matplotlib"),
 }  # fmt: skip
 

@@ -13,6 +13,8 @@ from sglfast.config.sglang_router import OTHER_POLICIES
 from sglfast.errors import ConfigError
 
 _PROMETHEUS_HOST, _PROMETHEUS_PORT = "0.0.0.0", 29000
+# Of workers that come later nothing is known. A block costs 128 bytes at 256 ranks, 32 at 64; too few ranks cost the KV awareness of
+# whoever comes last, until a new start.
 _RANKS_WITHOUT_WORKERS = 256
 _FILES = ("chat_template", "api_key_file", "tls_cert_path", "tls_key_path", "client_cert_path", "client_key_path", "ca_cert_paths")
 _PAIRS = (("tls_cert_path", "tls_key_path"), ("client_cert_path", "client_key_path"))

@@ -13,8 +13,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PATTERNS = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
 
 
-def folder_of(name: str, flag: str) -> str:
-    """The path that holds the tokenizer `name`; a path is returned as it is. Raises ConfigError."""
+def folder_of(name: str, flag: str, *, may_fetch: bool = True) -> str:
+    """The path that holds the tokenizer `name`; a path is returned as it is. may_fetch: the network may be asked. Raises ConfigError."""
     if os.path.exists(name) or not _HUB_NAME.fullmatch(name) or name.startswith("."):
         return name
     # Late: only those who name a model of the hub pay for the library.
@@ -26,6 +26,8 @@ def folder_of(name: str, flag: str) -> str:
             return folder
     except Exception:
         pass  # not in the cache
+    if not may_fetch:
+        raise ConfigError(f"{flag} {name}: no such folder, and not in the cache of the Hugging Face hub")
     try:
         folder = snapshot_download(name, allow_patterns=_PATTERNS)
     except Exception as error:  # the library's own, and those of its HTTP client

@@ -42,8 +42,11 @@ class Loaded:
     notes: tuple[str, ...]
 
 
-def load(given: Given, environment: Mapping[str, str] = os.environ) -> Loaded:
-    """The settings of a command line, an environment and the file that either names. Raises ConfigError."""
+def load(given: Given, environment: Mapping[str, str] = os.environ, *, may_fetch: bool = True) -> Loaded:
+    """The settings of a command line, an environment and the file that either names.
+
+    may_fetch: a tokenizer that is named but not here may be taken from the network. Raises ConfigError.
+    """
     notes: list[str] = []
     from_flags = _from_flags(given, notes)
     from_environment = _from_environment(environment, notes)
@@ -58,17 +61,18 @@ def load(given: Given, environment: Mapping[str, str] = os.environ) -> Loaded:
     settings = ServeConfig(**values)
     if settings.api_key_file is not None:
         settings = dataclasses.replace(settings, api_keys=settings.api_keys + read_key_file(settings.api_key_file))
-    config = check(_with_model_files(settings))
+    config = check(_with_model_files(settings, may_fetch))
     check_needs(config, origins)
     return Loaded(config, settings, origins, (*notes, *notes_on(config, origins)))
 
 
-def _with_model_files(settings: ServeConfig) -> ServeConfig:
+def _with_model_files(settings: ServeConfig, may_fetch: bool) -> ServeConfig:
     """A model of the Hugging Face hub becomes the folder that holds its tokenizer."""
     if settings.tokenizer_path is not None:
-        return dataclasses.replace(settings, tokenizer_path=folder_of(settings.tokenizer_path, "--tokenizer-path"))
+        folder = folder_of(settings.tokenizer_path, "--tokenizer-path", may_fetch=may_fetch)
+        return dataclasses.replace(settings, tokenizer_path=folder)
     if settings.model_path is not None:
-        return dataclasses.replace(settings, model_path=folder_of(settings.model_path, "--model-path"))
+        return dataclasses.replace(settings, model_path=folder_of(settings.model_path, "--model-path", may_fetch=may_fetch))
     return settings
 
 

@@ -90,18 +90,18 @@ def main(argv: list[str]) -> int:
     """Run until a signal or a failure; returns the exit code, see the end of `--help`."""
     given = given_in(build_parser().parse_args(argv))
     try:
-        return run(lambda: load(given))
+        return run(load(given), lambda: load(given, may_fetch=False))
     except ConfigError as error:
         print(f"sglfast serve: {error}", file=sys.stderr)
         return 2
 
 
-def run(read: Callable[[], Loaded], commands: Commands | None = None) -> int:
-    """Run the router; returns the exit code. read: reads the settings, now and at each SIGHUP; commands: what the child processes are.
+def run(loaded: Loaded, read_again: Callable[[], Loaded], commands: Commands | None = None) -> int:
+    """Run the router; returns the exit code. read_again: the settings at a SIGHUP, without waiting for anybody; commands: what the child
+    processes are.
 
     Raises ConfigError before it runs.
     """
-    loaded = read()
     config = loaded.config
     log = setup_logs("control", config.log_level, config.log_format)
     _raise_file_limit()
@@ -120,7 +120,7 @@ def run(read: Callable[[], Loaded], commands: Commands | None = None) -> int:
         owned.callback(os.close, shm_fd)
         control = Control(config, segment, shm_fd, listeners, commands or Commands(), log, log_file)
         owned.callback(control.close)
-        reloader = Reloader(config, loaded, read, control.apply, log)
+        reloader = Reloader(config, loaded, read_again, control.apply, log)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(control.run(reloader))
 

@@ -18,6 +18,7 @@ from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig
 from sglfast.control.admin import AdminServer
+from sglfast.control.admin_keys import AdminKeys
 from sglfast.control.admin_workers import WorkerRoutes
 from sglfast.control.fanout import Fanout
 from sglfast.control.fetch import Fetcher
@@ -113,13 +114,13 @@ class Admin:
     def __init__(self, made: House, fetcher: Fetcher) -> None:
         self.house = made
         self.fanout = Fanout(made.workers, fetcher)
-        self.server = AdminServer(lambda: b"", made.log)
+        self.server = AdminServer(lambda: b"", AdminKeys(ServeConfig()), made.log)
         self.server.add(WorkerRoutes(made.members, made.workers, made.watch).routes())
         self.server.add(self.fanout.routes())
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> "Admin":
-        await self.server.start()
+        await self.server.start(ServeConfig())
         connector = aiohttp.UnixConnector("\0" + self.server.address.removeprefix("@"), force_close=True)
         self._session = aiohttp.ClientSession(connector=connector)
         return self

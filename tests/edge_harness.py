@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 import uvloop
 from raw_client import WAIT_S, Answer, Client
 from scripted_worker import Worker
@@ -74,6 +75,12 @@ class Memory:
         record = WorkerRecord(url=url or self.urls[worker_idx], model=self.models[worker_idx])
         given = {"rank_base": worker_idx, "dp_size": 1, "block_size": self.block_size, "bigram": False, **fields}
         put_worker(self.table, WorkerView(worker_idx=worker_idx, generation=0, state=state, record=record, **given), is_new=is_new)
+
+    def put_record(self, worker_idx: int, **record: Any) -> None:
+        """Change what the worker's record says."""
+        old = next(view for view in shm.read_workers(self.table) if view.worker_idx == worker_idx)
+        new = msgspec.structs.replace(old, record=msgspec.structs.replace(old.record, **record))
+        put_worker(self.table, new, is_new=False)
 
     def word(self, word: int) -> int:
         """A word of the shards, summed."""

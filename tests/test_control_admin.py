@@ -9,7 +9,9 @@ import pytest
 from control_doubles import WAIT_S, Remembered, no_task_is_left, remembering_log
 from shared_memory import forked
 
+from sglfast.config import ServeConfig
 from sglfast.control.admin import AdminServer
+from sglfast.control.admin_keys import AdminKeys
 from sglfast.control.metrics import CONTENT_TYPE
 
 
@@ -32,8 +34,8 @@ def ask(path: str = "/metrics", uid: int | None = None) -> tuple[str, Remembered
     async def run() -> tuple[str, Remembered]:
         log, seen = remembering_log()
         async with no_task_is_left():
-            server = AdminServer(lambda: b"sglfast_state 1.0\n", log)
-            await server.start()
+            server = AdminServer(lambda: b"sglfast_state 1.0\n", AdminKeys(ServeConfig()), log)
+            await server.start(ServeConfig())
             try:
                 return await asyncio.to_thread(ask_from_outside, server.address), seen
             finally:
@@ -66,7 +68,7 @@ def test_another_user_is_refused() -> None:
 def test_a_socket_that_was_never_served_is_released() -> None:
     async def run() -> None:
         log, _ = remembering_log()
-        server = AdminServer(lambda: b"", log)
+        server = AdminServer(lambda: b"", AdminKeys(ServeConfig()), log)
         assert server.address.startswith("@sglfast-")
         await server.close()
 

@@ -11,12 +11,18 @@ import logging
 import os
 import secrets
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
 from aiohttp import web
 
+from sglfast.config import ServeConfig
+from sglfast.control.admin_keys import AdminKeys
+from sglfast.control.listen import listen, url_of
 from sglfast.control.metrics import CONTENT_TYPE
+from sglfast.tls import server_context
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -31,12 +37,13 @@ class AdminServer:
     render_metrics: returns the body of /metrics; `add` brings all other paths, before `start`.
     """
 
-    def __init__(self, render_metrics: Callable[[], bytes], log: logging.Logger) -> None:
+    def __init__(self, render_metrics: Callable[[], bytes], keys: AdminKeys, log: logging.Logger) -> None:
         self._render_metrics = render_metrics
+        self._keys = keys
         self._routes: list[web.RouteDef] = [web.get("/metrics", self._metrics)]
         self._log = log
         self._allowed_uid = os.geteuid()
-        self._runner: web.AppRunner | None = None
+        self._runners: list[web.AppRunner] = []
         name = f"sglfast-{os.getpid()}-{secrets.token_hex(8)}"
         self.address = f"@{name}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -51,19 +58,39 @@ class AdminServer:
         """Answer these paths too."""
         self._routes += routes
 
-    async def start(self) -> None:
-        """Begin to answer."""
-        app = web.Application(middlewares=[self._only_our_user], client_max_size=_BODY_LIMIT_BYTES)
-        app.add_routes(self._routes)
+    async def start(self, config: ServeConfig) -> None:
+        """Begin to answer, also at the addresses of their own that the settings give. Raises ConfigError when one cannot be had."""
+        await self._serve(self._socket, self._routes, [self._only_our_user, self._keys.middleware], None)
+        if config.admin_port is not None:
+            await self._open("administration", config.admin_host, config.admin_port, self._routes, server_context(config))
+        if config.prometheus_port is not None:
+            await self._open("metrics", config.prometheus_host or "0.0.0.0", config.prometheus_port, self._routes[:1], None)
+
+    async def _open(self, what: str, host: str, port: int, routes: list[web.RouteDef], tls: ssl.SSLContext | None) -> None:
+        (listener,) = listen(host, port, 1)
+        try:
+            await self._serve(listener, routes, [self._keys.middleware], tls)
+        except BaseException:
+            listener.close()
+            raise
+        url = url_of(host, listener.getsockname()[1])
+        self._log.info(
+            f"{what} has an address of its own", extra={"fields": {"url": url if tls is None else url.replace("http", "https", 1)}}
+        )
+
+    async def _serve(self, listener: socket.socket, routes: list[web.RouteDef], middlewares: list[Any], tls: ssl.SSLContext | None) -> None:
+        app = web.Application(middlewares=middlewares, client_max_size=_BODY_LIMIT_BYTES)
+        app.add_routes(routes)
         app.on_response_prepare.append(_without_server_line)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_CLOSE_S)
-        await self._runner.setup()
-        await web.SockSite(self._runner, self._socket, backlog=_BACKLOG).start()
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_CLOSE_S)
+        self._runners.append(runner)
+        await runner.setup()
+        await web.SockSite(runner, listener, backlog=_BACKLOG, ssl_context=tls).start()
 
     async def close(self) -> None:
         """Stop answering; what is being answered is cut."""
-        if self._runner is not None:
-            await self._runner.cleanup()
+        for runner in self._runners:
+            await runner.cleanup()
         self._socket.close()
 
     @web.middleware

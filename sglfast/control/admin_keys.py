@@ -1,8 +1,8 @@
 """Who may administer: the keys of the admin plane, asked of every request that reaches control, by whichever door.
 
-Runs in: control. Contract: with --admin-api-key or --control-plane-api-keys administration needs one of them: the role `admin` may do all, `user`
-    may look (GET). Without them it needs a key of the data plane, if there are any. Keys are compared in constant time, and never
-    kept in a message. What clients may always ask (_PUBLIC) needs no key.
+Runs in: control. Contract: with --admin-api-key or --control-plane-api-keys administration needs one of them: the role `admin` may do
+    all, `user` may look (GET). Without them it needs a key of the data plane, if there are any. Keys are compared in constant
+    time, and are in no message. What clients may always ask (_PUBLIC) needs no key.
 """
 
 import hmac

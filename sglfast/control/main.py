@@ -29,6 +29,7 @@ from sglfast.config import ServeConfig, to_json
 from sglfast.config.flags import add_flags, given_in
 from sglfast.config.sources import Loaded, load
 from sglfast.control.admin import AdminServer
+from sglfast.control.admin_keys import AdminKeys
 from sglfast.control.admin_workers import WorkerRoutes
 from sglfast.control.children import Inheritance
 from sglfast.control.fanout import Fanout
@@ -48,6 +49,7 @@ from sglfast.control.workers import Workers
 from sglfast.errors import ConfigError
 from sglfast.logs import copy_logs_to, set_level, setup_logs
 from sglfast.shm import create
+from sglfast.tls import server_context, worker_context
 
 _IDLE_POLL_S = 0.05
 
@@ -112,6 +114,7 @@ def run(loaded: Loaded, read_again: Callable[[], Loaded], commands: Commands | N
             copy_logs_to(log_file)
         for note in loaded.notes:
             log.warning(note)
+        server_context(config)  # what cannot work is said before anything runs
         listeners = listen(config.host, config.port, config.shards)
         for listener in listeners:
             owned.enter_context(listener)
@@ -146,6 +149,7 @@ class Control:
         self._listeners = listeners
         self._commands = commands
         self._log = log
+        self._keys = AdminKeys(config)
         self._workers = Workers(WorkerTable(segment), config.max_ranks, log)
         self._totals = WorkerTotals(segment)
         self._members: Membership | None = None
@@ -163,6 +167,7 @@ class Control:
         old_fd, self._config_fd = self._config_fd, _memfd("sglfast-config", to_json(config))
         self._config = config
         set_level(config.log_level)
+        self._keys.config = config
         if self._members is not None:
             self._members.apply(config)
         if self._supervisor is not None:
@@ -176,7 +181,7 @@ class Control:
             loop.add_signal_handler(number, self._on_signal, number)
         loop.add_signal_handler(signal.SIGHUP, reloader.reload)
         async with contextlib.AsyncExitStack() as owned:
-            fetcher = await owned.enter_async_context(Fetcher())
+            fetcher = await owned.enter_async_context(Fetcher(worker_context(self._config)))
             watch = PoolWatch(self._config, self._workers, fetcher, self._log)
             owned.push_async_callback(watch.close)
             followers = Followers(self._segment, self._log)
@@ -195,13 +200,13 @@ class Control:
 
     async def _start_admin(self, owned: contextlib.AsyncExitStack, members: Membership, watch: PoolWatch, fetcher: Fetcher) -> AdminServer:
         metrics = Metrics(self._segment, lambda: self._workers.views, totals=self._totals, changes=members.changes)
-        admin = AdminServer(metrics.render, self._log)
+        admin = AdminServer(metrics.render, self._keys, self._log)
         owned.push_async_callback(admin.close)
         admin.add(WorkerRoutes(members, self._workers, watch).routes())
         fanout = Fanout(self._workers, fetcher)
         owned.push_async_callback(fanout.close)
         admin.add(fanout.routes())
-        await admin.start()
+        await admin.start(self._config)
         return admin
 
     def _on_signal(self, number: signal.Signals) -> None:
@@ -223,6 +228,8 @@ class Control:
         await supervisor.wait_ready()
         self._segment.state = _segment.SERVING
         url = url_of(self._config.host, self._config.port)
+        if self._config.tls_cert_path is not None:
+            url = url.replace("http", "https", 1)
         with contextlib.suppress(OSError, ValueError):  # nobody has to read it
             print(f"listening on {url} ({self._config.shards} shards, {len(self._config.worker_urls)} workers)", flush=True)
 

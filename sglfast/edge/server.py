@@ -197,7 +197,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, head.request_id)
         elif local is not None:
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only GET")
-        elif from_control is None:
+        elif from_control is None or (from_control.is_admin and self.shard.config.admin_port is not None):
             may_pass = head.method == b"POST" and path.startswith(OTHERS_UNDER)
             hint = "no such path here; the router relays unknown paths under /v1/ when it is started with --passthrough"
             self.answer_error(errors.NOT_FOUND, head.request_id, hint if may_pass else None, is_head)

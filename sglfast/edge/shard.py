@@ -82,7 +82,7 @@ class Shard(ShardBase):
     @property
     def has_own_ids(self) -> bool:
         """Whether requests are named by other headers than the scanner knows."""
-        return self._ids_from != REQUEST_ID_HEADERS
+        return bool(self._ids_from != REQUEST_ID_HEADERS)
 
     def id_in(self, head: RequestHead) -> bytes | None:
         """The id of a request by the headers of the settings."""

@@ -67,8 +67,8 @@ def is_alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def running(tmp_path: Path, argv: list[str], *flags: str, worker: str = WORKER) -> Iterator[Router]:
-    argv = [*argv, "--worker-urls", worker, "--host", "127.0.0.1", "--port", "0", *flags]
+def running(tmp_path: Path, argv: list[str], *flags: str, worker: str | None = WORKER) -> Iterator[Router]:
+    argv = [*argv, *(("--worker-urls", worker) if worker is not None else ()), "--host", "127.0.0.1", "--port", "0", *flags]
     err_path = tmp_path / "stderr.txt"
     with open(err_path, "w") as err:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=err, cwd=ROOT, text=True)

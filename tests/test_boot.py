@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from shared_memory import HEADER, Words, forked, shared_segment
 
-from sglfast.boot import die_with_parent
+from sglfast.boot import SETTINGS, STOP, die_with_parent, hear
 from sglfast.config import ServeConfig, check, to_json
 
 WAIT_S = 20.0
@@ -25,7 +25,7 @@ CONFIG = check(ServeConfig(worker_urls=("http://10.0.0.5:30000",), shards=3, por
 # A child as index and shards are: boots, tells what it got, then sleeps. Its report goes to the descriptor of $REPORT_FD.
 CHILD = """
 import json, os, signal, sys, time
-from sglfast.boot import boot_child
+from sglfast.boot import SETTINGS, STOP, hear, boot_child
 boot = boot_child(sys.argv[1:])
 boot.segment.process_start(boot.process_slot, os.getpid(), 1)
 report = {
@@ -221,3 +221,28 @@ def test_die_with_parent_refuses_another_parent() -> None:
 
     with forked(work) as started:
         assert started.result() == "control is gone"
+
+
+def test_what_control_says() -> None:
+    def settings_fd(config: ServeConfig) -> int:
+        fd = os.memfd_create("settings")
+        os.write(fd, to_json(config))
+        return fd
+
+    mine, its = socket.socketpair()
+    with mine, its:
+        its.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            hear(its)
+        configs = [CONFIG, check(ServeConfig(port=7, api_key="key"))]
+        for config in configs:
+            fd = settings_fd(config)
+            socket.send_fds(mine, [SETTINGS], [fd])
+            os.close(fd)
+        mine.send(STOP)
+        before = len(os.listdir("/proc/self/fd"))
+        assert [hear(its), hear(its)] == configs, "one message at a time, in order"
+        assert len(os.listdir("/proc/self/fd")) == before, "the descriptors are closed"
+        assert hear(its) == "told to stop"
+        mine.close()
+        assert hear(its) == "control is gone"

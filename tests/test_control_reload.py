@@ -2,6 +2,7 @@
 
 import dataclasses
 import http.client
+import json
 import os
 import signal
 import sys
@@ -168,6 +169,35 @@ def test_sighup_reaches_every_process_and_later_ones(tmp_path: Path, suffix: str
         router.until(lambda: limit_seen(router) == {200}, "the old limit is back")
         router.signal(signal.SIGTERM)
         assert router.end() == 0
+
+
+def test_sighup_follows_the_list_of_workers(tmp_path: Path) -> None:
+    file = tmp_path / "router.yaml"
+
+    def workers(router: Router) -> set[str]:
+        return {worker["url"] for worker in json.loads(get(router.port, "/workers")[1])["workers"]}
+
+    def write(*urls: str) -> None:
+        file.write_text(json.dumps({"discovery": {"backend": "static_urls", "static_urls": {"urls": urls}}}))
+
+    argv = [sys.executable, "-m", "sglfast", "serve", "--shards", "2", "--config", str(file)]
+    with engine() as first, engine() as second:
+        write(first)
+        with running(tmp_path, argv, worker=None) as router:
+            router.until_listening()
+            router.until(lambda: get(router.port, "/readyz")[0] == 200, "ready")
+            assert workers(router) == {first}
+            write(second)
+            router.signal(signal.SIGHUP)
+            router.until(lambda: workers(router) == {second}, "the new worker alone")
+            router.until(lambda: get(router.port, "/readyz")[0] == 200, "ready again")
+            assert {get(router.port, "/v1/completions", {"prompt": "x"})[0] for _ in range(8)} == {200}
+            write(second, first, second + "/")
+            router.signal(signal.SIGHUP)
+            router.until(lambda: f"{second} is given twice; the settings stay as they were" in router.err, "it refuses the list")
+            assert workers(router) == {second}
+            router.signal(signal.SIGTERM)
+            assert router.end() == 0
 
 
 def test_secrets_are_in_no_command_line_no_environment_and_no_log(tmp_path: Path) -> None:

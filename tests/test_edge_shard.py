@@ -1,6 +1,7 @@
 """sglfast.edge.shard: ids, the tick, what is counted and logged."""
 
 import asyncio
+import dataclasses
 import logging
 import time
 from typing import Any
@@ -122,5 +123,26 @@ def test_unreachable_workers_are_logged_now_and_then(caplog: pytest.LogCaptureFi
         shard.now_s += 5.1
         shard.note_unreachable(upstream, TimeoutError())
         assert caplog.records[1].fields["error"] == "TimeoutError()"  # type: ignore[attr-defined]
+
+    with_shard(test)
+
+
+def test_new_settings_make_new_policies_and_new_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: list[str] = []
+    monkeypatch.setattr(shard_module, "set_level", levels.append)
+
+    async def test(shard: Shard, memory: Memory) -> None:
+        shard.router.refresh()
+        assert shard.router.only is not None
+        assert shard.router.only.policy.name == "round_robin"
+        upstreams = list(shard.router.only.upstreams)
+        shard.apply(dataclasses.replace(shard.config, policy="power_of_two", max_payload_size=10, log_level="debug"))
+        assert shard.router.only is not None
+        assert shard.router.only.policy.name == "power_of_two"
+        assert shard.router.only.upstreams == upstreams, "connections to workers are kept"
+        assert levels == ["debug"]
+        client, transport = stub_client(shard)
+        client.data_received(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 11\r\n\r\n")
+        assert transport.take().startswith(b"HTTP/1.1 413 ")
 
     with_shard(test)

@@ -78,7 +78,7 @@ def ask(router: Router, method: str, path: str, body: object = None, **headers: 
         answer = connection.getresponse()
         text = answer.read().decode()
         found = {name.lower(): value for name, value in answer.getheaders()}
-        return answer.status, found, json.loads(text) if found.get("content-type") == "application/json" else text
+        return answer.status, found, json.loads(text) if found.get("content-type", "").startswith("application/json") else text
     finally:
         connection.close()
 
@@ -130,6 +130,20 @@ def test_without_a_healthy_worker_it_answers_503(tmp_path: Path) -> None:
         assert (status, answer["status"], answer["reason"]) == (503, "not ready", "insufficient healthy workers")
         assert ask(router, "GET", "/health")[0] == 200
         assert ask(router, "POST", "/v1/chat/completions", chat("hello"))[0] == 503
+
+
+def test_workers_are_added_and_taken_away_over_http(workers: list[str], tmp_path: Path) -> None:
+    with started("--host 127.0.0.1 --port 0 --policy round_robin --worker-urls {workers}", [], tmp_path) as router:
+        assert ask(router, "GET", "/readiness")[0] == 503
+        status, headers, answer = ask(router, "POST", "/workers", {"url": workers[0]})
+        assert (status, answer["status"], answer["url"]) == (202, "accepted", workers[0])
+        assert headers["location"] == answer["location"] == f"/workers/{answer['worker_id']}"
+        router.until(lambda: ask(router, "GET", "/readiness")[0] == 200, "ready")
+        assert ask(router, "POST", "/v1/chat/completions", chat("hello"))[0] == 200
+        assert [worker["url"] for worker in ask(router, "GET", "/workers")[2]["workers"]] == [workers[0]]
+        assert ask(router, "DELETE", headers["location"])[0] == 202
+        router.until(lambda: ask(router, "GET", "/workers")[2]["total"] == 0, "gone")
+        assert ask(router, "GET", "/readiness")[0] == 503
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def prompt_path(*, is_seen: bool) -> Call:
     from sglfast.prompt.keys import PromptReader, RequestKind
     from sglfast.prompt.lazy import LazyKeyer
     from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
+    from sglfast.shm import Variant
 
     _, segment = small_segment()
     tokenizer = load_tokenizer(DEMO_TOKENIZER_PATH)
@@ -67,11 +68,11 @@ def prompt_path(*, is_seen: bool) -> Call:
     if is_seen:
         prompt = reader.text_of(RequestKind.CHAT, {"messages": messages})
         TreeWriter(segment).store(0, 0, reader.keys_of(reader.tokens_of(prompt), 64))
-        assert keyer.begin(prompt, ((64, False),)).run(tree.match)
+        assert keyer.begin(prompt, (Variant(64),)).run(tree.match)
     body = {"messages": [*messages, {"role": "user", "content": "and what now?"}]}
 
     def key() -> None:
-        assert keyer.begin(reader.text_of(RequestKind.CHAT, body, 1024), ((64, False),)).run(tree.match)
+        assert keyer.begin(reader.text_of(RequestKind.CHAT, body, 1024), (Variant(64),)).run(tree.match)
 
     return key
 

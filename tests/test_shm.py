@@ -191,5 +191,5 @@ def test_a_record_has_no_room_for_secrets() -> None:
     """A new field is a decision: `/server_info` also holds api_key, admin_api_key and a key file's password."""
     assert {field.name for field in msgspec.structs.fields(WorkerRecord)} == {
         "url", "model", "version", "disaggregation_mode", "startup_time",
-        "kv_host", "kv_port_base", "kv_topic", "kv_replay_port_base", "kv_connects_out",
+        "kv_host", "kv_port_base", "kv_topic", "kv_replay_port_base", "kv_connects_out", "adapters",
     }  # fmt: skip

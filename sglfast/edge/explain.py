@@ -52,7 +52,7 @@ def _explanation(shard: Shard, pool: Pool, facts: Facts) -> dict[str, Any]:
     candidates = [_candidate(shard, pool, prompt, place, hits.get(place), by_tier) for place in range(len(pool.workers))]
     candidates[position]["why"] = _WHY.get(decision, f"is the choice of {DECISIONS[decision]}")
     others = [_unready(view) for view in read_workers(shard.table) if view.state != _workers.READY and view.record.model == pool.model]
-    sizes = sorted({size for size, _ in pool.variants})
+    sizes = sorted({variant.block_size for variant in pool.variants})
     chosen = candidates[position]
     return {
         "model": pool.model,

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from sglfast.errors import ConfigError
+from sglfast.wire.kv_endpoint import parse_kv_settings
 
 POLICIES = ("auto", "cache_aware", "round_robin", "random", "power_of_two", "least_load")
 
@@ -51,6 +52,10 @@ class ServeConfig:
         "folder with tokenizer.json and tokenizer_config.json of the model (cache_aware needs it)",
         group="routing",
     )
+    key_route: str = _setting(
+        "auto", "how blocks are named: sha256 = by the engines' own chain, tokens = by their tokens, auto = as each worker allows",
+        group="routing", choices=("auto", "sha256", "tokens"),
+    )  # fmt: skip
     prompt_cache_bytes: int = _setting(
         32 << 20, "memory of each shard for tokenized pieces of prompts, so that a conversation pays for its newest message only; "
         "0 = none", group="routing", low=0,
@@ -66,6 +71,11 @@ class ServeConfig:
     kv_listen: str | None = _setting(
         None, "where to listen for the KV events of workers that connect out, such as tcp://0.0.0.0:5557; rank r arrives at its port + r, "
         "workers are told apart by their topics", group="routing",
+    )  # fmt: skip
+    kv_endpoint: tuple[str, ...] = _setting(
+        (), "where workers publish KV events that do not tell it themselves, such as vLLM's: [URL=]tcp://HOST:PORT[,replay=PORT][,topic=TEXT]"
+        "[,block_size=N][,dp_size=N]; without a URL for all such workers, HOST * is the worker's own", group="routing",
+        metavar="ENDPOINT",
     )  # fmt: skip
     kv_index_blocks: int = _setting(
         2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", group="routing",
@@ -101,8 +111,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         kwargs: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS}
         text = meta["help"].replace("%", "%%")
-        if setting.name == "worker_urls":
-            kwargs |= {"nargs": "+", "metavar": "URL"}
+        if isinstance(setting.default, tuple):
+            kwargs |= {"nargs": "+", "metavar": meta.get("metavar", "URL")}
         elif "choices" in meta:
             kwargs |= {"choices": meta["choices"]}
             text += f" (default: {setting.default})"
@@ -117,8 +127,9 @@ def from_args(namespace: argparse.Namespace) -> ServeConfig:
     """The checked settings of a parsed command line. Raises ConfigError."""
     known = {setting.name for setting in dataclasses.fields(ServeConfig)}
     values = {name: value for name, value in vars(namespace).items() if name in known}
-    if "worker_urls" in values:
-        values["worker_urls"] = tuple(values["worker_urls"])
+    for name in ("worker_urls", "kv_endpoint"):
+        if name in values:
+            values[name] = tuple(values[name])
     config = ServeConfig(**values)
     return check(config)
 
@@ -153,6 +164,7 @@ def check(config: ServeConfig) -> ServeConfig:
         raise ConfigError(f"--tokenizer-path {config.tokenizer_path}: no such file or folder")
     if config.kv_listen is not None and not _is_tcp_address(config.kv_listen):
         raise ConfigError(f"--kv-listen {config.kv_listen}: must look like tcp://0.0.0.0:5557")
+    parse_kv_settings(config.kv_endpoint)
     if not config.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {config.health_check_endpoint}: must begin with /")
     max_ranks = config.max_ranks or min(1024, max(64, -(-4 * len(urls) // 64) * 64))

@@ -54,6 +54,7 @@ def another_value(name: str) -> tuple[str, Any]:
         "max_ranks": ("128", 128),
         "max_workers": ("77", 77),
         "kv_listen": ("tcp://0.0.0.0:5557", "tcp://0.0.0.0:5557"),
+        "kv_endpoint": ("tcp://*:5557", ("tcp://*:5557",)),
     }
     if name in special:
         return special[name]

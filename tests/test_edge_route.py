@@ -98,7 +98,8 @@ def test_several_models() -> None:
             assert chosen(router, b'{"model":"a"}') in (0, 2)
             assert chosen(router, b'{"model":"b"}') in (1, 3)
         assert {chosen(router, b'{"model":"a"}') for _ in range(4)} == {0, 2}
-        for body in (b'{"model":"c"}', b'{"model":null}', b"{}", b"", b"[", b'{"model":"\xff"}', b'{"x":' * 100_000):
+        assert {chosen(router, b'{"model":"b:adapter"}') for _ in range(4)} == {1, 3}
+        for body in (b'{"model":"c"}', b'{"model":"c:a"}', b'{"model":null}', b"{}", b"", b"[", b'{"model":"\xff"}', b'{"x":' * 100_000):
             assert choose(router, body) is errors.MODEL_NOT_FOUND
         assert router.models == ["a", "b"]
 

@@ -38,6 +38,7 @@ from sglfast.control.workers import Workers
 from sglfast.errors import ConfigError
 from sglfast.logs import setup_logs
 from sglfast.shm import create
+from sglfast.wire.kv_endpoint import parse_kv_settings
 
 _IDLE_POLL_S = 0.05
 
@@ -119,7 +120,8 @@ class Control:
         self._listeners = listeners
         self._commands = commands
         self._log = log
-        self._workers = Workers(WorkerTable(segment), config.max_ranks, log)
+        kv_settings = parse_kv_settings(config.kv_endpoint)
+        self._workers = Workers(WorkerTable(segment), config.max_ranks, log, key_route=config.key_route, kv_settings=kv_settings)
         for url in config.worker_urls:
             self._workers.register(url)
         self._signals: list[signal.Signals] = []

@@ -153,6 +153,9 @@ class Router(RouterBase):
         model = model_of(body)
         # A pool that does not know its model takes any name.
         pool = self.pools.get(model) or self.pools.get(None)
+        if pool is None and model is not None and ":" in model and model not in self.models:
+            model = model.partition(":")[0].strip()  # SGLang's "base:adapter"
+            pool = self.pools.get(model)
         if pool is not None:
             return pool
         return errors.NO_HEALTHY_WORKERS if model in self.models or not self.pools else errors.MODEL_NOT_FOUND

@@ -30,6 +30,9 @@ RANK_REASONS: tuple[str, ...] = (
     "kept from before the index process started again, not confirmed by the event stream yet",
     "connects its event socket to the router, which does not listen there (--kv-listen)",
     "connects out with the topic of another worker: each needs a topic of its own",
+    "its blocks hold another number of tokens than the worker says",
+    "its blocks are keyed by pairs of tokens (EAGLE), the worker says single tokens",
+    "its blocks are keyed by single tokens, the worker says pairs of tokens (EAGLE)",
 )
 
 # Why a worker was chosen: label `decision` of the metric; position = word after S_DECISIONS in a shard's column, so append only.

@@ -22,7 +22,7 @@ from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RankTable
 from sglfast.errors import KvEventError
 from sglfast.index.rank import RankIndex
-from sglfast.index.stream import HASH_MISMATCH, Limits, Outcome, RankStream, Resume
+from sglfast.index.stream import Limits, Outcome, RankStream, Resume
 from sglfast.wire.frames import parse_live, parse_replay, replay_request
 
 _ROUND_MESSAGES = 1000
@@ -123,7 +123,7 @@ class Subscriber:
         stream, index = self._stream, self._index
         state, reason = stream.status()
         if index.mismatch and state in (RANK_EXACT, RANK_DEGRADED):
-            state, reason = RANK_DEGRADED, HASH_MISMATCH
+            state, reason = RANK_DEGRADED, index.mismatch_reason
         row = {
             words.R_BATCHES: stream.counters.batches,
             words.R_EVENTS: index.counters.events,

@@ -150,7 +150,8 @@ class Subscriber:
     def _save(self) -> None:
         """Note in shared memory how far the rank's blocks are, for the next index process (main.Index._inherit).
 
-        Written after the blocks: a process that dies in between leaves a tree that is ahead, and applying a batch again does no harm.
+        Written after the blocks of a round: a process that dies in between leaves a tree that is ahead, and applying batches again, in
+        order, does no harm.
         """
         resume, index, ranks = self._stream.resume, self._index, self._ranks
         if resume == self._saved or self._is_stopping.is_set():
@@ -229,6 +230,7 @@ class Subscriber:
                 if monitor in ready:
                     notices += self._read_notices(monitor)
                 is_drained = self._read_live(live) if live in ready or notices else True
+                self._save()
                 if is_drained:
                     self._tell(notices)
                     notices = []
@@ -265,7 +267,6 @@ class Subscriber:
                 self._index.note_undecoded(str(error))
                 continue
             self._stream.on_live(seq, payload, time.monotonic())
-            self._save()
         return False
 
     def _read_replay(self, dealer: zmq.Socket[bytes]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sglfast._blockhash import chain_seed
-from sglfast.prompt.adapters import asked_for, lora_name_of, seed_of
+from sglfast.prompt.adapters import asked_for, lora_name_of, seeds_of
 from sglfast.shm import Variant
 
 
@@ -46,9 +46,10 @@ def test_a_colon_in_the_served_name_is_no_adapter() -> None:
     assert lora_name_of(Variant(4, model="llama:8b"), "llama:8b:ad", "") == "8b:ad", "SGLang cuts at the first colon"
 
 
-def test_seed_of() -> None:
-    by_tokens = Variant(4, True, "tokens", "m", "models")
-    assert seed_of(Variant(4), "m", "", "salt") is None
-    assert seed_of(Variant(4, True), "m", "ad", "salt") == chain_seed("", 4, bigram=True, lora_name="ad", cache_salt="salt")
-    assert seed_of(by_tokens, "m", "", "") == seed_of(by_tokens, "", "", "") == chain_seed("m", 4, bigram=True)
-    assert seed_of(by_tokens, "ad", "", "s") == chain_seed("m", 4, bigram=True, lora_name="ad", cache_salt="s")
+def test_seeds_of() -> None:
+    sha, by_tokens = Variant(4, True), Variant(4, True, "tokens", "m", "models")
+    plain, salted = chain_seed("m", 4, bigram=True), chain_seed("m", 4, bigram=True, cache_salt="s")
+    assert seeds_of((sha, by_tokens), "m", "", "") == seeds_of((sha, by_tokens), "", "", "") == (None, plain)
+    assert seeds_of((sha, by_tokens), "m", "", "s") == (None, salted)
+    assert seeds_of((sha, by_tokens), "m", "ad", "s") == (chain_seed("", 4, bigram=True, lora_name="ad", cache_salt="s"), salted)
+    assert seeds_of((by_tokens,), "ad", "", "s") == (chain_seed("m", 4, bigram=True, lora_name="ad", cache_salt="s"),)

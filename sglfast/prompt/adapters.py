@@ -13,7 +13,6 @@ from typing import Any
 from sglfast._blockhash import chain_seed
 from sglfast.shm import Variant
 
-_known_seed = functools.lru_cache(maxsize=1024)(chain_seed)
 _NAME_LIMIT_CHARACTERS = 512
 
 
@@ -42,12 +41,21 @@ def lora_name_of(variant: Variant, model: str, lora_path: str) -> str:
             return ""
 
 
-def seed_of(variant: Variant, model: str, lora_path: str, cache_salt: str) -> int | None:
-    """Seed of the token route's keys for such a request, None when its keys are the SHA route's."""
+def seeds_of(variants: tuple[Variant, ...], model: str, lora_path: str, cache_salt: str) -> tuple[int | None, ...]:
+    """For each variant the seed of the token route's keys for such a request, None where its keys are the SHA route's."""
+    if cache_salt:  # it can be as long as a body: such seeds are not worth remembering
+        return tuple(_seed_of(variant, model, lora_path, cache_salt) for variant in variants)
+    return _known_seeds(variants, model, lora_path)
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_seeds(variants: tuple[Variant, ...], model: str, lora_path: str) -> tuple[int | None, ...]:
+    return tuple(_seed_of(variant, model, lora_path, "") for variant in variants)
+
+
+def _seed_of(variant: Variant, model: str, lora_path: str, cache_salt: str) -> int | None:
     lora_name = lora_name_of(variant, model, lora_path)
     if variant.route == "sha256" and not lora_name:
         return None
-    # A salt can be as long as a body: such a seed is not worth remembering.
-    make = chain_seed if cache_salt else _known_seed
     hashed_model = variant.model if variant.route == "tokens" else ""
-    return make(hashed_model, variant.block_size, bigram=variant.bigram, lora_name=lora_name, cache_salt=cache_salt)
+    return chain_seed(hashed_model, variant.block_size, bigram=variant.bigram, lora_name=lora_name, cache_salt=cache_salt)

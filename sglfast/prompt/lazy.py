@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from sglfast._blockhash import KeyChain, page_keys, token_keys
 from sglfast.errors import PromptError
-from sglfast.prompt.adapters import seed_of
+from sglfast.prompt.adapters import seeds_of
 from sglfast.prompt.keys import PromptText
 from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.prefixes import Name, Prefix, PrefixCache
@@ -90,7 +90,7 @@ class Keying:
         self._is_open = False  # the whole text is rendered and looked up
         self._end = 0  # of the next piece, once it is known
         self._saved: tuple[int, Prefix] | None = None
-        self._seeds = tuple(seed_of(variant, *asked, prompt.cache_salt) for variant in variants)
+        self._seeds = seeds_of(variants, *asked, prompt.cache_salt)
         if prompt.text is None:
             return
         self._live = [True] * len(variants)

@@ -57,6 +57,8 @@ icount: build $(VENV)/.installed-dev ## instructions per call against bench/icou
 bench: build $(VENV)/.installed-dev ## micro benchmarks, then the router against nginx if nginx and wrk are there
 	$(PY) -m pytest bench -o addopts=-q --benchmark-only
 	$(PY) bench/prompt_path.py
+	$(PY) bench/match_under_load.py
+	$(PY) bench/index_events.py
 	@if command -v nginx >/dev/null && command -v wrk >/dev/null; then $(PY) bench/compare.py $(ARGS) && $(PY) bench/streams.py; \
 	else echo 'SKIPPED: the comparison needs nginx and wrk (apt-get install nginx-light haproxy wrk)'; fi
 

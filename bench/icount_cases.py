@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sglfast._segment import Segment
+    from sglfast.shm import KeyRoute
 
 Call = Callable[[], object]
 
@@ -38,6 +39,16 @@ def page_keys_of_8192_tokens_by_64() -> Call:
     return partial(page_keys, list(range(8192)), 64)
 
 
+@case
+def token_keys_of_8192_tokens_by_16() -> Call:
+    """The same for a vLLM worker: the token route's chain."""
+    from array import array
+
+    from sglfast._blockhash import token_keys
+
+    return partial(token_keys, array("I", range(8192)), 16, seed=1)
+
+
 # ---- a chat prompt to block keys, as far as anybody owns its blocks ----
 
 
@@ -58,20 +69,22 @@ def prompt_path(*, is_seen: bool) -> Call:
     from sglfast.prompt.keys import PromptReader, RequestKind
     from sglfast.prompt.lazy import LazyKeyer
     from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
+    from sglfast.shm import Variant
 
     _, segment = small_segment()
     tokenizer = load_tokenizer(DEMO_TOKENIZER_PATH)
+    variants = (Variant(64),)
     reader, keyer, tree = PromptReader(tokenizer), LazyKeyer(tokenizer, (4 << 20) * is_seen), TreeReader(segment)
     text = "for every word that was said before there is a block of tokens " * 27
     messages = [{"role": ("user", "assistant")[n % 2], "content": f"{n} {text}"} for n in range(19)]
     if is_seen:
         prompt = reader.text_of(RequestKind.CHAT, {"messages": messages})
         TreeWriter(segment).store(0, 0, reader.keys_of(reader.tokens_of(prompt), 64))
-        assert keyer.begin(prompt, ((64, False),)).run(tree.match)
+        assert keyer.begin(prompt, variants).run(tree.match)
     body = {"messages": [*messages, {"role": "user", "content": "and what now?"}]}
 
     def key() -> None:
-        assert keyer.begin(reader.text_of(RequestKind.CHAT, body, 1024), ((64, False),)).run(tree.match)
+        assert keyer.begin(reader.text_of(RequestKind.CHAT, body, 1024), variants).run(tree.match)
 
     return key
 
@@ -95,6 +108,47 @@ def decode_batch_of_64_stores_by_256_tokens() -> Call:
 
     folder = GOLDEN / "kv_events" / "sglang_batches" / "0.5.23"
     return partial(decode_batch, (folder / "large_64x256.msgpack").read_bytes())
+
+
+@case
+def apply_a_batch_of_64_blocks_by_hash() -> Call:
+    """A batch of 64 one-block events into the tree, SHA route; they are stored already after the first call."""
+    return apply_batch("sha256")
+
+
+@case
+def apply_a_batch_of_64_blocks_by_tokens() -> Call:
+    """The same on the token route: decode, hash 16 tokens a block, map, store."""
+    return apply_batch("tokens")
+
+
+def apply_batch(route: "KeyRoute") -> Call:
+    import logging
+
+    from sglfast._blockhash import page_keys
+    from sglfast._hashtree import TreeWriter
+    from sglfast.index.rank import RankIndex, TreeLock
+    from sglfast.wire import kv_events
+
+    _, segment = small_segment()
+    tokens = [i * 31 % 128_000 for i in range(64 * 16)]
+    keys = page_keys(tokens, 16)
+    hashes = [int.from_bytes(keys[at : at + 8], "little") for at in range(0, len(keys), 8)]
+    events = [
+        kv_events.stored(
+            block_hashes=[hashes[i]],
+            parent_block_hash=hashes[i - 1] if i else None,
+            token_ids=tokens[16 * i : 16 * i + 16],
+            block_size=16,
+        )
+        for i in range(64)
+    ]
+    payload = kv_events.encode_batch(1.0, events, 0)
+    log = logging.LoggerAdapter(logging.getLogger("icount"), {})
+    index = RankIndex(TreeLock(TreeWriter(segment)), 0, block_size=16, is_bigram=False, log=log, key_route=route)
+    index.apply(payload)
+    assert index.owned_blocks == 64
+    return partial(index.apply, payload)
 
 
 # ---- the hash tree in shared memory: match, apply ----

@@ -23,8 +23,9 @@ from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast.prompt.keys import PromptReader, RequestKind
 from sglfast.prompt.lazy import LazyKeyer
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
+from sglfast.shm import Variant
 
-VARIANTS = ((64, False),)
+VARIANTS = (Variant(64),)
 CHARS, MESSAGES = 32_768, 20
 WANTED = {"seen": 300, "cold": 60}
 Messages = list[dict[str, str]]

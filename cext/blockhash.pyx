@@ -12,8 +12,9 @@ Token route (`token_keys`): key i = XXH3-64(key i-1 as 8 bytes little-endian || 
     page that holds an id of 2^32 or more is the byte 0xff and all its ids as 8 bytes. The seed (`chain_seed`) keeps models, block
     sizes, adapters and salts apart.
 
-Why chain on the whole digest: a key alone (8 bytes) cannot continue a chain; so all keys are made from the root on, or by a
-    KeyChain, which keeps the digest and the ids behind the last full page. A KeyChain must not be shared between threads.
+Why chain on the whole digest: a key alone (8 bytes) cannot continue a chain of the SHA route; so all keys are made from the root
+    on, or by a KeyChain (of either route), which keeps the digest and the ids behind the last full page. A KeyChain must not be
+    shared between threads.
 """
 
 import os
@@ -133,20 +134,28 @@ cdef class KeyChain:
     cdef readonly bint bigram
     cdef readonly Py_ssize_t tokens
     cdef readonly Py_ssize_t pages
-    cdef bint has_prior
-    cdef uint8_t digest[32]
+    cdef chain_t chain
     cdef Py_ssize_t n_waiting  # ids behind the last full page; with bigram also that page's last id, which begins the next
-    cdef uint8_t *waiting      # room for one page of ids (and one more for bigram), then scratch for one page of pairs
+    cdef uint8_t *waiting      # room for one page of ids (and one more for bigram), then scratch for one page and a key
 
-    def __cinit__(self, Py_ssize_t page_size, *, bint bigram=False, bytes cache_salt not None=b""):
+    def __cinit__(self, Py_ssize_t page_size, *, bint bigram=False, bytes cache_salt not None=b"", seed=None):
         if page_size < 1 or page_size > 1 << 24:
             raise ValueError(f"page_size must be from 1 to 2**24 tokens, not {page_size}")
+        if seed is not None and cache_salt:
+            raise ValueError("the token route has its salt in the seed")
         self.page_size = page_size
         self.bigram = bigram
-        self.waiting = <uint8_t *> PyMem_RawMalloc(4 * (page_size + 1) + 8 * page_size)
+        self.waiting = <uint8_t *> PyMem_RawMalloc(4 * (page_size + 1) + 8 * page_size + 16)
         if self.waiting == NULL:
             raise MemoryError
-        self.has_prior = _salt_digest(cache_salt, self.digest)
+        self.chain.is_sha = seed is None
+        self.chain.parent = 0
+        self.chain.has_prior = False
+        if seed is not None:
+            self.chain.seed = seed
+            sf_xxh3_make_secret(self.chain.secret, self.chain.seed)
+        else:
+            self.chain.has_prior = _salt_digest(cache_salt, self.chain.digest)
 
     def __dealloc__(self):
         PyMem_RawFree(self.waiting)
@@ -155,9 +164,8 @@ cdef class KeyChain:
         cdef KeyChain other = KeyChain(self.page_size, bigram=self.bigram)
         other.tokens = self.tokens
         other.pages = self.pages
-        other.has_prior = self.has_prior
         other.n_waiting = self.n_waiting
-        memcpy(other.digest, self.digest, 32)
+        other.chain = self.chain
         memcpy(other.waiting, self.waiting, 4 * self.n_waiting)
         return other
 
@@ -187,18 +195,25 @@ cdef class KeyChain:
             # Complete the page that began before where it waits. The others are hashed where they lie.
             taken = full - self.n_waiting
             memcpy(self.waiting + 4 * self.n_waiting, ids, 4 * taken)
-            _chain_narrow(self.waiting, self.page_size, self.bigram, 1, self.has_prior, self.digest, scratch, out)
-            self.has_prior = True
+            self.c_hash(self.waiting, 1, scratch, out)
             out += sizeof(uint64_t)
             pages -= 1
             taken -= self.bigram  # the last id of a page of pairs begins the next one
         if pages:
-            _chain_narrow(ids + 4 * taken, self.page_size, self.bigram, pages, self.has_prior, self.digest, scratch, out)
-            self.has_prior = True
+            self.c_hash(ids + 4 * taken, pages, scratch, out)
             taken += pages * self.page_size
         self.n_waiting = count - taken
         memcpy(self.waiting, ids + 4 * taken, 4 * self.n_waiting)
         return keys
+
+    cdef void c_hash(self, const uint8_t *ids, Py_ssize_t pages, uint8_t *scratch, char *keys) noexcept nogil:
+        cdef chain_t *chain = &self.chain
+        if chain.is_sha:
+            _chain_narrow(ids, self.page_size, self.bigram, pages, chain.has_prior, chain.digest, scratch, keys)
+            chain.has_prior = True
+        else:
+            _chain_tokens(ids, 4, self.page_size, self.bigram, pages, chain, scratch, keys)
+            memcpy(&chain.parent, keys + 8 * (pages - 1), 8)
 
 
 cdef inline Py_ssize_t _pages(Py_ssize_t tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages) noexcept nogil:

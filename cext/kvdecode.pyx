@@ -7,7 +7,6 @@ Runs in: index, once a batch. Contract: both functions return None for whatever 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 
@@ -34,6 +33,7 @@ cdef extern from "sf_kvdecode.h" nogil:
         uint64_t n_events
 
     int sf_kv_batch(sf_kv_t *kv) noexcept
+    void sf_kv_free(sf_kv_t *kv) noexcept
     int64_t sf_kv_array(sf_kv_t *kv) noexcept
     int sf_kv_int(sf_kv_t *kv, uint64_t *out) noexcept
 
@@ -62,8 +62,7 @@ def runs(payload):
         ]
     finally:
         PyBuffer_Release(&view)
-        free(kv.keys)
-        free(kv.runs)
+        sf_kv_free(&kv)
 
 
 def token_ids(raw):

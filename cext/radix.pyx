@@ -295,9 +295,15 @@ cdef class RadixCache:
     def unlock(self, bytes keys not None, Py_ssize_t n_blocks=-1):
         cdef uint64_t n = self._n_blocks(keys, n_blocks), i
         cdef uint64_t cached = c_walk(&self.cache, <const uint64_t *>PyBytes_AS_STRING(keys), n)
-        for i in range(n):
-            if i >= cached or self.cache.nodes[self.cache.path[i]].locks == 0:
-                raise ValueError(f"block {i} of {n} is not locked")
+        cdef uint64_t taken = 0
+        # A key may stand twice in what is no true chain: so the locks are counted down, and given back before all else.
+        while taken < n and taken < cached and self.cache.nodes[self.cache.path[taken]].locks:
+            self.cache.nodes[self.cache.path[taken]].locks -= 1
+            taken += 1
+        for i in range(taken):
+            self.cache.nodes[self.cache.path[i]].locks += 1
+        if taken < n:
+            raise ValueError(f"block {taken} of {n} is not locked")
         c_release(&self.cache, n)
 
     def clear(self):

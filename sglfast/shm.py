@@ -8,7 +8,7 @@ Contract: the layout is cext/sf_shm.h; a Segment of another layout version raise
 import fcntl
 import mmap
 import os
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -30,6 +30,9 @@ RANK_REASONS: tuple[str, ...] = (
     "kept from before the index process started again, not confirmed by the event stream yet",
     "connects its event socket to the router, which does not listen there (--kv-listen)",
     "connects out with the topic of another worker: each needs a topic of its own",
+    "its blocks hold another number of tokens than the worker says",
+    "its blocks are keyed by pairs of tokens (EAGLE), the worker says single tokens",
+    "its blocks are keyed by single tokens, the worker says pairs of tokens (EAGLE)",
 )
 
 # Why a worker was chosen: label `decision` of the metric; position = word after S_DECISIONS in a shard's column, so append only.
@@ -51,6 +54,22 @@ PARITY_OK, PARITY_HIGH, PARITY_LOW = range(3)
 
 # How a worker's block keys are made: the engine's own SHA-256 chain, or ours over the tokens of its events.
 KeyRoute = Literal["sha256", "tokens"]
+# How LoRA adapters show in a worker's events: under the name that requests give it ("base:adapter", `lora_path`), as the base model's
+# blocks (SGLang before 0.5.23), or under the name that requests give as their model (vLLM).
+Adapters = Literal["named", "shared", "models"]
+
+
+class Variant(NamedTuple):
+    """A way in which workers cut prompts into blocks and name them.
+
+    model: the served name where it is hashed, or where a name of an adapter could be taken for it; "" otherwise and when it is unknown.
+    """
+
+    block_size: int
+    bigram: bool = False
+    route: KeyRoute = "sha256"
+    model: str = ""
+    adapters: Adapters = "named"
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -70,6 +89,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_topic: str = ""
     kv_replay_port_base: int | None = None
     kv_connects_out: bool = False
+    adapters: Adapters = "named"
 
     def __repr__(self) -> str:
         """Without the key: what is shown in an error or a log must not hold it."""
@@ -90,6 +110,14 @@ class WorkerView(msgspec.Struct, frozen=True):
     record: WorkerRecord
     parity: int = PARITY_OK
     key_route: KeyRoute = "sha256"
+
+    @property
+    def variant(self) -> Variant:
+        """How this worker's blocks are found. Meaningful only with a block_size."""
+        model = self.record.model or ""
+        if self.key_route == "sha256" and ":" not in model:
+            model = ""
+        return Variant(self.block_size, self.bigram, self.key_route, model, self.record.adapters)
 
 
 _encode_record = msgspec.msgpack.Encoder().encode

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from model import page_hashes
 
-from sglfast._blockhash import KeyChain, kernel, page_keys
+from sglfast._blockhash import KeyChain, kernel, page_keys, token_keys
 
 GOLDEN = Path(__file__).parent / "golden" / "kv_events" / "sglang_hashes"
 # The cases of namespaces.json that concern a router: what a LoRA adapter or the dynamo format does to hashes, it cannot know.
@@ -187,6 +187,33 @@ class TestKeyChain:
             assert keys == page_keys(tokens, page_size, bigram=bigram, cache_salt=cache_salt)
             assert (chain.tokens, 8 * chain.pages) == (len(tokens), len(keys))
         assert (chain.page_size, chain.bigram) == (page_size, bigram)
+
+    @given(
+        parts=st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=90), max_size=8),
+        page_size=st.integers(1, 9) | st.integers(50, 70),
+        bigram=st.booleans(),
+        seed=st.integers(0, U64),
+        forks=st.sets(st.integers(0, 7)),
+    )
+    def test_with_a_seed_it_equals_token_keys(
+        self, parts: list[list[int]], page_size: int, bigram: bool, seed: int, forks: set[int]
+    ) -> None:
+        chain = KeyChain(page_size, bigram=bigram, seed=seed)
+        keys, tokens = b"", array.array("I")
+        for number, part in enumerate(parts):
+            if number in forks:
+                left, chain = chain, chain.copy()
+                left.extend(array.array("I", range(3 * page_size)))
+            keys += chain.extend(array.array("I", part))
+            tokens.extend(part)
+            assert keys == token_keys(tokens, page_size, bigram=bigram, seed=seed)
+            assert (chain.tokens, 8 * chain.pages) == (len(tokens), len(keys))
+
+    def test_a_seed_has_its_salt_in_it(self) -> None:
+        with pytest.raises(ValueError, match="salt in the seed"):
+            KeyChain(4, cache_salt=b"s", seed=1)
+        with pytest.raises(OverflowError):
+            KeyChain(4, seed=-1)
 
     @pytest.mark.parametrize("page_size", [0, -1, 2**24 + 1])
     def test_page_size(self, page_size: int) -> None:

@@ -58,6 +58,7 @@ SPECIAL: dict[str, tuple[list[str], Any]] = {
     "max_ranks": (["128"], 128),
     "max_workers": (["77"], 77),
     "kv_listen": (["tcp://0.0.0.0:5557"], "tcp://0.0.0.0:5557"),
+    "kv_endpoint": (["tcp://*:5557"], ("tcp://*:5557",)),
     "request_id_headers": (["X-Trace", "my-id"], ("x-trace", "my-id")),
     "priority_header": (["X-Priority"], "x-priority"),
     "api_keys": (["team:secret"], ("team:secret",)),
@@ -320,7 +321,6 @@ def test_worker_urls(text: str, url: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("https://w:1", "TLS to workers is not supported yet; use http://"),
         ("w:30000", "must look like http://host:port"),
         ("10.0.0.5:30000", "must look like http://host:port"),
         ("grpc://w:1", "must look like http://host:port"),

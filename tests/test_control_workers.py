@@ -12,7 +12,8 @@ from sglfast._workers import DRAINING, FREE, JOINING, READY, UNHEALTHY, WorkerTa
 from sglfast.control.introspect import Findings
 from sglfast.control.workers import RankRanges, TableFullError, Workers
 from sglfast.errors import ConfigError
-from sglfast.shm import WorkerRecord, WorkerView, read_workers
+from sglfast.shm import Variant, WorkerRecord, WorkerView, read_workers
+from sglfast.wire.kv_endpoint import parse_kv_settings
 from sglfast.wire.server_info import KvEndpoint, WorkerFacts
 
 
@@ -33,11 +34,11 @@ SILENT = Findings(facts=None, model=None, has_spoken=False, problem="/server_inf
 
 
 @contextlib.contextmanager
-def pool(count: int, *, max_ranks: int = 64, max_workers: int = 70) -> Iterator[tuple[Workers, WorkerTable, Remembered]]:
+def pool(count: int, *, max_ranks: int = 64, max_workers: int = 70, **settings: Any) -> Iterator[tuple[Workers, WorkerTable, Remembered]]:
     with shared_segment(max_workers=max_workers, max_ranks=max_ranks) as (_, segment):
         log, seen = remembering_log()
         table = WorkerTable(segment)
-        workers = Workers(table, max_ranks, log)
+        workers = Workers(table, max_ranks, log, **settings)
         for i in range(count):
             assert workers.register(f"http://10.0.0.{i}:30000") == i
         yield workers, table, seen
@@ -67,6 +68,37 @@ def test_facts_become_the_view_of_the_others() -> None:
             url="http://10.0.0.1:30000", model="m1", version="0.5.23", disaggregation_mode="null", startup_time=1.5,
             kv_host="10.0.0.9", kv_port_base=5557, kv_topic="t", kv_replay_port_base=5657,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("setting", "known", "route"),
+    [
+        ("auto", facts(), "sha256"),
+        ("auto", facts(key_route="tokens"), "tokens"),
+        ("auto", None, "sha256"),
+        ("tokens", facts(), "tokens"),
+        ("sha256", facts(key_route="tokens"), "sha256"),
+    ],
+)
+def test_the_key_route_is_the_settings_or_what_the_engine_allows(setting: str, known: WorkerFacts | None, route: str) -> None:
+    with pool(1, key_route=setting) as (workers, table, _):
+        workers.learn(0, spoken(known))
+        assert read_workers(table)[0].key_route == route
+
+
+def test_an_engine_without_server_info_gets_its_endpoint_from_the_settings() -> None:
+    with pool(2, kv_settings=parse_kv_settings(["tcp://*:5557,replay=5657,topic=kv,dp_size=2"])) as (workers, table, _):
+        workers.learn(1, spoken(None))
+        view = read_workers(table)[1]
+        assert (view.dp_size, view.block_size, view.key_route) == (2, 16, "tokens")
+        assert view.record == WorkerRecord(
+            url="http://10.0.0.1:30000", model="m1", kv_host="10.0.0.1", kv_port_base=5557, kv_topic="kv", kv_replay_port_base=5657,
+            adapters="models",
+        )  # fmt: skip
+        assert view.variant == Variant(16, False, "tokens", "m1", "models")
+        workers.learn(0, spoken(facts()))
+        assert workers.views[0].record.kv_port_base == 5557
+        assert workers.views[0].variant == Variant(64, True)
 
 
 def test_the_table_moves_only_when_something_changed() -> None:

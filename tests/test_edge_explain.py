@@ -16,6 +16,7 @@ from sglfast.edge.request import Facts
 from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
+from sglfast.shm import Variant
 
 ENGINES = [f"http://10.0.0.{number}:30000" for number in range(1, 5)]
 KEYS = array("Q", range(1000, 1020)).tobytes()
@@ -30,7 +31,7 @@ class FixedKeyer:
         self.waiting: list[Callable[[], None]] = []
 
     def key(self, kind: int, body: bytes, variants: object, then: Callable[[Facts], None], is_whole: bool = False) -> None:
-        facts = Facts(1300, {(64, False): KEYS})
+        facts = Facts(1300, {Variant(64): KEYS})
         if self.is_late:
             self.waiting.append(lambda: then(facts))
         else:

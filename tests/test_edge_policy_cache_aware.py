@@ -145,3 +145,13 @@ def test_equal_work_is_shared() -> None:
     assert set(picks) == {(0, CACHE_MISS), (1, CACHE_MISS)}
     assert chi_square(picks, 2) < CHI_SQUARE_LIMIT[2]
     assert POLICY.score(3, 100) == 100
+
+
+@pytest.mark.parametrize(("blocks_64", "blocks_16", "chosen"), [(6, 20, (0, CACHE_HIT)), (6, 26, (1, CACHE_HIT)), (5, 20, (2, CACHE_MISS))])
+def test_the_threshold_is_the_same_for_workers_that_cut_otherwise(blocks_64: int, blocks_16: int, chosen: tuple[int, int]) -> None:
+    """640 tokens are 10 blocks of one worker and 40 of another; half of either is half of the prompt."""
+    pool = Pool(3)
+    pool.load(0, 1, tokens=1000)
+    pool.load(1, 1, tokens=1000)
+    hits = (Hit(0, 0, blocks_64, 64 * blocks_64), Hit(1, 1, blocks_16, 16 * blocks_16))
+    assert pool.picks(POLICY, prompt=Prompt(650, 40, hits, True)) == {chosen: 400}

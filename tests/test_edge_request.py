@@ -16,6 +16,7 @@ from sglfast.edge.request import ENDPOINTS, Facts, PromptKeyer, model_of
 from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
 from sglfast.prompt.lazy import LazyKeyer
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
+from sglfast.shm import Variant
 
 IDS = list(range(100, 400))
 TOKENIZER = load_tokenizer(DEMO_TOKENIZER_PATH)
@@ -83,12 +84,12 @@ class Keyed:
     def __exit__(self, *_: object) -> None:
         self.keyer.close()
 
-    def now(self, kind: int, body: bytes, variants: tuple[tuple[int, bool], ...] = ((64, False),)) -> list[Facts]:
+    def now(self, kind: int, body: bytes, variants: tuple[Variant, ...] = (Variant(64),)) -> list[Facts]:
         found: list[Facts] = []
         self.keyer.key(kind, body, variants, found.append)
         return found
 
-    async def later(self, kind: int, body: bytes, variants: tuple[tuple[int, bool], ...] = ((64, False),)) -> Facts:
+    async def later(self, kind: int, body: bytes, variants: tuple[Variant, ...] = (Variant(64),)) -> Facts:
         future: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
         self.keyer.key(kind, body, variants, future.set_result)
         return await future
@@ -113,11 +114,11 @@ def keys(page_size: int, *, bigram: bool = False) -> bytes:
 def test_a_short_prompt_is_keyed_at_once(reader: PromptReader) -> None:
     async def test() -> None:
         with Keyed(reader) as keyed:
-            [facts] = keyed.now(2, orjson.dumps({"input_ids": IDS}), ((64, False), (16, True)))
-            assert facts == Facts(300, {(64, False): keys(64), (16, True): keys(16, bigram=True)})
-            [facts] = keyed.now(1, orjson.dumps({"prompt": "Hello, how are you?"}), ((4, False),))
+            [facts] = keyed.now(2, orjson.dumps({"input_ids": IDS}), (Variant(64), Variant(16, True)))
+            assert facts == Facts(300, {Variant(64): keys(64), Variant(16, True): keys(16, bigram=True)})
+            [facts] = keyed.now(1, orjson.dumps({"prompt": "Hello, how are you?"}), (Variant(4),))
             assert facts.prompt_tokens > 4
-            assert len(facts.keys[(4, False)]) == (facts.prompt_tokens - 1) // 4 * 8
+            assert len(facts.keys[Variant(4)]) == (facts.prompt_tokens - 1) // 4 * 8
 
     run(test())
 
@@ -129,7 +130,7 @@ def test_a_long_prompt_leaves_the_loop(reader: PromptReader) -> None:
             assert keyed.now(0, body) == [], "not before this returns"
             facts = await keyed.later(0, body)
             assert facts.prompt_tokens > 4000
-            assert len(facts.keys[(64, False)]) == (facts.prompt_tokens - 1) // 64 * 8
+            assert len(facts.keys[Variant(64)]) == (facts.prompt_tokens - 1) // 64 * 8
             assert "thread" in keyed.threads
 
     run(test())
@@ -149,10 +150,10 @@ def test_a_long_prompt_that_nobody_owns_is_estimated(reader: PromptReader, chars
             assert facts.prompt_tokens == pytest.approx(chars / 5, rel=0.3)
             assert keyed.threads == {"loop" if is_now else "thread"}
             whole: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()
-            keyed.keyer.key(0, body, ((64, False),), whole.set_result, is_whole=True)
+            keyed.keyer.key(0, body, (Variant(64),), whole.set_result, is_whole=True)
             facts = await whole
             assert not facts.is_estimated
-            assert len(facts.keys[(64, False)]) == (facts.prompt_tokens - 1) // 64 * 8
+            assert len(facts.keys[Variant(64)]) == (facts.prompt_tokens - 1) // 64 * 8
 
     run(test())
 

@@ -23,7 +23,7 @@ from sglfast.edge.request import ENDPOINTS, Facts
 from sglfast.edge.route import Route, Router, make_policy
 from sglfast.edge.shard import Shard
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
-from sglfast.shm import PARITY_HIGH
+from sglfast.shm import PARITY_HIGH, Variant
 
 CHAT = ENDPOINTS[b"/v1/chat/completions"]
 ENGINES = [f"http://10.0.0.{number}:30000" for number in range(1, 7)]
@@ -36,10 +36,10 @@ class FixedKeyer:
     def __init__(self, facts: Facts, *, is_late: bool = False) -> None:
         self.facts = facts
         self.is_late = is_late
-        self.variants: tuple[tuple[int, bool], ...] = ()
+        self.variants: tuple[Variant, ...] = ()
         self.waiting: list[Callable[[Facts], None]] = []
 
-    def key(self, kind: int, body: bytes, variants: tuple[tuple[int, bool], ...], then: Callable[[Facts], None]) -> None:
+    def key(self, kind: int, body: bytes, variants: tuple[Variant, ...], then: Callable[[Facts], None]) -> None:
         self.variants = variants
         if self.is_late:
             self.waiting.append(then)
@@ -98,7 +98,8 @@ def test_several_models() -> None:
             assert chosen(router, b'{"model":"a"}') in (0, 2)
             assert chosen(router, b'{"model":"b"}') in (1, 3)
         assert {chosen(router, b'{"model":"a"}') for _ in range(4)} == {0, 2}
-        for body in (b'{"model":"c"}', b'{"model":null}', b"{}", b"", b"[", b'{"model":"\xff"}', b'{"x":' * 100_000):
+        assert {chosen(router, b'{"model":"b:adapter"}') for _ in range(4)} == {1, 3}
+        for body in (b'{"model":"c"}', b'{"model":"c:a"}', b'{"model":null}', b"{}", b"", b"[", b'{"model":"\xff"}', b'{"x":' * 100_000):
             assert choose(router, body) is errors.MODEL_NOT_FOUND
         assert router.models == ["a", "b"]
 
@@ -218,7 +219,7 @@ def test_auto_becomes_cache_aware_when_a_worker_publishes_events() -> None:
         memory.put(1, is_new=False, block_size=64)
         assert route_of(router).decision == CACHE_MISS
 
-    routed(memory, test, FixedKeyer(Facts(10, {(64, False): b""})), policy="auto", tokenizer_path=DEMO_TOKENIZER_PATH)
+    routed(memory, test, FixedKeyer(Facts(10, {Variant(64): b""})), policy="auto", tokenizer_path=DEMO_TOKENIZER_PATH)
 
 
 # ---- the prompt ----
@@ -247,7 +248,7 @@ def test_longest_overlap_is_found_and_described() -> None:
         assert [column.get(word) for word in (c.S_PROMPTS_KEYED, c.S_PROMPTS_UNKEYED, c.S_PROMPT_TOKENS)] == [1, 0, 1300]
         assert (memory.worker_word(1, c.W_PROMPT_BLOCKS), memory.worker_word(1, c.W_OVERLAP_BLOCKS)) == (20, 12)
 
-    keyed(memory, Facts(1300, {(64, False): KEYS}), test)
+    keyed(memory, Facts(1300, {Variant(64): KEYS}), test)
 
 
 def test_a_short_overlap_only_saves_its_own_work() -> None:
@@ -262,7 +263,7 @@ def test_a_short_overlap_only_saves_its_own_work() -> None:
         assert (route.upstream.worker_idx, route.decision, route.uncached_tokens) == (1, CACHE_MISS, 1300)
         assert (route.overlap_blocks, route.predicted_tokens) == (0, 0)
 
-    keyed(memory, Facts(1300, {(64, False): KEYS}), test)
+    keyed(memory, Facts(1300, {Variant(64): KEYS}), test)
 
 
 def test_ranks_of_a_data_parallel_worker() -> None:
@@ -276,7 +277,7 @@ def test_ranks_of_a_data_parallel_worker() -> None:
         assert (route.upstream.worker_idx, route.rank, route.dp_rank, route.overlap_blocks) == (0, 13, 3, 18)
         assert b"rank=3; overlap_blocks=18; prompt_blocks=21" in router.describe(route)
 
-    keyed(memory, Facts(340, {(16, False): KEYS}), test)
+    keyed(memory, Facts(340, {Variant(16): KEYS}), test)
 
 
 def test_each_worker_is_looked_up_in_its_own_way_of_cutting() -> None:
@@ -289,12 +290,12 @@ def test_each_worker_is_looked_up_in_its_own_way_of_cutting() -> None:
     writer.store(1, 0, other)
     writer.store(0, 0, other)  # keys of another way of cutting mean nothing for worker 0
     writer.store(2, 0, KEYS)
-    keyer = FixedKeyer(Facts(1300, {(64, False): KEYS, (16, True): other}))
+    keyer = FixedKeyer(Facts(1300, {Variant(64): KEYS, Variant(16, True): other}))
 
     def test(router: Router, shard: Shard) -> None:
         assert {chosen(router) for _ in range(30)} == {1}
         route = route_of(router)
-        assert set(keyer.variants) == {(64, False), (16, True)}
+        assert set(keyer.variants) == {Variant(64), Variant(16, True)}
         assert (route.upstream.worker_idx, route.overlap_blocks, route.prompt_blocks) == (1, 80, 81)
         assert route.uncached_tokens == 1300 - 80 * 16
 
@@ -310,10 +311,10 @@ def test_owners_outside_the_pool_do_not_count() -> None:
         route = route_of(router, b'{"model":"a"}')
         assert (route.upstream.worker_idx, route.overlap_blocks) == (0, 4)
 
-    keyed(memory, Facts(1300, {(64, False): KEYS}), test)
+    keyed(memory, Facts(1300, {Variant(64): KEYS}), test)
 
 
-@pytest.mark.parametrize("facts", [Facts(0, {}, "no JSON"), Facts(30, {(64, False): b""})], ids=["unkeyed", "too short for a block"])
+@pytest.mark.parametrize("facts", [Facts(0, {}, "no JSON"), Facts(30, {Variant(64): b""})], ids=["unkeyed", "too short for a block"])
 def test_prompts_without_a_block(facts: Facts) -> None:
     memory = Memory(ENGINES[:2], block_size=64)
 
@@ -341,7 +342,7 @@ def test_without_a_tokenizer_or_events_the_load_decides() -> None:
 def test_the_table_may_change_while_a_prompt_is_tokenized() -> None:
     memory = Memory(ENGINES[:2], block_size=64)
     stored(memory, r0=20)
-    keyer = FixedKeyer(Facts(1300, {(64, False): KEYS}), is_late=True)
+    keyer = FixedKeyer(Facts(1300, {Variant(64): KEYS}), is_late=True)
     found: list[Route | errors.Reason] = []
 
     def test(router: Router, shard: Shard) -> None:
@@ -393,7 +394,7 @@ def test_a_worker_whose_reports_disagree_is_not_called_exact() -> None:
     def test(router: Router, shard: Shard) -> None:
         assert router.describe(route_of(router)).endswith(b"state=DEGRADED")
 
-    keyed(memory, Facts(1300, {(64, False): KEYS}), test)
+    keyed(memory, Facts(1300, {Variant(64): KEYS}), test)
 
 
 # ---- the next choice ----

@@ -224,7 +224,7 @@ def test_the_connection_goes_on_and_a_pipeline_keeps_its_order(shard: ShardProce
         for body in bodies:
             answer = http.client.HTTPResponse(sock)
             # one reader per answer would swallow the next: read exactly
-            answer.fp = sock.makefile("rb", buffering=0)
+            answer.fp = sock.makefile("rb", buffering=0)  # type: ignore[assignment]
             answer.begin()
             assert json.loads(answer.read())["tokens"] == TOKENIZER.encode(json.loads(body)["prompt"], True)
             answer.close()

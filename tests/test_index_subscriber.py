@@ -17,8 +17,9 @@ from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment, segment_bytes
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.index.stream import DISCONNECTED, HASH_MISMATCH, LOST, UNKNOWN_HISTORY, Limits, Outcome
+from sglfast.index.stream import DISCONNECTED, LOST, UNKNOWN_HISTORY, Limits, Outcome
 from sglfast.index.subscriber import Endpoints, Subscriber, connect
+from sglfast.shm import RANK_REASONS
 
 SIZES = {"max_workers": 2, "max_ranks": 64, "max_shards": 1, "capacity_blocks": 4096}
 RANK = 5
@@ -286,12 +287,15 @@ def test_lost_connection_is_told_and_found_again(house: House) -> None:
     assert follower.word(words.R_RESTARTS) == 0
 
 
+SINGLES = RANK_REASONS.index("its blocks are keyed by single tokens, the worker says pairs of tokens (EAGLE)")
+
+
 def test_mismatch_shows_in_the_row(house: House) -> None:
     engine = house.publisher(has_replay=False)
     follower = house.follow(engine.endpoint, None, is_bigram=True)
     house.subscribed(engine)
     engine.publish(stored(1, 4))
-    wait_until(lambda: follower.state == (RANK_DEGRADED, HASH_MISMATCH), engine)
+    wait_until(lambda: follower.state == (RANK_DEGRADED, SINGLES), engine)
 
 
 def test_ranks_do_not_wait_for_each_other(house: House) -> None:

@@ -31,6 +31,7 @@ class House:
         self.tree = TreeLock(TreeWriter(self.segment))
         self.reader = TreeReader(self.segment)
         self.block_size = block_size
+        self.model = "m" if key_route == "tokens" else ""
         log = logging.LoggerAdapter(logging.getLogger("test.tokens"), {})
         self.index = RankIndex(self.tree, RANK, block_size=block_size, is_bigram=False, log=log, key_route=key_route, model="m")
 
@@ -40,7 +41,7 @@ class House:
         return self.index.apply(msgspec.msgpack.encode([1.0, out, 0])).is_lossy
 
     def overlap(self, tokens: list[int], *, lora_name: str = "", cache_salt: str = "", tiers: int = 7) -> int:
-        seed = chain_seed("m", self.block_size, lora_name=lora_name, cache_salt=cache_salt)
+        seed = chain_seed(self.model, self.block_size, lora_name=lora_name, cache_salt=cache_salt)
         self.reader.match(token_keys(tokens, self.block_size, seed=seed), tiers)
         return self.reader.overlap(RANK)
 
@@ -139,7 +140,7 @@ def test_only_the_main_attention_counts() -> None:
 def test_mismatches_are_named() -> None:
     house = House()
     house.apply(stored([1], TOKENS[:8], block_size=8))
-    assert "8 tokens, /server_info says 4" in house.index.mismatch
+    assert "8 tokens, 4 are expected" in house.index.mismatch
     house = House()
     house.apply(stored([1], [[1, 2], [2, 3], [3, 4], [4, 5]]))  # type: ignore[list-item]
     assert "pairs of tokens" in house.index.mismatch

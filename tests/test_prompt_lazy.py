@@ -11,13 +11,17 @@ from hypothesis import strategies as st
 from tokenizer_kinds import all_kinds
 
 from sglfast import shm
+from sglfast._blockhash import chain_seed, token_keys
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast.errors import PromptError
 from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
-from sglfast.prompt.lazy import Keys, LazyKeyer, Probe, Variant
+from sglfast.prompt.lazy import Keys, LazyKeyer, Probe
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
+from sglfast.shm import Variant
 
-VARIANTS: list[Variant] = [(1, False), (3, False), (4, True), (16, False), (16, True), (64, False)]
+BY_TOKENS = Variant(16, route="tokens", model="m", adapters="models")
+ADAPTED = Variant(5, True, route="tokens", model="m")
+VARIANTS: list[Variant] = [Variant(1), Variant(3), Variant(4, True), Variant(16), Variant(16, True), Variant(64), BY_TOKENS, ADAPTED]
 RANKS = 3
 
 
@@ -74,7 +78,14 @@ def plain(tokenizer: Tokenizer, prompt: PromptText, variants: Sequence[Variant])
     """The same by the tokenize-everything path."""
     reader = PromptReader(tokenizer)
     ids = reader.tokens_of(prompt)
-    keys = {variant: reader.keys_of(ids, variant[0], bigram=variant[1], cache_salt=prompt.cache_salt) for variant in variants}
+    salt = prompt.cache_salt
+    keys = {}
+    for variant in variants:
+        size, bigram, route, model, _ = variant
+        keys[variant] = reader.keys_of(ids, size, bigram=bigram, cache_salt=salt)
+        if route == "tokens":
+            seed = chain_seed(model, size, bigram=bigram, cache_salt=salt)
+            keys[variant] = token_keys(ids, size, bigram=bigram, max_pages=len(keys[variant]) // 8, seed=seed)
     return Keys(len(ids), False, keys)
 
 
@@ -174,7 +185,7 @@ GENERATION = "<|im_start|>assistant\n"
 def test_a_cold_prompt_costs_a_piece_or_two_whatever_its_length(counting: Counting) -> None:
     keyer = keyer_of(counting)
     text = "".join(turn(n, 1000) for n in range(200))
-    found = lazy(keyer, PromptText(text=text), [(64, False)], nobody)
+    found = lazy(keyer, PromptText(text=text), [Variant(64)], nobody)
     assert found.is_estimated
     assert counting.chars < 800 < 900_000 < len(text)
     assert found.tokens == pytest.approx(len(counting.inner.encode(text, False)), rel=0.3)
@@ -183,20 +194,20 @@ def test_a_cold_prompt_costs_a_piece_or_two_whatever_its_length(counting: Counti
 def test_a_seen_conversation_costs_its_newest_message_up_to_the_first_unowned_block(counting: Counting) -> None:
     keyer = keyer_of(counting)
     seen = "".join(turn(n, 400) for n in range(20))
-    lazy(keyer, PromptText(text=seen + GENERATION), [(64, False)], everybody)
+    lazy(keyer, PromptText(text=seen + GENERATION), [Variant(64)], everybody)
     for new in (turn(20, 400), turn(21, 4000)):
         counting.chars = 0
         text = seen + new + GENERATION
-        known = len(plain(counting.inner, PromptText(text=seen), [(64, False)]).keys[64, False])
+        known = len(plain(counting.inner, PromptText(text=seen), [Variant(64)]).keys[Variant(64)])
 
         def only_seen(keys: bytes, known: int = known) -> int:
             return min(len(keys), known) // 8 if len(keys) >= known else 0
 
-        found = lazy(keyer, PromptText(text=text), [(64, False)], only_seen)
+        found = lazy(keyer, PromptText(text=text), [Variant(64)], only_seen)
         assert found.is_estimated
         assert 0 < counting.chars < 600
     counting.chars = 0
-    lazy(keyer, PromptText(text=seen + GENERATION), [(64, False)], everybody)
+    lazy(keyer, PromptText(text=seen + GENERATION), [Variant(64)], everybody)
     assert counting.chars == 0
 
 
@@ -205,34 +216,34 @@ def test_growth_is_paid_once(counting: Counting) -> None:
     keyer = keyer_of(counting)
     for turns in range(1, 30):
         text = "".join(turn(n, 200) for n in range(turns)) + GENERATION
-        lazy(keyer, PromptText(text=text), [(16, False), (64, True)], everybody)
+        lazy(keyer, PromptText(text=text), [Variant(16), Variant(64, True)], everybody)
     assert counting.chars < 1.3 * len(text)
 
 
 def test_a_rest_that_cannot_fill_a_block_is_not_tokenized(counting: Counting) -> None:
     keyer = keyer_of(counting)
     seen = turn(0, 400)
-    lazy(keyer, PromptText(text=seen + GENERATION), [(64, False)], everybody)
+    lazy(keyer, PromptText(text=seen + GENERATION), [Variant(64)], everybody)
     tail = "<|im_start|>"
     counting.chars = 0
-    found = lazy(keyer, PromptText(text=seen + tail), [(64, False)], everybody)
-    whole = plain(counting.inner, PromptText(text=seen + tail), [(64, False)])
+    found = lazy(keyer, PromptText(text=seen + tail), [Variant(64)], everybody)
+    whole = plain(counting.inner, PromptText(text=seen + tail), [Variant(64)])
     assert found.keys == whole.keys
     assert found.is_estimated
     assert counting.chars == 0
-    assert not lazy(keyer, PromptText(text=seen + tail), [(1, False)], everybody).is_estimated
+    assert not lazy(keyer, PromptText(text=seen + tail), [Variant(1)], everybody).is_estimated
 
 
 def test_variants_stop_each_on_its_own_and_go_on_together(counting: Counting) -> None:
     keyer = keyer_of(counting)
     text = "".join(turn(n, 100) for n in range(10))
-    whole = plain(counting.inner, PromptText(text=text), [(16, False), (64, False)])
-    owned = whole.keys[64, False]
+    whole = plain(counting.inner, PromptText(text=text), [Variant(16), Variant(64)])
+    owned = whole.keys[Variant(64)]
 
     def probe(keys: bytes) -> int:
         return len(keys) // 8 if keys in owned else 0
 
-    found = lazy(keyer, PromptText(text=text), [(16, False), (64, False)], probe)
+    found = lazy(keyer, PromptText(text=text), [Variant(16), Variant(64)], probe)
     assert found.keys == whole.keys  # the second time this text comes, either may be owned
     assert found.tokens == whole.tokens
 
@@ -246,31 +257,31 @@ def test_the_probe_is_asked_for_each_key_once(counting: Counting) -> None:
         asked.append(keys)
         return len(keys) // 8
 
-    found = lazy(keyer, PromptText(text=text), [(16, False)], probe)
-    assert b"".join(asked).startswith(found.keys[16, False])
-    assert len(b"".join(asked)) <= len(found.keys[16, False]) + 8
+    found = lazy(keyer, PromptText(text=text), [Variant(16)], probe)
+    assert b"".join(asked).startswith(found.keys[Variant(16)])
+    assert len(b"".join(asked)) <= len(found.keys[Variant(16)]) + 8
 
 
 def test_the_budget_is_kept(counting: Counting) -> None:
     keyer = keyer_of(counting)
     text = "".join(turn(n, 400) for n in range(20))
-    keying = keyer.begin(PromptText(text=text), [(64, False)])
+    keying = keyer.begin(PromptText(text=text), [Variant(64)])
     assert not keying.run(everybody, 1000)
     assert 0 < counting.chars <= 1000
     assert keying.run(everybody)
-    whole = plain(counting.inner, PromptText(text=text), [(64, False)])
+    whole = plain(counting.inner, PromptText(text=text), [Variant(64)])
     assert keying.keys.keys == whole.keys
     assert abs(keying.keys.tokens - whole.tokens) < 64
     # No place to cut: whole, so not within the budget, wherever it stands.
     head = PromptText(text="<|im_start|>user\n" + "漢" * 5000 + "<|im_end|>" * 20, rest=lambda: "and more " * 1000)
     counting.chars = 0
-    keying = keyer.begin(head, [(64, False)])
+    keying = keyer.begin(head, [Variant(64)])
     assert not keying.run(everybody, 1000)
     assert counting.chars == 0
     assert keying.run(nobody)
     long = "x" * 5000
     counting.chars = 0
-    keying = keyer.begin(PromptText(text=long), [(64, False)])
+    keying = keyer.begin(PromptText(text=long), [Variant(64)])
     assert not keying.run(everybody, 1000)
     assert counting.chars == 0
 
@@ -280,23 +291,23 @@ def test_token_ids_of_the_client_need_no_text(counting: Counting) -> None:
     prompt = PromptText(token_ids=list(range(1000)), cache_salt="s")
     assert lazy(keyer, prompt, VARIANTS, nobody) == plain(counting.inner, prompt, VARIANTS)
     with pytest.raises(PromptError):
-        lazy(keyer, PromptText(token_ids=[1, -1] * 10), [(4, False)], nobody)
+        lazy(keyer, PromptText(token_ids=[1, -1] * 10), [Variant(4)], nobody)
 
 
 @pytest.mark.parametrize("text", ["\ud800", "<|im_end|>" * 9 + "\ud800" + "a" * 1000, "a " * 4000 + "\udfff<|im_end|>x"])
 def test_half_a_surrogate_pair(counting: Counting, text: str) -> None:
     keyer = keyer_of(counting)
-    lazy(keyer, PromptText(text=turn(0, 400) * 3), [(4, False)], everybody)
+    lazy(keyer, PromptText(text=turn(0, 400) * 3), [Variant(4)], everybody)
     with pytest.raises(PromptError):
-        lazy(keyer, PromptText(text=text), [(4, False)], everybody)
+        lazy(keyer, PromptText(text=text), [Variant(4)], everybody)
     with pytest.raises(PromptError):
-        lazy(keyer, PromptText(), [(4, False)], everybody)
+        lazy(keyer, PromptText(), [Variant(4)], everybody)
 
 
 def test_the_caches_are_bounded(counting: Counting) -> None:
     keyer = keyer_of(counting, 80_000)
     for n in range(60):
-        lazy(keyer, PromptText(text="".join(turn(i, 80) for i in range(n % 7, n))), [(16, False)], everybody)
+        lazy(keyer, PromptText(text="".join(turn(i, 80) for i in range(n % 7, n))), [Variant(16)], everybody)
     assert 0 < keyer.prefixes.size_bytes <= 20_000
     assert 0 < keyer.pieces.cache.size_bytes <= 60_000
 
@@ -307,8 +318,32 @@ def test_salt_variants_and_special_tokens_keep_prefixes_apart(counting: Counting
     for salt in ("", "a", "b"):
         for special in (False, True):
             prompt = PromptText(text=text, add_special_tokens=special, cache_salt=salt)
-            for variants in ([(16, False)], [(16, True)], [(16, False), (16, True)]):
+            for variants in ([Variant(16)], [BY_TOKENS], [Variant(16, True)], [Variant(16), Variant(16, True)]):
                 assert lazy(keyer, prompt, variants, everybody) == plain(counting.inner, prompt, variants)
+
+
+def test_an_adapter_has_keys_of_its_own(counting: Counting) -> None:
+    """Whatever the worker's route is; and what is remembered of the base model's prompt is not taken for the adapter's."""
+    keyer, prompt = keyer_of(counting), PromptText(text=turn(0, 400) + GENERATION)
+    ids = counting.inner.encode(prompt.text or "", False)
+    shared = Variant(16, adapters="shared")
+    variants = [Variant(16), shared, BY_TOKENS]
+    base = plain(counting.inner, prompt, variants).keys
+    by_name = token_keys(ids, 16, max_pages=(len(ids) - 1) // 16, seed=chain_seed("", 16, lora_name="ad"))
+    by_model = token_keys(ids, 16, max_pages=(len(ids) - 1) // 16, seed=chain_seed("m", 16, lora_name="ad"))
+    for asked, named, model_named in (
+        (("m", ""), base[variants[0]], base[BY_TOKENS]),
+        (("m", "ad"), by_name, base[BY_TOKENS]),
+        (("m:ad", ""), by_name, None),
+        (("ad", ""), base[variants[0]], by_model),
+    ):
+        for _ in range(2):
+            for form in (prompt, PromptText(token_ids=ids)):
+                keying = keyer.begin(form, variants, asked)
+                assert keying.run(everybody)
+                found = keying.keys.keys
+                assert (found[variants[0]], found[shared]) == (named, base[shared])
+                assert model_named is None or found[BY_TOKENS] == model_named
 
 
 CHAT = {"messages": [{"role": ("user", "assistant")[n % 2], "content": f"{n} " + "the words " * 100} for n in range(21)]}
@@ -335,6 +370,6 @@ def test_what_the_template_refuses_late_is_said_when_it_comes(tmp_path: Path) ->
     reader, keyer = PromptReader(tokenizer), LazyKeyer(tokenizer, 1 << 20)
     assert reader.text_of(RequestKind.CHAT, CHAT).reason == "template"
     assert reader.text_of(RequestKind.CHAT, CHAT, 1 << 20).reason == "template"
-    keying = keyer.begin(reader.text_of(RequestKind.CHAT, CHAT, 500), [(4, False)])
+    keying = keyer.begin(reader.text_of(RequestKind.CHAT, CHAT, 500), [Variant(4)])
     with pytest.raises(PromptError, match="no fifth"):
         keying.run(everybody)

@@ -175,6 +175,12 @@ def test_a_key_that_occurs_twice_does_no_harm() -> None:
     assert cache.locked_blocks == 0
     cache.lock(packed([7, 7]))
     cache.unlock(packed([7, 7]))
+    cache.lock(packed([7]))
+    with pytest.raises(ValueError, match="block 1 of 2 is not locked"):
+        cache.unlock(packed([7, 7]))
+    assert cache.locked_blocks == 1
+    cache.unlock(packed([7]))
+    assert cache.locked_blocks == 0
     assert cache.insert(packed([1, 2, 3, 4]))[1] == 4
 
 

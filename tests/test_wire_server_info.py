@@ -192,7 +192,14 @@ def test_body_that_is_no_object(bad: bytes, parse: Callable[[bytes], object]) ->
 def test_model_names() -> None:
     assert server_info.parse_model_info(body(model_path="/m", served_model_name="name")) == "name"
     assert server_info.parse_model_info(body(model_path="/m")) is None
-    models = [{"id": "ad", "object": "adapter"}, 5, {"id": 7, "object": "model"}, {"id": "m", "object": "model"}, {"id": "n"}]
+    models = [
+        {"id": "lo", "object": "model", "parent": "m"},
+        {"id": "ad", "object": "adapter"},
+        5,
+        {"id": 7, "object": "model"},
+        {"id": "m", "object": "model"},
+        {"id": "n"},
+    ]
     assert server_info.parse_models(body(object="list", data=models)) == "m"
     assert server_info.parse_models(body(object="list", data=[])) is None
     assert server_info.parse_models(body(object="list")) is None
@@ -228,6 +235,22 @@ def test_key_route_of_other_formats_and_engines() -> None:
     assert route(kv_events_config=json.dumps({"publisher": "zmq", "format": "default"})) == "sha256"
     assert route(kv_events_config="{") == "sha256"
     assert route(vllm_config={}) == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("fields", "adapters"),
+    [
+        ({"version": "0.5.23"}, "named"),
+        ({"version": "0.5.22.post1"}, "shared"),
+        ({"version": "0.5.22", "kv_events_config": json.dumps({"publisher": "zmq", "format": "dynamo"})}, "named"),
+        ({"version": "0.5.5"}, "shared"),
+        ({"version": "0.0.0.dev1+g123"}, "named"),
+        ({}, "named"),
+        ({"version": "0.11.2", "vllm_config": {}}, "models"),
+    ],
+)
+def test_how_adapters_show_in_events(fields: dict[str, Any], adapters: str) -> None:
+    assert server_info.parse_server_info(body(**fields), "http://w:1").adapters == adapters
 
 
 @pytest.mark.parametrize(

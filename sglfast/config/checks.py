@@ -11,6 +11,7 @@ from sglfast.config.fields import FIELDS, check_limits, flag_of
 from sglfast.config.settings import ServeConfig
 from sglfast.config.sglang_router import OTHER_POLICIES
 from sglfast.errors import ConfigError
+from sglfast.wire.kv_endpoint import parse_kv_settings
 
 _PROMETHEUS_HOST, _PROMETHEUS_PORT = "0.0.0.0", 29000
 # Of workers that come later nothing is known. A block costs 128 bytes at 256 ranks, 32 at 64; too few ranks cost the KV awareness of
@@ -82,6 +83,7 @@ def _check_model(config: ServeConfig) -> str | None:
 def _check_addresses(config: ServeConfig) -> None:
     if config.kv_listen is not None and not _is_tcp_address(config.kv_listen):
         raise ConfigError(f"--kv-listen {config.kv_listen}: must look like tcp://0.0.0.0:5557")
+    parse_kv_settings(config.kv_endpoint)
     ports = [("port", config.port), ("admin_port", config.admin_port), ("prometheus_port", config.prometheus_port)]
     for place, (name, port) in enumerate(ports):
         for other, other_port in ports[:place]:

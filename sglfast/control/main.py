@@ -50,6 +50,7 @@ from sglfast.errors import ConfigError
 from sglfast.logs import copy_logs_to, set_level, setup_logs
 from sglfast.shm import create
 from sglfast.tls import server_context, worker_context
+from sglfast.wire.kv_endpoint import parse_kv_settings
 
 _IDLE_POLL_S = 0.05
 
@@ -150,7 +151,9 @@ class Control:
         self._commands = commands
         self._log = log
         self._keys = AdminKeys(config)
-        self._workers = Workers(WorkerTable(segment), config.max_ranks, log)
+        self._workers = Workers(
+            WorkerTable(segment), config.max_ranks, log, key_route=config.key_route, kv_settings=parse_kv_settings(config.kv_endpoint)
+        )
         self._totals = WorkerTotals(segment)
         self._members: Membership | None = None
         self._supervisor: Supervisor | None = None

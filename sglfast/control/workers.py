@@ -15,7 +15,8 @@ import msgspec
 from sglfast._workers import BLOB_BYTES, DRAINING, JOINING, WorkerTable
 from sglfast.control.introspect import Findings
 from sglfast.errors import ConfigError
-from sglfast.shm import WorkerRecord, WorkerView, put_worker
+from sglfast.shm import KeyRoute, WorkerRecord, WorkerView, put_worker
+from sglfast.wire.kv_endpoint import KvSetting, with_setting
 from sglfast.wire.server_info import WorkerFacts
 
 _NAME_LIMIT_CHARACTERS = 512
@@ -56,8 +57,18 @@ class RankRanges:
 class Workers:
     """The workers. `views` is what the table says; only this class changes both."""
 
-    def __init__(self, table: WorkerTable, max_ranks: int, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        table: WorkerTable,
+        max_ranks: int,
+        log: logging.Logger,
+        *,
+        key_route: str = "auto",
+        kv_settings: Sequence[KvSetting] = (),
+    ) -> None:
         self._table = table
+        self._key_route = key_route  # --key-route
+        self._kv_settings = kv_settings
         self._max_ranks = max_ranks
         self._ranks = RankRanges(max_ranks)
         self._log = log
@@ -174,7 +185,7 @@ class Workers:
             if not _fits(new.record):
                 return False
         else:
-            new = self._place(old, model, findings.facts)
+            new = self._place(old, model, with_setting(findings.facts, old.record.url, self._kv_settings))
         if new == old:
             return False
         self._put(new)
@@ -207,6 +218,7 @@ class Workers:
                 kv_topic=kv.topic if kv else "",
                 kv_replay_port_base=kv.replay_port_base if kv else None,
                 kv_connects_out=facts.kv_connects_out,
+                adapters=facts.adapters,
             )
             if _fits(full) and (kv is None or kv.block_size <= _BLOCK_SIZE_LIMIT):
                 record = full
@@ -226,8 +238,14 @@ class Workers:
             dp_size=dp_size,
             block_size=kv.block_size if kv else 0,
             bigram=bool(kv and facts and facts.bigram),
+            key_route=self._route(facts),
             record=record,
         )
+
+    def _route(self, facts: WorkerFacts | None) -> KeyRoute:
+        if self._key_route == "auto":
+            return facts.key_route if facts else "sha256"
+        return "tokens" if self._key_route == "tokens" else "sha256"
 
     def _take_ranks(self, old: WorkerView, count: int, *, must_have: bool) -> int | None:
         """First of `count` ranks for the worker, those of `old` given back or kept; None when there are none."""

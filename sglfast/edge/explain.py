@@ -58,7 +58,7 @@ def _explanation(shard: Shard, pool: Pool, facts: Facts) -> dict[str, Any]:
     others = [
         _unready(shard, view) for view in read_workers(shard.table) if view.state != _workers.READY and view.record.model == pool.model
     ]
-    sizes = sorted({size for size, _ in pool.variants})
+    sizes = sorted({variant.block_size for variant in pool.variants})
     chosen = candidates[position]
     return {
         "model": pool.model,

@@ -19,11 +19,13 @@ import msgspec
 import orjson
 
 from sglfast.errors import PromptError
+from sglfast.prompt.adapters import asked_for
 
 if TYPE_CHECKING:
     from sglfast.prompt.keys import PromptReader, RequestKind
-    from sglfast.prompt.lazy import Keying, LazyKeyer, Probe, Variant
+    from sglfast.prompt.lazy import Keying, LazyKeyer, Probe
     from sglfast.prompt.tokenizer import Tokenizer
+    from sglfast.shm import Variant
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -70,14 +72,14 @@ OTHER_KIND = 5
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a policy knows of a prompt. prompt_tokens: 0 = unknown; keys: (block_size, bigram) -> block keys, 8 bytes each.
+    """What a policy knows of a prompt. prompt_tokens: 0 = unknown; keys: block keys, 8 bytes each, by the workers' way to make them.
 
     keys end where no rank's overlap goes on; is_estimated: so the rest of the prompt was not tokenized, and prompt_tokens counts it by
     its characters; why_unkeyed: "" or why the prompt has no keys.
     """
 
     prompt_tokens: int
-    keys: dict[tuple[int, bool], bytes]
+    keys: dict[Variant, bytes]
     why_unkeyed: str = ""
     is_estimated: bool = False
 
@@ -173,10 +175,11 @@ class PromptKeyer:
 
     def _begin(self, kind: int, body: bytes, variants: tuple[Variant, ...]) -> Keying | Facts:
         try:
-            prompt = self._reader.text_of(self._kinds(kind), orjson.loads(body), _HEAD_CHARS)
+            fields = orjson.loads(body)
+            prompt = self._reader.text_of(self._kinds(kind), fields, _HEAD_CHARS)
             if prompt.text is None and prompt.token_ids is None:
                 return Facts(0, {}, prompt.detail or str(prompt.reason))
-            return self._keyer.begin(prompt, variants)
+            return self._keyer.begin(prompt, variants, asked_for(fields))
         except orjson.JSONDecodeError:
             return Facts(0, {}, "the body is no JSON")
         except PromptError as error:

@@ -21,7 +21,7 @@ from sglfast.edge.policy.random import Random
 from sglfast.edge.policy.round_robin import RoundRobin
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
-from sglfast.shm import PARITY_OK, WorkerView, read_workers
+from sglfast.shm import PARITY_OK, Variant, WorkerView, read_workers
 
 if TYPE_CHECKING:
     from sglfast._counters import Loads
@@ -68,9 +68,9 @@ class Pool:
             Route(self, upstream, policy.plain_decision, rank=worker.rank_base) for worker, upstream in zip(workers, upstreams, strict=True)
         ]
         # How the workers cut prompts into blocks; one way in a pool of equals.
-        self.variants = tuple(sorted({(worker.block_size, worker.bigram) for worker in workers if worker.block_size}))
-        self.by_rank: dict[int, tuple[int, tuple[int, bool]]] = {
-            worker.rank_base + rank: (position, (worker.block_size, worker.bigram))
+        self.variants = tuple(sorted({worker.variant for worker in workers if worker.block_size}))
+        self.by_rank: dict[int, tuple[int, Variant]] = {
+            worker.rank_base + rank: (position, worker.variant)
             for position, worker in enumerate(workers)
             if worker.block_size
             for rank in range(worker.dp_size)
@@ -166,6 +166,9 @@ class Router(RouterBase):
         model = model_of(body)
         # A pool that does not know its model takes any name.
         pool = self.pools.get(model) or self.pools.get(None)
+        if pool is None and model is not None and ":" in model and model not in self.models:
+            model = model.partition(":")[0].strip()  # SGLang's "base:adapter"
+            pool = self.pools.get(model)
         if pool is not None:
             return pool
         return errors.NO_HEALTHY_WORKERS if model in self.models or not self.pools else errors.MODEL_NOT_FOUND
@@ -236,7 +239,7 @@ class Router(RouterBase):
         best: dict[int, Hit] = {}
         prompt_blocks = 0
         for variant, keys in facts.keys.items():
-            block_size = variant[0]
+            block_size = variant.block_size
             prompt_blocks = max(prompt_blocks, facts.prompt_tokens // block_size)
             if not keys or not tree.match(keys):
                 continue

@@ -4,9 +4,8 @@ Runs in: index; called by the rank's subscriber thread, and by `main` when the w
 Contract: the tree has one writer object in the process (`TreeLock`), its lock is held for one batch at a time. After `retire`
     nothing of this rank reaches the tree any more, whatever its thread still holds in hand. What cannot be decoded is counted
     and logged, never fatal.
-Why the check: a shard finds a block only if it computes the engine's key from the prompt. EAGLE pairs, another block size, another
-    format or another engine make all keys differ, and then every lookup misses without a word. So root blocks are recomputed
-    from their own tokens until one agrees. On the token route the keys are ours, so there only block size and pairs can differ.
+Root blocks are recomputed from their own tokens until one agrees (index/key_check.py); from then on batches in which all is usual
+    are applied as runs of keys, made in one pass over their bytes.
 Source: spec/kv_events.md 2.1 to 2.3, 2.6, 2.8.
 """
 
@@ -15,17 +14,16 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from sglfast._blockhash import page_keys
 from sglfast._hashtree import TreeWriter
 from sglfast._kvdecode import CLEAR, STORE, runs
 from sglfast.errors import KvEventError
-from sglfast.index.stream import Outcome
+from sglfast.index.key_check import disagreement
+from sglfast.index.stream import HASH_MISMATCH, Outcome
 from sglfast.index.token_route import TokenRoute
 from sglfast.shm import KeyRoute
-from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, decode_token_ids, tier_mask
+from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, tier_mask
 
 _PLAIN, _CLEARED, _LOSSY = Outcome(), Outcome(is_cleared=True), Outcome(is_lossy=True)
-_CHECKED_PAGES = 4
 # While no root block has agreed: all of the first few are recomputed, then now and then one.
 _FIRST_CHECKS, _CHECK_EVERY = 8, 16
 _LOG_EVERY_S = 10.0
@@ -56,7 +54,8 @@ class BlockCounters:
 class RankIndex:
     """The blocks of tree rank `rank`; the keyword arguments are what shards use for this worker's keys (block_size in tokens).
 
-    key_route: "sha256", the engine's hash is the key, except in events of a LoRA adapter; "tokens", keys are made of the tokens.
+    key_route: "sha256", the engine's hash is the key, except in events of a LoRA adapter; "tokens", keys are made of the tokens. model is
+    hashed into keys of the route "tokens" only: on the other one it may become known later without harm.
     """
 
     def __init__(
@@ -74,12 +73,13 @@ class RankIndex:
         self.last_event_ms = 0  # wall clock
         self.has_agreed = False  # a root block was found to have the keys that shards compute
         self.mismatch = ""  # why shards cannot find this rank's blocks; empty = they can, or no root block was seen yet
+        self.mismatch_reason = 0  # the same as a position in RANK_REASONS
         self.rank = rank
         self._tree = tree
         self._block_size = block_size
         self._is_bigram = is_bigram
         self._is_by_tokens = key_route == "tokens"
-        self._by_tokens = TokenRoute(model=model, block_size=block_size, is_bigram=is_bigram)
+        self._by_tokens = TokenRoute(model=model if self._is_by_tokens else "", block_size=block_size, is_bigram=is_bigram)
         self._log = log
         self._is_retired = False
         self._roots = 0
@@ -97,11 +97,10 @@ class RankIndex:
 
     def apply(self, payload: bytes) -> Outcome:
         """Apply one batch, whatever it holds."""
-        # The check of root blocks needs their tokens, and removals the map of blocks keyed by tokens: else one pass is enough.
-        if self.has_agreed and not self._is_by_tokens and not len(self._by_tokens):
-            usual = runs(payload)
-            if usual is not None:
-                return self._apply_runs(*usual)
+        if self.has_agreed:
+            outcome = self._apply_usual(payload)
+            if outcome is not None:
+                return outcome
         try:
             batch = decode_batch(payload)
         except KvEventError as error:
@@ -110,6 +109,7 @@ class RankIndex:
         outcome = _PLAIN
         undecoded, orphans = batch.undecoded, self._by_tokens.orphans
         stored_in: BlockStored | None = None
+        removed = b""
         with self._tree.lock:
             if self._is_retired:
                 return _PLAIN
@@ -124,12 +124,12 @@ class RankIndex:
                         if event.parent_block_hash is None:
                             stored_in = event
                     case BlockRemoved():
-                        self._remove(writer, event)
+                        removed += self._remove(writer, event)
                     case AllBlocksCleared():
                         self.counters.blocks_removed += writer.clear(self.rank)
                         self._by_tokens.clear()
                         outcome, orphans = _CLEARED, self._by_tokens.orphans
-            self._by_tokens.prune(writer, self.rank)
+            self._tidy(writer, removed)
         self.counters.events += len(batch.events)
         self.last_event_ms = time.time_ns() // 1_000_000
         if stored_in is not None and not self.has_agreed:
@@ -141,25 +141,54 @@ class RankIndex:
             return _LOSSY
         return outcome if orphans == self._by_tokens.orphans else _LOSSY
 
-    def _apply_runs(self, n_events: int, found: list[tuple[int, int, bytes]]) -> Outcome:
+    def _apply_usual(self, payload: bytes) -> Outcome | None:
+        """The same in one pass; None, and nothing has changed, when something in the batch is not usual."""
+        by_tokens, counters, rank = self._by_tokens, self.counters, self.rank
+        removed, is_lossy = b"", False
+        if self._is_by_tokens:
+            placed = by_tokens.place_all(payload)
+            if placed is None:
+                return None
+            n_events, found, removed, is_lossy = placed
+            counters.orphans = by_tokens.orphans
+        else:
+            usual = runs(payload)
+            if usual is None:
+                return None
+            n_events, found = usual
         outcome = _PLAIN
         with self._tree.lock:
             if self._is_retired:
                 return _PLAIN
-            writer, counters, rank = self._tree.writer, self.counters, self.rank
+            writer = self._tree.writer
             for kind, tiers, keys in found:
                 if kind == CLEAR:
                     counters.blocks_removed += writer.clear(rank)
                     outcome = _CLEARED
+                    if not self._is_by_tokens:
+                        by_tokens.clear()
                 elif not tiers:
                     continue
                 elif kind == STORE:
                     counters.blocks_stored += writer.store(rank, tiers.bit_length() - 1, keys)
                 else:
                     counters.blocks_removed += writer.remove(rank, tiers, keys)
+                    if not self._is_by_tokens and len(by_tokens):
+                        hashes, keys = by_tokens.find(keys)
+                        counters.blocks_removed += writer.remove(rank, tiers, keys)
+                        removed += hashes
+            self._tidy(writer, removed)
         counters.events += n_events
         self.last_event_ms = time.time_ns() // 1_000_000
-        return outcome
+        return _LOSSY if is_lossy else outcome
+
+    def _tidy(self, writer: TreeWriter, removed: bytes) -> None:
+        """At the end of a batch: the token route's memory holds what the rank owns, and not much more."""
+        by_tokens = self._by_tokens
+        if removed:
+            by_tokens.forget(removed, writer, self.rank)
+        if len(by_tokens):
+            by_tokens.prune(writer, self.rank)
 
     def clear(self) -> int:
         """Forget all blocks of the rank; returns how many they were."""
@@ -181,16 +210,18 @@ class RankIndex:
             keys = self._by_tokens.place(event) if is_by_tokens else event.keys
             self.counters.blocks_stored += writer.store(self.rank, tier, keys)
 
-    def _remove(self, writer: TreeWriter, event: BlockRemoved) -> None:
+    def _remove(self, writer: TreeWriter, event: BlockRemoved) -> bytes:
+        """Remove the event's blocks; returns those engine hashes that the token route may forget."""
         tiers = tier_mask(event.medium, is_removal=True)
         if not tiers:
-            return
+            return b""
         if not self._is_by_tokens:
             self.counters.blocks_removed += writer.remove(self.rank, tiers, event.keys)
-        if len(self._by_tokens):
-            hashes, keys = self._by_tokens.resolve(event)
-            self.counters.blocks_removed += writer.remove(self.rank, tiers, keys)
-            self._by_tokens.forget(hashes, keys, writer, self.rank)
+        if not len(self._by_tokens):
+            return b""
+        hashes, keys = self._by_tokens.resolve(event)
+        self.counters.blocks_removed += writer.remove(self.rank, tiers, keys)
+        return hashes
 
     def _check(self, event: BlockStored) -> None:
         """Recompute a root block from its tokens and note whether shards will find it."""
@@ -198,49 +229,18 @@ class RankIndex:
         if self._roots > _FIRST_CHECKS and self._roots % _CHECK_EVERY:
             return
         try:
-            why = self._disagreement(event)
+            found = disagreement(event, block_size=self._block_size, is_bigram=self._is_bigram, is_by_tokens=self._is_by_tokens)
         except KvEventError as error:
-            why = str(error)
-        if why is None:
+            found = HASH_MISMATCH, str(error)
+        if found is None:
             return
+        reason, why = found
         if why and why != self.mismatch:
             self._log.error("the KV index cannot match this rank's blocks: %s", why)
         elif self.mismatch and not why:
             self._log.info("block keys of this rank agree now")
-        self.mismatch = why
+        self.mismatch, self.mismatch_reason = why, reason
         self.has_agreed = not why
-
-    def _disagreement(self, event: BlockStored) -> str | None:
-        """Empty when keys agree, None when this event cannot tell (no tokens, or the hashes of a LoRA adapter)."""
-        is_adapter = event.lora_name is not None or event.lora_id is not None
-        if (is_adapter and not self._is_by_tokens) or not event.block_size or not event.keys:
-            return None
-        units = decode_token_ids(event.token_ids)
-        if not units:
-            return None
-        if event.block_size != self._block_size:
-            return f"its blocks hold {event.block_size} tokens, /server_info says {self._block_size}"
-        first = units[0]
-        is_bigram = isinstance(first, tuple)
-        if is_bigram != self._is_bigram:
-            said = "pairs of tokens (EAGLE)" if self._is_bigram else "single tokens"
-            return f"its blocks hold {'pairs of tokens (EAGLE)' if is_bigram else 'single tokens'}, /server_info says {said}"
-        if self._is_by_tokens:
-            return ""
-        n_units = _CHECKED_PAGES * event.block_size
-        tokens = [unit[0] if isinstance(unit, tuple) else unit for unit in units[: n_units + 1]]
-        if is_bigram and len(units) <= n_units:
-            last = units[-1]
-            tokens.append(last[1] if isinstance(last, tuple) else last)
-        salt = (event.cache_salt or "").encode()
-        try:
-            keys = page_keys(tokens, event.block_size, bigram=is_bigram, max_pages=_CHECKED_PAGES, cache_salt=salt)
-        except ValueError as error:
-            return f"its token ids cannot be hashed: {error}"
-        n_bytes = min(len(keys), len(event.keys))
-        if n_bytes and keys[:n_bytes] == event.keys[:n_bytes]:
-            return ""
-        return "its block hashes are not SGLang's SHA-256 chain of the event's tokens"
 
     def note_undecoded(self, what: str, n: int = 1) -> None:
         """Count what could not be read, and say so now and then."""

@@ -22,7 +22,7 @@ from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RankTable
 from sglfast.errors import KvEventError
 from sglfast.index.rank import RankIndex
-from sglfast.index.stream import HASH_MISMATCH, Limits, Outcome, RankStream, Resume
+from sglfast.index.stream import Limits, Outcome, RankStream, Resume
 from sglfast.wire.frames import parse_live, parse_replay, replay_request
 
 _ROUND_MESSAGES = 1000
@@ -123,7 +123,7 @@ class Subscriber:
         stream, index = self._stream, self._index
         state, reason = stream.status()
         if index.mismatch and state in (RANK_EXACT, RANK_DEGRADED):
-            state, reason = RANK_DEGRADED, HASH_MISMATCH
+            state, reason = RANK_DEGRADED, index.mismatch_reason
         row = {
             words.R_BATCHES: stream.counters.batches,
             words.R_EVENTS: index.counters.events,
@@ -150,7 +150,8 @@ class Subscriber:
     def _save(self) -> None:
         """Note in shared memory how far the rank's blocks are, for the next index process (main.Index._inherit).
 
-        Written after the blocks: a process that dies in between leaves a tree that is ahead, and applying a batch again does no harm.
+        Written after the blocks of a round: a process that dies in between leaves a tree that is ahead, and applying batches again, in
+        order, does no harm.
         """
         resume, index, ranks = self._stream.resume, self._index, self._ranks
         if resume == self._saved or self._is_stopping.is_set():
@@ -229,6 +230,7 @@ class Subscriber:
                 if monitor in ready:
                     notices += self._read_notices(monitor)
                 is_drained = self._read_live(live) if live in ready or notices else True
+                self._save()
                 if is_drained:
                     self._tell(notices)
                     notices = []
@@ -265,7 +267,6 @@ class Subscriber:
                 self._index.note_undecoded(str(error))
                 continue
             self._stream.on_live(seq, payload, time.monotonic())
-            self._save()
         return False
 
     def _read_replay(self, dealer: zmq.Socket[bytes]) -> None:

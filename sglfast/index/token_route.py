@@ -1,9 +1,10 @@
 """Block keys made from the tokens of events: for vLLM, LoRA adapters, SGLang's format "dynamo" and engines that nobody knows.
 
-Runs in: index, one a rank, under the tree's lock. Contract: the engine's hash is an opaque name. `place` gives the keys of a store's
+Runs in: index, one a rank, in its thread alone. Contract: the engine's hash is an opaque name. `place` gives the keys of a store's
     blocks, chained to the key of its parent, and remembers hash -> key; removals and stores without tokens go through that
     memory. A block whose place in its prompt is unknown (its parent was never seen, its tokens do not fill it) is an orphan:
-    left out and counted. The memory holds what the rank owns: `forget` and `prune` keep it so.
+    left out and counted. The memory holds what the rank owns: `forget` and `prune` keep it so. What a batch removes is forgotten at the
+    batch's end, so that `place_all`, which does a usual batch at once in C, and `place` and `resolve` event by event are the same.
 What cannot be matched from a request must not be matched by accident: vLLM hashes images, salts and prompt embeddings beside a
     block's tokens (`extra_keys`); their bytes go into our chain, so that no prompt of plain tokens finds these blocks.
 Of a hybrid vLLM model only the main attention's cache counts; the blocks of its sliding windows and states come and go beside it.
@@ -16,6 +17,7 @@ from sglfast._blockhash import chain_seed, token_keys, xxh3
 from sglfast._hashtree import TreeWriter
 from sglfast._keymap import KeyMap
 from sglfast._kvdecode import token_ids
+from sglfast.errors import KvEventError
 from sglfast.wire.kv_events import NIL, BlockRemoved, BlockStored, decode_token_ids
 
 _MAX_SEEDS = 4096
@@ -27,13 +29,13 @@ _decode_names = msgspec.msgpack.Decoder().decode
 
 
 class TokenRoute:
-    """Keys of one rank's blocks. model, block_size and is_bigram are what shards put into their seed for this worker."""
+    """Keys of one rank's blocks. model, block_size (tokens) and is_bigram: of the seed of its base model's keys."""
 
     def __init__(self, *, model: str, block_size: int, is_bigram: bool) -> None:
         self.orphans = 0  # blocks
         self._model = model
         self._block_size = block_size
-        self._is_bigram = is_bigram
+        self._base_seed = chain_seed(model, block_size, bigram=is_bigram)
         self._map = KeyMap()
         self._seeds: dict[tuple[int, bool, str, str], int] = {}
         self._main_group = 0
@@ -44,7 +46,7 @@ class TokenRoute:
     def place(self, event: BlockStored) -> bytes:
         """Keys of the event's blocks, little-endian uint64; those of orphans and of other caches are left out.
 
-        Raises: KvEventError when the token ids cannot be read.
+        Raises: KvEventError when the token ids cannot be read, or are no ids.
         """
         if not self._is_main(event):
             return b""
@@ -59,25 +61,45 @@ class TokenRoute:
         if parent is None or not event.block_size or len(units) != n_blocks * event.block_size:
             self.orphans += n_blocks
             return b""
-        keys = self._chain(event, units, parent)
+        try:
+            keys = self._chain(event, units, parent)
+        except ValueError as error:
+            raise KvEventError(f"its token ids cannot be hashed: {error}") from None
         self._map.put(event.keys, keys)
         return keys
+
+    def place_all(self, payload: bytes) -> tuple[int, list[tuple[int, int, bytes]], bytes, bool] | None:
+        """(events, runs of keys as of `_kvdecode.runs`, hashes that may be forgotten, was something lost) of a whole batch.
+
+        None when the batch is not entirely usual; then nothing has changed.
+        """
+        placed = self._map.place(payload, seed=self._base_seed, block_size=self._block_size, main_group=self._main_group)
+        if placed is None:
+            return None
+        n_events, n_orphans, n_orphans_live, self._main_group, runs, removed = placed
+        self.orphans += n_orphans
+        return n_events, runs, removed, n_orphans_live > 0
 
     def resolve(self, event: BlockRemoved) -> tuple[bytes, bytes]:
         """(engine hashes, keys) of the event's blocks, as far as they are known."""
         if event.group_idx is not None and event.group_idx != self._main_group:
             return b"", b""
-        return self._map.find(event.keys)
+        return self.find(event.keys)
 
-    def forget(self, hashes: bytes, keys: bytes, writer: TreeWriter, rank: int) -> None:
+    def find(self, hashes: bytes) -> tuple[bytes, bytes]:
+        """(engine hashes, keys) of those that are known."""
+        return self._map.find(hashes)
+
+    def forget(self, hashes: bytes, writer: TreeWriter, rank: int) -> None:
         """Drop what the rank does not own any more in any tier."""
-        self._map.drop(hashes, writer.owns(rank, keys))
+        known, keys = self._map.find(hashes)
+        self._map.drop(known, writer.owns(rank, keys))
 
     def prune(self, writer: TreeWriter, rank: int) -> None:
         """Drop what eviction took from the rank, once it may be half of the memory."""
         if len(self._map) > 2 * writer.owned_blocks(rank) + _PRUNE_SLACK:
             hashes, keys = self._map.items()
-            self.forget(hashes, keys, writer, rank)
+            self._map.drop(hashes, writer.owns(rank, keys))
 
     def clear(self) -> None:
         """The rank owns nothing."""

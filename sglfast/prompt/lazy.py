@@ -14,15 +14,15 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from sglfast._blockhash import KeyChain, page_keys
+from sglfast._blockhash import KeyChain, page_keys, token_keys
 from sglfast.errors import PromptError
+from sglfast.prompt.adapters import seeds_of
 from sglfast.prompt.keys import PromptText
 from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.prefixes import Name, Prefix, PrefixCache
 from sglfast.prompt.tokenizer import Tokenizer
+from sglfast.shm import Variant
 
-# (block_size, bigram): a way in which workers cut prompts into blocks.
-Variant = tuple[int, bool]
 # keys -> how many leading ones of them some single rank owns without a hole; TreeReader.match is one.
 Probe = Callable[[bytes], int]
 
@@ -47,11 +47,14 @@ class LazyKeyer:
         self.pieces = PieceTokenizer(tokenizer, cache_bytes - cache_bytes // 4)
         self.prefixes = PrefixCache(cache_bytes // 4)
 
-    def begin(self, prompt: PromptText, variants: Sequence[Variant]) -> "Keying":
-        """Begin with a prompt that has text or token ids; raises PromptError for one that has neither, or is no Unicode."""
+    def begin(self, prompt: PromptText, variants: Sequence[Variant], asked: tuple[str, str] = ("", "")) -> "Keying":
+        """Begin with a prompt that has text or token ids; raises PromptError for one that has neither, or is no Unicode.
+
+        asked: the model and the adapter that the request names (adapters.asked_for).
+        """
         if prompt.text is None and prompt.token_ids is None:
             raise PromptError(prompt.detail or "this prompt has no text and no token ids")
-        return Keying(self, prompt, tuple(variants))
+        return Keying(self, prompt, tuple(variants), asked)
 
 
 class Keying:
@@ -72,11 +75,12 @@ class Keying:
         "_prompt",
         "_result",
         "_saved",
+        "_seeds",
         "_text",
         "_variants",
     )
 
-    def __init__(self, keyer: LazyKeyer, prompt: PromptText, variants: tuple[Variant, ...]) -> None:
+    def __init__(self, keyer: LazyKeyer, prompt: PromptText, variants: tuple[Variant, ...], asked: tuple[str, str]) -> None:
         self._keyer = keyer
         self._prompt = prompt
         self._variants = variants
@@ -86,17 +90,23 @@ class Keying:
         self._is_open = False  # the whole text is rendered and looked up
         self._end = 0  # of the next piece, once it is known
         self._saved: tuple[int, Prefix] | None = None
+        self._seeds = seeds_of(variants, *asked, prompt.cache_salt)
         if prompt.text is None:
             return
         self._live = [True] * len(variants)
-        self._kind = (variants, prompt.cache_salt, prompt.add_special_tokens)
+        self._kind = (variants, self._seeds, prompt.cache_salt, prompt.add_special_tokens)
         self._names: list[Name] = []
         self._ends: Iterator[int] = iter(())
         try:
             salt = prompt.cache_salt.encode()
         except UnicodeEncodeError as error:
             raise PromptError(f"the cache salt is not valid Unicode text: {error}") from error
-        self._chains = [KeyChain(block_size, bigram=bigram, cache_salt=salt) for block_size, bigram in variants]
+        self._chains = [
+            KeyChain(variant.block_size, bigram=variant.bigram, cache_salt=salt)
+            if seed is None
+            else KeyChain(variant.block_size, bigram=variant.bigram, seed=seed)
+            for variant, seed in zip(variants, self._seeds, strict=True)
+        ]
         self._keys = [b""] * len(variants)
         if prompt.add_special_tokens:
             self._keys = [chain.extend(keyer.pieces.before) for chain in self._chains]
@@ -124,16 +134,15 @@ class Keying:
 
     def _of_ids(self, ids: Sequence[int]) -> Keys:
         salt = self._prompt.cache_salt.encode()
-        return Keys(
-            len(ids),
-            False,
-            {
-                (block_size, bigram): page_keys(
-                    ids, block_size, bigram=bigram, max_pages=_pages_max(len(ids), block_size, bigram), cache_salt=salt
-                )
-                for block_size, bigram in self._variants
-            },
-        )
+        found: dict[Variant, bytes] = {}
+        for variant, seed in zip(self._variants, self._seeds, strict=True):
+            size, bigram = variant.block_size, variant.bigram
+            n_max = _pages_max(len(ids), variant)
+            if seed is None:
+                found[variant] = page_keys(ids, size, bigram=bigram, max_pages=n_max, cache_salt=salt)
+            else:
+                found[variant] = token_keys(ids, size, bigram=bigram, max_pages=n_max, seed=seed)
+        return Keys(len(ids), False, found)
 
     def _run_head(self, probe: Probe, budget_chars: int) -> bool:
         """Go through the beginning of the text that is rendered already; True: no overlap goes on behind it."""
@@ -225,7 +234,7 @@ class Keying:
             tail = self._keyer.tokenizer.encode(self._prompt.continuation, True)
             self._extend(array("I", tail[1:] if tail and tail[0] == self._keyer.tokenizer.bos_token_id else tail))
         tokens = self._chains[0].tokens if self._chains else 0
-        capped = {variant: keys[: 8 * _pages_max(tokens, *variant)] for variant, keys in zip(self._variants, self._keys, strict=True)}
+        capped = {variant: keys[: 8 * _pages_max(tokens, variant)] for variant, keys in zip(self._variants, self._keys, strict=True)}
         self._result = Keys(tokens, False, capped)
         return True
 
@@ -275,5 +284,5 @@ class Keying:
         self._keyer.prefixes.put(name, prefix)
 
 
-def _pages_max(tokens: int, block_size: int, bigram: bool) -> int:
-    return max(0, (tokens - 1 - bigram) // block_size)
+def _pages_max(tokens: int, variant: Variant) -> int:
+    return max(0, (tokens - 1 - variant.bigram) // variant.block_size)

@@ -20,7 +20,9 @@ _WILDCARD_HOSTS = frozenset({"*", "0.0.0.0", "::", "[::]"})
 # Their draft models key pairs of tokens; NEXTN is resolved to EAGLE by the engine, but older ones may still show it.
 _BIGRAM_ALGORITHMS = frozenset({"EAGLE", "EAGLE3", "NEXTN", "FROZEN_KV_MTP"})
 _PORT_LIMIT = 65_535
-_FIRST_CHAINED = (0, 5, 6)  # of SGLang: block hashes are the SHA-256 chain
+# Versions of SGLang: block hashes are the SHA-256 chain; events name LoRA adapters.
+_FIRST_CHAINED = (0, 5, 6)
+_FIRST_ADAPTERS, _FIRST_ADAPTERS_DYNAMO = (0, 5, 23), (0, 5, 22)
 
 T = TypeVar("T")
 
@@ -53,6 +55,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
 
     key_route: whether the engine's block hashes can be recomputed ("sha256"), or keys are to be made of the events' tokens.
     kv_connects_out: the engine connects its event socket to whoever listens; nothing is heard by connecting to it.
+    adapters: how LoRA adapters show in its events, see shm.Adapters.
     """
 
     model: str | None
@@ -66,6 +69,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     page_size: int | None
     key_route: Literal["sha256", "tokens"] = "sha256"
     kv_connects_out: bool = False
+    adapters: Literal["named", "shared", "models"] = "named"
 
 
 def zmq_endpoint(host: str, port: int) -> str | None:
@@ -86,6 +90,7 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
     algorithm = _take(fields, "speculative_algorithm", str) or ""
     version = _take(fields, "version", str) or None
     config = _load_config(_take(fields, "kv_events_config", str))
+    is_dynamo = config is not None and config.format == "dynamo"
     return WorkerFacts(
         model=_take(fields, "served_model_name", str) or None,
         kv=kv,
@@ -97,8 +102,9 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         startup_time=_take(fields, "startup_time", float),
         page_size=_positive(fields, "page_size"),
         # vLLM answers this path, too, with its own version numbers.
-        key_route=key_route_of(None if "vllm_config" in fields else version, is_dynamo=config is not None and config.format == "dynamo"),
+        key_route=key_route_of(None if "vllm_config" in fields else version, is_dynamo=is_dynamo),
         kv_connects_out=kv is not None and config is not None and not _binds(config),
+        adapters="models" if "vllm_config" in fields else "named" if _tells_adapters(version, is_dynamo=is_dynamo) else "shared",
     )
 
 
@@ -107,9 +113,20 @@ def key_route_of(version: str | None, *, is_dynamo: bool = False) -> Literal["sh
 
     Development versions count as the release they lead to; a version that is none (`0.0.0...`, vLLM's absence) gets "tokens".
     """
-    numbers = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version or "", re.ASCII)
-    is_chained = numbers is not None and tuple(map(int, numbers.groups())) >= _FIRST_CHAINED
-    return "sha256" if is_chained and not is_dynamo else "tokens"
+    numbers = _numbers_of(version)
+    return "sha256" if numbers >= _FIRST_CHAINED and not is_dynamo else "tokens"
+
+
+def _numbers_of(version: str | None) -> tuple[int, ...]:
+    """The three numbers of a version, () when there are none."""
+    found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version or "", re.ASCII)
+    return () if found is None else tuple(map(int, found.groups()))
+
+
+def _tells_adapters(version: str | None, *, is_dynamo: bool) -> bool:
+    """Do the events of this SGLang version name LoRA adapters? One that nobody knows counts as new."""
+    numbers = _numbers_of(version)
+    return numbers <= (0, 0, 0) or numbers >= (_FIRST_ADAPTERS_DYNAMO if is_dynamo else _FIRST_ADAPTERS)
 
 
 def _binds(config: "_KvEventsConfig") -> bool:
@@ -130,7 +147,7 @@ def parse_model_info(body: bytes) -> str | None:
 
 
 def parse_models(body: bytes) -> str | None:
-    """Id of the first entry of `/v1/models` whose object is "model", else None.
+    """Id of the first entry of `/v1/models` whose object is "model" and that is no adapter of another, else None.
 
     Raises: WorkerInfoError when the body is no JSON object.
     """
@@ -140,7 +157,7 @@ def parse_models(body: bytes) -> str | None:
         except (msgspec.DecodeError, RecursionError):
             continue
         name = _take(entry, "id", str)
-        if _take(entry, "object", str) == "model" and name:
+        if _take(entry, "object", str) == "model" and name and not _take(entry, "parent", str):
             return name
     return None
 
@@ -185,7 +202,7 @@ def _parse_descriptor(fields: dict[str, msgspec.Raw], worker_url: str) -> KvEndp
     if publisher != "zmq" or not host or port_base is None or block_size is None:
         return None
     if host in _WILDCARD_HOSTS:
-        host = _host_of(worker_url)
+        host = host_of(worker_url)
         if host is None:
             return None
     return KvEndpoint(
@@ -199,7 +216,13 @@ def _parse_descriptor(fields: dict[str, msgspec.Raw], worker_url: str) -> KvEndp
     )
 
 
-def _host_of(worker_url: str) -> str | None:
+def is_wildcard_host(host: str) -> bool:
+    """Does an engine with this host in its endpoint listen on all addresses?"""
+    return host in _WILDCARD_HOSTS
+
+
+def host_of(worker_url: str) -> str | None:
+    """Host of a worker's URL without brackets, None when there is none."""
     try:
         return urlsplit(worker_url if "://" in worker_url else f"http://{worker_url}").hostname
     except ValueError:
@@ -225,7 +248,7 @@ def kv_events_descriptor(
     config = _load_config(config_json)
     if config is None or config.publisher == "null" or not page_size or page_size < 0:
         return None
-    live = _split_tcp(config.endpoint)
+    live = split_tcp(config.endpoint)
     if live is None:
         return None
     host, port_base = live
@@ -238,7 +261,7 @@ def kv_events_descriptor(
         "block_size": page_size * dcp_size,
         "dp_size": ranks,
     }
-    replay = _split_tcp(config.replay_endpoint or "")
+    replay = split_tcp(config.replay_endpoint or "")
     load_port_base = _load_port_base(load_publish_endpoint, host, port_base, replay, ranks)
     if load_port_base is not None:
         descriptor.update(load_endpoint_port_base=load_port_base, load_topic="load")
@@ -274,7 +297,7 @@ def _load_config(config_json: str | None) -> _KvEventsConfig | None:
     return config if config.format in ("default", "dynamo") else None
 
 
-def _split_tcp(endpoint: str) -> tuple[str, int] | None:
+def split_tcp(endpoint: str) -> tuple[str, int] | None:
     """(host, port) of `tcp://host:port`, None for whatever SGLang does not advertise."""
     host, colon, port_text = endpoint.removeprefix("tcp://").rpartition(":")
     if not endpoint.startswith("tcp://") or not colon or not host:
@@ -303,5 +326,5 @@ def _load_port_base(endpoint: str | None, host: str, port_base: int, replay: tup
         if is_free(after_kv):
             return after_kv
         return replay[1] + ranks if replay else None
-    explicit = _split_tcp(endpoint or "")
+    explicit = split_tcp(endpoint or "")
     return explicit[1] if explicit is not None and is_free(explicit[1]) else None

@@ -43,9 +43,9 @@ class CacheAware:
         hits = prompt.hits
         if not hits:
             return loads.least(pool.worker_idxs, _counters.W_INFLIGHT_TOKENS)[0], CACHE_MISS
-        best_tokens = max(hit.overlap_tokens for hit in hits)
-        best_blocks = max(hit.overlap_blocks for hit in hits)
-        if best_blocks > self._cache_threshold * prompt.prompt_blocks:
+        best_tokens, best_blocks = max((hit.overlap_tokens, hit.overlap_blocks) for hit in hits)
+        block_tokens = best_tokens // best_blocks  # workers of one pool may cut prompts differently
+        if best_tokens > self._cache_threshold * (prompt.prompt_tokens // block_tokens * block_tokens):
             owners = [hit for hit in hits if hit.overlap_tokens == best_tokens]
             return _lightest(owners, pool, loads).position, CACHE_HIT
         # Only owners can beat the least queued of all: compare those few with it.

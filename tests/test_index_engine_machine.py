@@ -1,0 +1,272 @@
+"""Any order of what an engine, a lossy network and an index can do: at rest the tree is the engine's cache, on both key routes.
+
+A hypothesis state machine: the engine publishes real batches, the network loses, doubles and forgets, replays have holes, the engine
+restarts, the index process is killed. The tree is the real one. The law is looked at when all has come to rest.
+"""
+
+import logging
+import mmap
+import random
+import time
+from collections import deque
+from typing import Any, ClassVar
+
+import msgspec
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from sglfast._blockhash import chain_seed, page_keys, token_keys, xxh3
+from sglfast._counters import RANK_EXACT
+from sglfast._hashtree import TreeReader, TreeWriter
+from sglfast._segment import Segment, segment_bytes
+from sglfast.index.rank import RankIndex, TreeLock
+from sglfast.index.stream import Limits, Outcome, RankStream
+from sglfast.shm import KeyRoute
+
+P = 2
+RANK = 9
+SIZES = {"max_workers": 1, "max_ranks": 64, "max_shards": 1, "capacity_blocks": 4096}
+LOG = logging.LoggerAdapter(logging.getLogger("test.machine"), {})
+LOG.setLevel(logging.CRITICAL)
+
+Prefix = tuple[int, ...]
+World = tuple[str, Prefix]  # adapter, tokens from the root
+
+
+class Engine:
+    """A paged cache: what it holds, and the batches that it has published."""
+
+    def __init__(self, route: KeyRoute, buffer_batches: int) -> None:
+        self.route = route
+        self.buffer: deque[tuple[int, bytes]] = deque(maxlen=buffer_batches)
+        self.clock = 0.0
+        self.start()
+
+    def start(self) -> None:
+        """A new process: other names for the same blocks, numbers from 0."""
+        self.salt = random.Random(self.clock).getrandbits(64)
+        self.seq = 0
+        self.blocks: set[World] = set()
+        self.buffer.clear()
+
+    def name(self, block: World) -> int:
+        adapter, tokens = block
+        if self.route == "tokens" or adapter:
+            return xxh3(repr(block).encode(), self.salt)
+        return int.from_bytes(page_keys(tokens, P)[-8:], "little")
+
+    def key(self, block: World) -> bytes:
+        """What a shard asks for."""
+        adapter, tokens = block
+        if self.route == "sha256" and not adapter:
+            return page_keys(tokens, P)[-8:]
+        return token_keys(tokens, P, seed=chain_seed("m" if self.route == "tokens" else "", P, lora_name=adapter))[-8:]
+
+    def stored(self, adapter: str, tokens: list[int], medium: str = "GPU") -> list[dict[str, Any]]:
+        prefixes = [tuple(tokens[: end + P]) for end in range(0, len(tokens) - P + 1, P)]
+        new = [prefix for prefix in prefixes if (adapter, prefix) not in self.blocks]
+        self.blocks.update((adapter, prefix) for prefix in new)
+        if not new:
+            return []
+        parent = new[0][:-P]
+        event = {
+            "type": "BlockStored",
+            "block_hashes": [self.name((adapter, prefix)) for prefix in new],
+            "parent_block_hash": self.name((adapter, parent)) if parent else None,
+            "token_ids": list(new[-1][len(parent) :]),
+            "block_size": P,
+            "lora_id": None,
+            "medium": medium,
+            "lora_name": adapter or None,
+        }
+        return [event]
+
+    def removed(self, rng: random.Random) -> list[dict[str, Any]]:
+        """Some leaves go."""
+        parents = {(adapter, prefix[:-P]) for adapter, prefix in self.blocks}
+        leaves = sorted(block for block in self.blocks if block not in parents)
+        gone = rng.sample(leaves, rng.randint(0, len(leaves)))
+        self.blocks.difference_update(gone)
+        return [{"type": "BlockRemoved", "block_hashes": [self.name(block) for block in gone], "medium": "GPU"}] if gone else []
+
+    def cleared(self) -> list[dict[str, Any]]:
+        self.blocks.clear()
+        return [{"type": "AllBlocksCleared"}]
+
+    def publish(self, events: list[dict[str, Any]]) -> tuple[int, bytes]:
+        self.clock += 1.0
+        message = self.seq, msgspec.msgpack.encode([self.clock, events, 0])
+        self.buffer.append(message)
+        self.seq += 1
+        return message
+
+
+class Machine(RuleBasedStateMachine):
+    """The index is a stream and a rank over a real tree; `self` is the stream's sink and the network."""
+
+    route: ClassVar[KeyRoute]
+
+    @initialize(has_replay=st.booleans(), buffer_batches=st.sampled_from([10_000, 5]), history=st.integers(0, 3))
+    def begin(self, has_replay: bool, buffer_batches: int, history: int) -> None:
+        self.rng = random.Random(history)
+        self.has_replay, self.is_small = has_replay, buffer_batches < 100
+        self.engine = Engine(self.route, buffer_batches)
+        self.segment = Segment.format(mmap.mmap(-1, segment_bytes(**SIZES)), **SIZES)
+        self.tree = TreeLock(TreeWriter(self.segment))
+        self.reader = TreeReader(self.segment)
+        self.live: deque[tuple[int, bytes]] = deque()
+        self.answer: deque[tuple[int, bytes] | None] = deque()
+        self.is_reliable = False
+        self.now_s = 0.0
+        self.seen: set[World] = set()
+        for number in range(history):
+            self.engine.publish(self.engine.stored("", [number, 0, 0, 0]))
+        self.start_index(is_first=True)
+
+    def start_index(self, *, is_first: bool = False) -> None:
+        if is_first:
+            self.tree.writer.reset()
+        self.rank = RankIndex(self.tree, RANK, block_size=P, is_bigram=False, log=LOG, key_route=self.route, model="m")
+        limits = Limits(replay_timeout_s=1.0, max_tries=3, max_held_batches=20)
+        self.stream = RankStream(self, has_replay=self.has_replay, limits=limits)
+        self.stream.on_connected(self.now_s)
+
+    # ---- the sink ----
+
+    def apply(self, payload: bytes) -> Outcome:
+        return self.rank.apply(payload)
+
+    def clear(self, why: str) -> None:
+        self.rank.clear()
+
+    def ask_replay(self, start_seq: int) -> None:
+        items: list[tuple[int, bytes] | None] = [item for item in self.engine.buffer if item[0] >= start_seq]
+        if not self.is_reliable:
+            kept = 0 if start_seq else 1
+            items = items[:kept] + [item for item in items[kept:] if self.rng.random() > 0.2]
+        if self.is_reliable or self.rng.random() > 0.3:
+            items.append(None)
+        self.answer = deque(items)
+
+    # ---- what can happen ----
+
+    def publish(self, *events: dict[str, Any], is_lost: bool = False, is_twice: bool = False) -> None:
+        self.seen |= self.engine.blocks
+        if events:
+            message = self.engine.publish(list(events))
+            self.live.extend([message] * ((not is_lost) + is_twice))
+
+    seldom = st.sampled_from([False, False, False, False, True])
+    words = st.lists(st.integers(0, 2), min_size=P, max_size=10)
+
+    @rule(prompts=st.lists(st.tuples(st.sampled_from(["", "", "ad"]), words), min_size=1, max_size=3), is_lost=st.booleans())
+    def prefill(self, prompts: list[tuple[str, list[int]]], is_lost: bool) -> None:
+        events = [event for adapter, tokens in prompts for event in self.engine.stored(adapter, tokens)]
+        self.publish(*events, is_lost=is_lost and self.rng.random() < 0.3)
+
+    @rule(seed=st.integers(0, 99), is_twice=st.booleans())
+    def evict(self, seed: int, is_twice: bool) -> None:
+        self.publish(*self.engine.removed(random.Random(seed)), is_twice=is_twice)
+
+    @rule(tokens=words, seed=st.integers(0, 99))
+    def churn(self, tokens: list[int], seed: int) -> None:
+        """Stored, removed and stored again in one batch."""
+        rng = random.Random(seed)
+        self.publish(*self.engine.stored("", tokens), *self.engine.removed(rng), *self.engine.stored("", tokens[:6]))
+
+    @rule(is_lost=st.booleans(), is_now=seldom)
+    def flush(self, is_lost: bool, is_now: bool) -> None:
+        if is_now:
+            self.publish(*self.engine.cleared(), is_lost=is_lost)
+
+    @rule(n=st.integers(1, 5))
+    def deliver_live(self, n: int) -> None:
+        for _ in range(min(n, len(self.live))):
+            self.stream.on_live(*self.live.popleft(), self.now_s)
+
+    @rule(n=st.integers(1, 5))
+    def deliver_answer(self, n: int) -> None:
+        for _ in range(n):
+            if self.answer:
+                item = self.answer.popleft()
+                if item is None:
+                    self.stream.on_replay_end(self.now_s)
+                else:
+                    self.stream.on_replay(*item, self.now_s)
+            elif self.stream.deadline_s is not None:
+                self.now_s = max(self.now_s, self.stream.deadline_s)
+                self.stream.on_time(self.now_s)
+
+    @rule(n_missed=st.integers(0, 3), is_now=seldom)
+    def lose_connection(self, n_missed: int, is_now: bool) -> None:
+        if is_now:
+            self.reconnect(n_missed)
+
+    def reconnect(self, n_missed: int) -> None:
+        while self.live:
+            self.deliver_live(1)
+        self.stream.on_disconnected()
+        for number in range(n_missed):
+            self.publish(*self.engine.stored("", [2, 2, number, number]), is_lost=True)
+        self.stream.on_connected(self.now_s)
+
+    @rule(is_now=seldom)
+    def restart_engine(self, is_now: bool) -> None:
+        if is_now:
+            self.engine.start()
+            self.engine.publish(self.engine.cleared())
+            self.reconnect(0)
+
+    @rule(is_now=seldom)
+    def kill_index(self, is_now: bool) -> None:
+        """Another process takes the tree over and clears the rank, as it does without a valid note of how far it was."""
+        if not is_now:
+            return
+        self.live.clear()
+        self.answer.clear()
+        self.tree = TreeLock(TreeWriter(self.segment))
+        assert self.tree.writer.adopt() >= 0
+        self.tree.writer.clear(RANK)
+        self.start_index()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        self.is_reliable = True
+        for number in range(3):
+            self.publish(*self.engine.stored("", [1, number, 2, 2]))
+        end_s = time.monotonic() + 20
+        while self.live or self.answer or self.stream.deadline_s is not None:
+            assert time.monotonic() < end_s, "the stream does not come to rest"
+            self.deliver_live(1)
+            self.deliver_answer(1)
+        self.check()
+
+    def check(self) -> None:
+        cached = {self.engine.key(block) for block in self.engine.blocks}
+        known = {self.engine.key(block) for block in self.seen | self.engine.blocks}
+        owned = {key for key in known if self.reader.match(key) and self.reader.overlap(RANK)}
+        assert owned <= cached, "the index believes in blocks that are gone"
+        assert self.rank.owned_blocks == len(owned), "the index owns what nobody ever stored"
+        mapped = self.rank.mapped_blocks
+        by_tokens = [block for block in self.engine.blocks if self.route == "tokens" or block[0]]
+        assert mapped == sum(self.engine.key(block) in owned for block in by_tokens)
+        state, _ = self.stream.status()
+        if state == RANK_EXACT:
+            assert owned == cached, "EXACT is not equal"
+        if self.has_replay and not self.is_small and self.stream.counters.give_ups == 0:
+            assert state == RANK_EXACT
+
+
+class ShaMachine(Machine):
+    route = "sha256"
+
+
+class TokenMachine(Machine):
+    route = "tokens"
+
+
+TestShaRoute = ShaMachine.TestCase
+TestTokenRoute = TokenMachine.TestCase
+TestShaRoute.settings = TestTokenRoute.settings = settings(max_examples=250, stateful_step_count=40, deadline=None, database=None)

@@ -254,6 +254,7 @@ cdef class ExchangeBase:
         self.ttft_us = <long long>((monotonic() - self.started_s) * 1e6)
         if self.tokens and self.route is not None:
             self.shard.column.prefilled(self.route.upstream.worker_idx, self.tokens)
+            self.shard.router.settle(self.route)
             self.tokens = 0
 
     cdef on_end(self, WorkerConnectionBase connection, bint is_reusable):
@@ -289,6 +290,8 @@ cdef class ExchangeBase:
         """Give the load counters of the worker back, once."""
         if self.route is not None:
             self.shard.column.end(self.route.upstream.worker_idx, self.tokens, outcome_word, self.bytes_out)
+            if self.tokens:
+                self.shard.router.settle(self.route)
             self.route = None
             self.tokens = 0
 

@@ -48,7 +48,7 @@ class ServeConfig:
     )  # fmt: skip
     tokenizer_path: str | None = _setting(
         None,
-        "folder with tokenizer.json and tokenizer_config.json of the model (cache_aware needs it)",
+        "folder with tokenizer.json and tokenizer_config.json of the model; without it cache_aware goes by what was sent where",
         group="routing",
     )
     prompt_cache_bytes: int = _setting(
@@ -56,7 +56,7 @@ class ServeConfig:
         "0 = none", group="routing", low=0,
     )  # fmt: skip
     cache_threshold: float = _setting(
-        0.5, "share of the prompt's blocks that a worker must hold for its cache to decide alone", group="routing",
+        0.5, "share of the prompt that a worker must hold (or, without KV events, was sent) for its cache to decide alone", group="routing",
         low=0.0, high=1.0,
     )  # fmt: skip
     balance_abs_threshold: int = _setting(
@@ -70,6 +70,14 @@ class ServeConfig:
     kv_index_blocks: int = _setting(
         2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", group="routing",
         low=1024, high=1 << 32,
+    )  # fmt: skip
+    prediction_blocks: int = _setting(
+        1 << 18, "beginnings of prompts that are remembered as sent to a worker (32 bytes each at 64 ranks): until its KV events tell "
+        "more, or instead of them where it publishes none; 0 = none", group="routing", low=0, high=1 << 28,
+    )  # fmt: skip
+    prediction_worker_blocks: int = _setting(
+        1 << 16, "... of which a rank that publishes no KV events has so many at most, about what its cache can hold (one stands for 128 "
+        "bytes of text or more)", group="routing", low=1,
     )  # fmt: skip
     max_ranks: int = _setting(
         0, "ranks (workers x data-parallel size) in the KV index: multiple of 64 up to 1024; 0 = by the workers", group="routing",
@@ -145,9 +153,10 @@ def check(config: ServeConfig) -> ServeConfig:
             raise ConfigError(f"--worker-urls: {url} is given twice")
     if len(urls) > config.max_workers:
         raise ConfigError(f"--worker-urls: {len(urls)} workers are more than --max-workers {config.max_workers}")
-    if config.policy == "cache_aware" and config.tokenizer_path is None:
+    if config.policy == "cache_aware" and config.tokenizer_path is None and not config.prediction_blocks:
         raise ConfigError(
-            "--policy cache_aware needs --tokenizer-path: without the model's tokenizer no prompt can be matched to KV blocks"
+            "--policy cache_aware with --prediction-blocks 0 needs --tokenizer-path: without the model's tokenizer and without predictions "
+            "nothing is known of the workers' caches"
         )
     if config.tokenizer_path is not None and not os.path.exists(config.tokenizer_path):
         raise ConfigError(f"--tokenizer-path {config.tokenizer_path}: no such file or folder")

@@ -87,9 +87,7 @@ _encode_record = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(WorkerRecord).decode
 
 
-def create(
-    *, max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int, prediction_blocks: int = 0
-) -> tuple[int, Segment]:
+def create(*, max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int, prediction_blocks: int = 0) -> tuple[int, Segment]:
     """Make a sealed memfd with an empty segment; returns its file descriptor (inheritable by intent only) and the segment.
 
     Memory is taken from the kernel as it is touched: an empty index of a million blocks costs next to nothing.

@@ -181,8 +181,9 @@ def test_the_policies_of_the_design_are_there() -> None:
             "--worker-urls: 3 workers are more than --max-workers 2",
         ),
         (
-            {"policy": "cache_aware"},
-            "--policy cache_aware needs --tokenizer-path: without the model's tokenizer no prompt can be matched to KV blocks",
+            {"policy": "cache_aware", "prediction_blocks": 0},
+            "--policy cache_aware with --prediction-blocks 0 needs --tokenizer-path: without the model's tokenizer and without predictions "
+            "nothing is known of the workers' caches",
         ),
         ({"tokenizer_path": "/no/such"}, "--tokenizer-path /no/such: no such file or folder"),
         ({"tokenizer_path": ""}, "--tokenizer-path : no such file or folder"),

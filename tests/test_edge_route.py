@@ -9,11 +9,12 @@ import pytest
 from edge_harness import Memory, run, shard_in_loop
 
 from sglfast import _counters as c
-from sglfast import _workers, errors
+from sglfast import _workers, errors, shm
 from sglfast._counters import RANK_EXACT, Column, RankTable
 from sglfast._hashtree import TreeWriter
 from sglfast.config import ServeConfig
 from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, FAILOVER, LEAST_LOAD, ROUND_ROBIN, UNKEYED
+from sglfast.edge.policy.approximate import ApproximateCacheAware
 from sglfast.edge.policy.cache_aware import CacheAware
 from sglfast.edge.policy.least_load import LeastLoad
 from sglfast.edge.policy.power_of_two import PowerOfTwo
@@ -174,15 +175,70 @@ def test_nothing_is_rebuilt_while_the_table_stands_still() -> None:
     routed(memory, test)
 
 
+def test_a_change_while_the_table_is_read_is_seen_at_the_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version that counts is the one before the first slot was read."""
+    memory = Memory(ENGINES[:3])
+
+    def test(router: Router, shard: Shard) -> None:
+        def read_and_change(table: Any) -> Any:
+            views = shm.read_workers(table)
+            memory.table.set_state(1, _workers.UNHEALTHY)
+            return views
+
+        with monkeypatch.context() as patch:
+            patch.setattr("sglfast.edge.route.read_workers", read_and_change)
+            router.refresh()
+        assert len(router.pools["demo"].workers) == 3
+        router.refresh()
+        assert [worker.worker_idx for worker in router.pools["demo"].workers] == [0, 2]
+
+    routed(memory, test)
+
+
+def test_a_table_that_cannot_be_read_leaves_what_is_known(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    memory = Memory(ENGINES[:2])
+
+    def test(router: Router, shard: Shard) -> None:
+        router.refresh()
+        tries = []
+
+        def torn(table: Any) -> Any:
+            tries.append(table)
+            raise RuntimeError("worker slot 0 is being written")
+
+        memory.table.set_state(0, _workers.UNHEALTHY)
+        with monkeypatch.context() as patch:
+            patch.setattr("sglfast.edge.route.read_workers", torn)
+            assert {chosen(router) for _ in range(4)} == {0, 1}
+        assert len(tries) == 1, "a try that waits for the writer is not repeated by every request"
+        assert "cannot be read now: worker slot 0 is being written" in caplog.text
+        assert {chosen(router) for _ in range(4)} == {0, 1}
+        router._unreadable_until_s = 0.0
+        assert {chosen(router) for _ in range(4)} == {1}
+
+    routed(memory, test)
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("round_robin", RoundRobin), ("random", Random), ("power_of_two", PowerOfTwo), ("least_load", LeastLoad), ("cache_aware", CacheAware)],
+    [("round_robin", RoundRobin), ("random", Random), ("power_of_two", PowerOfTwo), ("least_load", LeastLoad)],
 )
 def test_policy_of_a_flag(name: str, kind: type) -> None:
     memory = Memory(ENGINES[:1])
     made = make_policy(name, ServeConfig(), c.Loads(memory.segment), has_events=False)
     assert type(made) is kind
     assert made.name == name
+
+
+@pytest.mark.parametrize("prediction_blocks", [0, 1000])
+@pytest.mark.parametrize("has_events", [False, True])
+@pytest.mark.parametrize("tokenizer_path", [None, "x"])
+def test_policy_of_cache_aware(tokenizer_path: str | None, has_events: bool, prediction_blocks: int) -> None:
+    config = ServeConfig(tokenizer_path=tokenizer_path, prediction_blocks=prediction_blocks)
+    made = make_policy("cache_aware", config, c.Loads(Memory(ENGINES[:1]).segment), has_events=has_events)
+    is_exact = (tokenizer_path is not None and has_events) or not prediction_blocks
+    assert type(made) is (CacheAware if is_exact else ApproximateCacheAware)
+    assert made.name == "cache_aware"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
 
 _NO_PROMPT = Prompt()
+_UNREADABLE_PAUSE_S = 10.0
 _STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")
 
 
@@ -140,6 +141,7 @@ class Router(RouterBase):
         self._shard = shard
         self.keyer = keyer
         self._predictor = Predictor(shard.segment, shard.process_slot - 1) if shard.segment.prediction_blocks else None
+        self._unreadable_until_s = 0.0
         self._upstreams: dict[tuple[int, int], Upstream] = {}  # (slot, generation)
         self.pools: dict[str | None, Pool] = {}
         self.only: Pool | None = None  # the one pool, when no worker, also of those that are down, has another model
@@ -148,13 +150,14 @@ class Router(RouterBase):
     def refresh(self) -> None:
         """Follow the worker table when its version has moved. Cost then: one read per slot."""
         version = self._shard.table.version()
-        if version == self.seen_version:
+        if version == self.seen_version or self._shard.loop.time() < self._unreadable_until_s:
             return
         try:
             views = read_workers(self._shard.table)
         except RuntimeError as error:
-            # A writer died inside a slot, or was stopped there for long: what is known serves on, and the next request looks again.
+            # Its writer was stopped inside a slot: what is known serves on. Not tried by every request, because it takes a second.
             self._shard.log.warning("the worker table cannot be read now: %s", error)
+            self._unreadable_until_s = self._shard.loop.time() + _UNREADABLE_PAUSE_S
             return
         old, self._upstreams = self._upstreams, {}
         ready: dict[str | None, list[WorkerView]] = {}

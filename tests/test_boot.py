@@ -190,12 +190,12 @@ def test_a_child_whose_control_died_before_it_asked_leaves_at_once(stage: Stage)
 
 
 def test_another_layout_is_refused(stage: Stage) -> None:
-    Words(stage.shm_fd).memory[HEADER["layout_major"]] = 2
+    Words(stage.shm_fd).memory[HEADER["layout_major"]] = 1
     with child(stage) as started:
         assert started.wait(WAIT_S) == 1
         assert started.stderr is not None
         message = started.stderr.read().splitlines()[-1]
-        assert message.startswith("sglfast.errors.ShmLayoutError: the segment has layout version 2, this build reads version 1")
+        assert message.startswith("sglfast.errors.ShmLayoutError: the segment has layout version 1, this build reads version 2")
         assert stage.report() == b""
 
 

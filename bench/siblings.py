@@ -10,17 +10,14 @@ cached (15/16 of the common part is the most there is), `done` the time to a bur
 
 import argparse
 import asyncio
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from e2e import Prompts, completion
+import orjson
 
 from sglfast.load.client import Answer, LoadClient
 from sglfast.load.stack import SimSettings, Stack
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer, single_token_words
 
 COMMON_TOKENS, OWN_TOKENS = 4000, 100
 CASES: dict[str, tuple[bool, bool, tuple[str, ...]]] = {  # name -> (workers publish events, the router has a tokenizer, its flags)
@@ -30,13 +27,29 @@ CASES: dict[str, tuple[bool, bool, tuple[str, ...]]] = {  # name -> (workers pub
 }
 
 
-async def burst(client: LoadClient, prompts: Prompts, number: int, size: int, gap_s: float) -> tuple[list[Answer], float]:
-    common = prompts.text(1000 + number, COMMON_TOKENS)
+WORDS = single_token_words(load_tokenizer(DEMO_TOKENIZER_PATH))
+
+
+def text(seed: int, tokens: int) -> str:
+    """So many tokens, the same for the same seed."""
+    return "".join(" " + WORDS[(seed * 7919 + i * (1 + seed % 97)) % len(WORDS)] for i in range(tokens))
+
+
+def completion(prompt: str, host: str) -> bytes:
+    """A whole request, which also asks where it went."""
+    options = {"max_tokens": 2, "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}
+    data = orjson.dumps({"model": "demo-model", "prompt": prompt, **options})
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\nx-sglfast-kv: 1\r\n"
+    return head.encode() + b"content-length: %d\r\n\r\n%b" % (len(data), data)
+
+
+async def burst(client: LoadClient, number: int, size: int, gap_s: float) -> tuple[list[Answer], float]:
+    common = text(1000 + number, COMMON_TOKENS)
 
     async def one(sibling: int) -> Answer:
         await asyncio.sleep(sibling * gap_s)
-        text = common + prompts.text(100_000 + number * 100 + sibling, OWN_TOKENS)
-        return await client.send(completion(text, client.host, max_tokens=2), timeout_s=60)
+        prompt = common + text(100_000 + number * 100 + sibling, OWN_TOKENS)
+        return await client.send(completion(prompt, client.host), timeout_s=60)
 
     begun_s = time.monotonic()
     answers = await asyncio.gather(*(one(sibling) for sibling in range(size)))
@@ -44,11 +57,12 @@ async def burst(client: LoadClient, prompts: Prompts, number: int, size: int, ga
 
 
 async def measure(url: str, options: argparse.Namespace) -> list[tuple[int, float, float]]:
-    prompts, client, rows = Prompts(), LoadClient(url), []
+    client = LoadClient(url)
+    rows: list[tuple[int, float, float]] = []
     # Connections first, spread over the shards.
-    await burst(client, prompts, 999, options.size, 0)
+    await burst(client, 999, options.size, 0)
     for number in range(options.bursts):
-        answers, took_s = await burst(client, prompts, number, options.size, options.gap_ms / 1000)
+        answers, took_s = await burst(client, number, options.size, options.gap_ms / 1000)
         assert not any(answer.error for answer in answers), [answer.error for answer in answers]
         workers = Counter(answer.kv.split(";")[0] for answer in answers)
         cached = sum(answer.usage.cached_tokens for answer in answers) / sum(answer.usage.prompt_tokens for answer in answers)

@@ -140,7 +140,7 @@ class Router(RouterBase):
         super().__init__(shard.segment)
         self._shard = shard
         self.keyer = keyer
-        self._predictor = Predictor(shard.segment, shard.process_slot - 1) if shard.segment.prediction_blocks else None
+        self._predictor: Predictor | None = None  # made when a policy first has a use for it
         self._unreadable_until_s = 0.0
         self._upstreams: dict[tuple[int, int], Upstream] = {}  # (slot, generation)
         self.pools: dict[str | None, Pool] = {}
@@ -177,6 +177,9 @@ class Router(RouterBase):
             fresh = make_policy(config.policy, config, self._shard.loads, has_events=any(worker.block_size for worker in workers))
             kept = policies.get(model)
             self.pools[model] = Pool(model, workers, upstreams, kept if type(kept) is type(fresh) and kept else fresh)
+        reads_prompts = any(pool.policy.needs_prompt for pool in self.pools.values())
+        if reads_prompts and self._predictor is None and self._shard.segment.prediction_blocks:
+            self._predictor = Predictor(self._shard.segment, self._shard.process_slot - 1)
         self.models = sorted({view.record.model for view in views if view.record.model is not None})
         is_alone = len(self.pools) == 1 and len(self.models) <= 1
         only = self.only = next(iter(self.pools.values())) if is_alone else None

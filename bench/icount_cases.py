@@ -181,6 +181,91 @@ def tree_store_and_remove_of_128_blocks() -> Call:
     return store_and_remove
 
 
+# ---- predictions ----
+
+
+@case
+def text_keys_of_a_32_kb_chat() -> Call:
+    """A body's prompt and its keys from the raw bytes: all that cache_aware reads of a request without events."""
+    from sglfast._predicted import text_keys
+
+    return partial(text_keys, chat_of_32_kb())
+
+
+@case
+def predictions_match_of_a_32_kb_chat() -> Call:
+    """What a shard asks for a prompt that was sent to 64 ranks, to different depths."""
+    from sglfast._predicted import KEEP, Predictions, PredictionWriter, text_keys
+
+    _, segment = small_segment()
+    shard, writer, keys = Predictions(segment, 0), PredictionWriter(segment), text_keys(chat_of_32_kb())[0]
+    for rank in range(64):
+        writer.own(rank, 1)
+        shard.put(KEEP, rank, 1, keys[: 8 * (rank + 10)])
+    writer.drain()
+    return partial(shard.match, keys)
+
+
+@case
+def prediction_of_a_32_kb_chat_to_ring_and_table() -> Call:
+    """A shard puts a prompt's record into its ring, at its first token another, and index applies both."""
+    from sglfast._predicted import SENT, SETTLED, Predictions, PredictionWriter, text_keys
+
+    _, segment = small_segment()
+    shard, writer, keys = Predictions(segment, 0), PredictionWriter(segment), text_keys(chat_of_32_kb())[0]
+    writer.own(5, 1)
+
+    def predict() -> None:
+        shard.put(SENT, 5, 1, keys, 1000)
+        shard.put(SETTLED, 5, 1, keys, 1000)
+        assert writer.drain(1000) == 2
+
+    return predict
+
+
+@case
+def choice_for_a_32_kb_chat_that_nobody_owns_with_predictions() -> Call:
+    """From block keys to route: tree, predictions, policy, and the record of the choice."""
+    import asyncio
+    import logging
+
+    from sglfast._predicted import PredictionWriter
+    from sglfast._workers import READY, WorkerTable
+    from sglfast.boot import Boot
+    from sglfast.config import ServeConfig
+    from sglfast.edge.request import Facts
+    from sglfast.edge.shard import Shard
+    from sglfast.shm import WorkerRecord, WorkerView, put_worker
+
+    _, segment = small_segment()
+    table, writer = WorkerTable(segment), PredictionWriter(segment)
+    for i in range(4):
+        record = WorkerRecord(url=f"http://127.0.0.1:{9001 + i}", model="m")
+        view = WorkerView(worker_idx=i, generation=0, state=READY, rank_base=i, dp_size=1, block_size=64, bigram=False, record=record)
+        put_worker(table, view, is_new=True)
+        writer.own(i, 1)
+    config = ServeConfig(worker_urls=("http://x",), policy="cache_aware", tokenizer_path="x", shards=1)
+    boot = Boot(config=config, segment=segment, control=None, shard=0, listener=None, control_address="")  # type: ignore[arg-type]
+    router = Shard(boot, asyncio.new_event_loop(), None, logging.getLogger("icount")).router
+    router.refresh()
+    pool, facts, body = router.pools["m"], Facts(8000, {(64, False): bytes(range(8))}, is_estimated=True), chat_of_32_kb()
+
+    def choose() -> None:
+        router._choose_keyed(pool, facts, body)
+        writer.drain(1000)
+
+    return choose
+
+
+def chat_of_32_kb() -> bytes:
+    """A chat body of 20 messages."""
+    import orjson
+
+    text = "for every word that was said before there is a block of tokens " * 25
+    messages = [{"role": ("user", "assistant")[n % 2], "content": f"{n} {text}"} for n in range(20)]
+    return orjson.dumps({"model": "m", "messages": messages, "stream": True, "max_tokens": 100})
+
+
 # ---- HTTP heads: request, response ----
 
 CHAT_BODY = b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % (b"hello world " * 160)
@@ -277,7 +362,7 @@ def small_segment() -> tuple[int, "Segment"]:
     """A shared-memory segment for one shard and 64 ranks; its file descriptor keeps it."""
     from sglfast.shm import create
 
-    return create(max_workers=64, max_ranks=64, max_shards=1, capacity_blocks=1 << 16)
+    return create(max_workers=64, max_ranks=64, max_shards=1, capacity_blocks=1 << 16, prediction_blocks=1 << 14)
 
 
 def block_keys(n: int) -> bytes:

@@ -51,6 +51,7 @@ S_UNUSUAL_HEADS = 15
 S_PROMPTS_KEYED = 16
 S_PROMPTS_UNKEYED = 17
 S_PROMPT_TOKENS = 18
+S_PREDICTED = 28          # choices of a worker that was believed to hold more than its events say
 S_DECISIONS = 32          # 16 words, one per decision of the policies
 # Of admission (cext/admission.pyx writes the first three)
 S_PERMITS = 48            # requests that this shard has in flight under the limit

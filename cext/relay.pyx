@@ -269,6 +269,7 @@ cdef class ExchangeBase:
         self.ttft_us = <long long>((monotonic() - self.started_s) * 1e6)
         if self.tokens and self.route is not None:
             self.shard.column.prefilled(self.route.upstream.worker_idx, self.tokens)
+            self.shard.router.settle(self.route)
             self.tokens = 0
 
     cdef on_end(self, WorkerConnectionBase connection, bint is_reusable):
@@ -304,6 +305,8 @@ cdef class ExchangeBase:
         """Give the load counters of the worker back, once."""
         if self.route is not None:
             self.shard.column.end(self.route.upstream.worker_idx, self.tokens, outcome_word, self.bytes_out)
+            if self.tokens:
+                self.shard.router.settle(self.route)
             self.last_route = self.route
             self.outcome = outcome_word
             self.route = None

@@ -17,14 +17,14 @@ LAYOUT_MAJOR = SF_LAYOUT_MAJOR
 STARTING, SERVING, DRAINING, STOPPED = range(4)
 
 
-def segment_bytes(*, int max_workers, int max_ranks, int max_shards, long long capacity_blocks):
+def segment_bytes(*, int max_workers, int max_ranks, int max_shards, long long capacity_blocks, long long prediction_blocks=0):
     """Size of a segment in bytes. Raises ValueError on a size that no segment can have."""
     cdef sf_header_t plan
-    _check_sizes(max_workers, max_ranks, max_shards, capacity_blocks)
-    return sf_plan(&plan, max_workers, max_ranks, max_shards, capacity_blocks)
+    _check_sizes(max_workers, max_ranks, max_shards, capacity_blocks, prediction_blocks)
+    return sf_plan(&plan, max_workers, max_ranks, max_shards, capacity_blocks, prediction_blocks)
 
 
-def _check_sizes(max_workers, max_ranks, max_shards, capacity_blocks):
+def _check_sizes(max_workers, max_ranks, max_shards, capacity_blocks, prediction_blocks):
     if not 1 <= max_workers <= SF_WORKERS_MAX:
         raise ValueError(f"max_workers must be 1..{SF_WORKERS_MAX}, not {max_workers}")
     if max_ranks % 64 or not 64 <= max_ranks <= SF_RANKS_MAX:
@@ -33,6 +33,8 @@ def _check_sizes(max_workers, max_ranks, max_shards, capacity_blocks):
         raise ValueError(f"max_shards must be 1..{SF_SHARDS_MAX}, not {max_shards}")
     if not 1 <= capacity_blocks <= SF_CAPACITY_MAX:
         raise ValueError(f"capacity_blocks must be 1..2^32, not {capacity_blocks}")
+    if not 0 <= prediction_blocks <= SF_PREDICTIONS_MAX:
+        raise ValueError(f"prediction_blocks must be 0..2^28, not {prediction_blocks}")
 
 
 @cython.final
@@ -63,12 +65,13 @@ cdef class Segment:
             PyBuffer_Release(&self.buffer)
 
     @staticmethod
-    def format(buffer, *, int max_workers, int max_ranks, int max_shards, long long capacity_blocks):
+    def format(buffer, *, int max_workers, int max_ranks, int max_shards, long long capacity_blocks,
+               long long prediction_blocks=0):
         """Write an empty segment into zeroed memory and attach to it."""
         cdef Py_buffer view
         cdef sf_header_t plan
-        _check_sizes(max_workers, max_ranks, max_shards, capacity_blocks)
-        sf_plan(&plan, max_workers, max_ranks, max_shards, capacity_blocks)
+        _check_sizes(max_workers, max_ranks, max_shards, capacity_blocks, prediction_blocks)
+        sf_plan(&plan, max_workers, max_ranks, max_shards, capacity_blocks, prediction_blocks)
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
             if <uint64_t>view.len < plan.total_bytes:
@@ -97,6 +100,10 @@ cdef class Segment:
     @property
     def capacity_blocks(self):
         return sf_header(self.base).tree_capacity_blocks
+
+    @property
+    def prediction_blocks(self):
+        return sf_header(self.base).prediction_blocks
 
     @property
     def total_bytes(self):
@@ -175,26 +182,35 @@ def layout():
     cdef sf_header_t header
     cdef sf_worker_t worker
     cdef sf_tree_t tree
+    cdef sf_ring_t ring
     memset(&header, 0, sizeof(header))
-    total = sf_plan(&header, 256, 64, 8, 1 << 20)
+    total = sf_plan(&header, 256, 64, 8, 1 << 20, 1 << 18)
     return {
         "major": SF_LAYOUT_MAJOR,
         "minor": SF_LAYOUT_MINOR,
         "sizeof": {
             "header": sizeof(sf_header_t), "process": sizeof(sf_process_t), "worker": sizeof(sf_worker_t),
             "rank": sizeof(sf_rank_t), "tree": sizeof(sf_tree_t),
+            "predictions": sizeof(sf_predictions_t), "ring": sizeof(sf_ring_t),
         },
-        "words": {"shard": SF_SHARD_WORDS, "worker": SF_WORKER_WORDS, "rank": SF_RANK_WORDS, "tiers": SF_TIERS},
+        "words": {
+            "shard": SF_SHARD_WORDS, "worker": SF_WORKER_WORDS, "rank": SF_RANK_WORDS, "tiers": SF_TIERS, "ways": SF_WAYS,
+            "ring": SF_RING_WORDS,
+        },
         "offsetof": {
             "header.state": <uintptr_t>&header.state - <uintptr_t>&header,
             "header.workers_version": <uintptr_t>&header.workers_version - <uintptr_t>&header,
             "worker.blob": <uintptr_t>&worker.blob - <uintptr_t>&worker,
             "tree.live_blocks": <uintptr_t>&tree.live_blocks - <uintptr_t>&tree,
+            "ring.tail": <uintptr_t>&ring.tail - <uintptr_t>&ring,
         },
-        "plan(256, 64, 8, 2^20)": {
+        "plan(256, 64, 8, 2^20, 2^18)": {
             "process": header.process_offset, "workers": header.workers_offset, "ranks": header.ranks_offset,
             "columns": header.columns_offset, "column_stride": header.column_stride, "tree": header.tree_offset,
             "slots": header.slots_offset, "tree_slots": header.tree_slots, "tree_stride": header.tree_stride,
+            "predictions": header.predictions_offset, "rings": header.rings_offset, "ring_stride": header.ring_stride,
+            "sets": header.sets_offset, "prediction_sets": header.prediction_sets,
+            "prediction_set_bytes": header.prediction_set_bytes,
             "total": total,
         },
     }

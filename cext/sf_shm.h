@@ -16,9 +16,15 @@
  *     +---------------------------------------------------------------+
  *     | tree slots[tree_slots]   tree_stride B    writer: index       | key, then one owner bitset per tier
  *     +---------------------------------------------------------------+
+ *     | sf_predictions_t                4096 B    writer: index       | doorbell and totals of what follows; without
+ *     +---------------------------------------------------------------+ predictions these three sections are not there
+ *     | ring[max_shards]           ring_stride B  writer: that shard  | what a shard routed, on its way to index (the tail: index)
+ *     +---------------------------------------------------------------+
+ *     | sets[prediction_sets] prediction_set_bytes writer: index      | what was routed and is not known from events, sf_predicted.h
+ *     +---------------------------------------------------------------+
  *
- * Law: one writer per word, for ever; no lock between processes; every word is a naturally aligned uint64_t that is read and
- * written atomically. No pointers: indexes and offsets only. Sections start on a 4096-byte border. Any change in size, order
+ * Law: one writer per word, for ever (but for the doorbell, see below); no lock between processes; every word is a naturally
+ * aligned uint64_t that is read and written atomically. No pointers: indexes and offsets only. Sections start on a 4096-byte border. Any change in size, order
  * or meaning below is a new SF_LAYOUT_MAJOR (tests/golden/layout.json holds the current one); attach refuses another major.
  */
 #ifndef SF_SHM_H
@@ -41,6 +47,9 @@
 #define SF_RANKS_MAX 1024u
 #define SF_SHARDS_MAX 1024u
 #define SF_CAPACITY_MAX (UINT64_C(1) << 32)
+#define SF_PREDICTIONS_MAX (UINT64_C(1) << 28)
+#define SF_WAYS 8u             /* predicted keys a set */
+#define SF_RING_WORDS 16384u   /* a power of two; 20 ms of 5,000 prompts/s of 32 KB that each leave a record twice */
 
 _Static_assert(sizeof(void *) == 8, "sglfast needs a 64-bit machine");
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "sglfast needs a little-endian machine");
@@ -64,6 +73,14 @@ typedef struct { /* exported */
     uint64_t column_stride;
     uint64_t tree_offset;
     uint64_t slots_offset;
+    uint64_t prediction_blocks; /* predicted keys at most, 0 = no predictions */
+    uint64_t prediction_sets;
+    uint64_t prediction_set_bytes;
+    uint64_t predictions_offset;
+    uint64_t rings_offset;
+    uint64_t ring_stride;
+    uint64_t sets_offset;
+    uint64_t unused;
     /* the words below change while the program runs; on a cache line of their own */
     uint64_t state;           /* SF_STATE_* */
     uint64_t workers_version; /* +1 after every change of the worker table */
@@ -71,7 +88,7 @@ typedef struct { /* exported */
     uint64_t drain_deadline_ms; /* wall clock, 0 = not draining */
     uint64_t pad[4];
     uint64_t rate_due_us; /* monotonic; written by all shards by compare-and-swap: see cext/admission.pyx */
-    uint64_t reserved[487];
+    uint64_t reserved[479];
 } sf_header_t;
 
 typedef struct { /* exported */
@@ -111,18 +128,41 @@ typedef struct { /* exported */
     uint64_t reserved[499];
 } sf_tree_t;
 
+typedef struct { /* exported */
+    /* 1 while index sleeps. The one word with several writers: index sets it, the shard that rings takes it back by an atomic
+     * exchange, so that exactly one of them pays for waking it. */
+    uint64_t doorbell;
+    uint64_t pad[7];
+    uint64_t records_total;
+    uint64_t refused_total; /* records of ranks that had another owner by then, and such as no shard writes */
+    uint64_t evicted_total; /* keys that made room for others */
+    uint64_t trimmed_total; /* owners dropped because their rank had too many */
+    uint64_t reserved[500];
+} sf_predictions_t;
+
+typedef struct { /* exported */
+    uint64_t head; /* words ever written; writer: shard */
+    uint64_t dropped_total; /* records that found no room; writer: shard */
+    uint64_t pad[6];
+    uint64_t tail; /* words ever read; writer: index */
+    uint64_t reserved[503];
+} sf_ring_t; /* then SF_RING_WORDS words */
+
 enum { SF_STATE_STARTING = 0, SF_STATE_SERVING = 1, SF_STATE_DRAINING = 2, SF_STATE_STOPPED = 3 };
 enum { SF_WORKER_FREE = 0, SF_WORKER_JOINING = 1, SF_WORKER_READY = 2, SF_WORKER_UNHEALTHY = 3, SF_WORKER_DRAINING = 4 };
 enum { SF_WORKER_FLAG_BIGRAM = 1, SF_WORKER_FLAG_TOKENS = 2 };
 
 _Static_assert(sizeof(sf_header_t) == SF_PAGE, "header");
-_Static_assert(offsetof(sf_header_t, state) == 128, "run-time words start a cache line");
+_Static_assert(offsetof(sf_header_t, state) == 192, "run-time words start a cache line");
 _Static_assert(sizeof(sf_process_t) == 64, "process slot");
 _Static_assert(sizeof(sf_worker_t) == SF_PAGE, "worker");
 _Static_assert(offsetof(sf_worker_t, blob) == 64, "worker blob");
 _Static_assert(sizeof(sf_rank_t) == 256, "rank");
 _Static_assert(sizeof(sf_tree_t) == SF_PAGE, "tree header");
 _Static_assert(offsetof(sf_tree_t, live_blocks) == 64, "tree version has a cache line of its own");
+_Static_assert(sizeof(sf_predictions_t) == SF_PAGE, "predictions");
+_Static_assert(sizeof(sf_ring_t) == SF_PAGE, "ring");
+_Static_assert(offsetof(sf_ring_t, tail) == 64, "head and tail have a cache line each");
 
 /* ---- atomics: the more underscores, the fewer guarantees ---- */
 static inline uint64_t sf_load(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
@@ -168,6 +208,13 @@ static inline uint64_t *sf_column_worker(uint64_t *column, uint64_t worker_idx) 
 static inline sf_tree_t *sf_tree(void *base) { return (sf_tree_t *)((char *)base + sf_header(base)->tree_offset); }
 static inline char *sf_slots(void *base) { return (char *)base + sf_header(base)->slots_offset; }
 
+static inline sf_predictions_t *sf_predictions(void *base) {
+    return (sf_predictions_t *)((char *)base + sf_header(base)->predictions_offset);
+}
+static inline sf_ring_t *sf_ring(void *base, uint64_t shard) {
+    return (sf_ring_t *)((char *)base + sf_header(base)->rings_offset + shard * sf_header(base)->ring_stride);
+}
+
 static inline uint64_t _sf_round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
 /* Bytes of one tree slot: a key and SF_TIERS bitsets; 32 B at 64 ranks (two slots a cache line), whole lines above. */
@@ -176,10 +223,13 @@ static inline uint64_t sf_tree_stride(uint64_t max_ranks) {
     return bytes <= 32 ? 32 : _sf_round_up(bytes, 64);
 }
 
+/* Bytes of one set of predicted keys: SF_WAYS keys, their times, and two owner bitsets each; whole cache lines. */
+static inline uint64_t sf_prediction_set_bytes(uint64_t max_ranks) { return SF_WAYS * (8 + 8 + 2 * (max_ranks / 64) * 8); }
+
 /* Fill `header` for the given sizes; returns the segment's size in bytes. Accepts: sizes 1..SF_*_MAX (no sum below overflows
- * then), max_ranks a multiple of 64. */
+ * then), max_ranks a multiple of 64, prediction_blocks 0..SF_PREDICTIONS_MAX. */
 static inline uint64_t sf_plan(sf_header_t *header, uint64_t max_workers, uint64_t max_ranks, uint64_t max_shards,
-                               uint64_t capacity_blocks) {
+                               uint64_t capacity_blocks, uint64_t prediction_blocks) {
     memset(header, 0, sizeof *header);
     header->magic = SF_MAGIC;
     header->layout_major = SF_LAYOUT_MAJOR;
@@ -198,6 +248,16 @@ static inline uint64_t sf_plan(sf_header_t *header, uint64_t max_workers, uint64
     header->tree_offset = header->columns_offset + (max_shards + 1) * header->column_stride;
     header->slots_offset = header->tree_offset + sizeof(sf_tree_t);
     header->total_bytes = _sf_round_up(header->slots_offset + header->tree_slots * header->tree_stride, SF_PAGE);
+    if (prediction_blocks) {
+        header->prediction_blocks = prediction_blocks;
+        header->prediction_sets = (prediction_blocks + SF_WAYS - 1) / SF_WAYS;
+        header->prediction_set_bytes = sf_prediction_set_bytes(max_ranks);
+        header->predictions_offset = header->total_bytes;
+        header->rings_offset = header->predictions_offset + sizeof(sf_predictions_t);
+        header->ring_stride = sizeof(sf_ring_t) + SF_RING_WORDS * 8;
+        header->sets_offset = header->rings_offset + max_shards * header->ring_stride;
+        header->total_bytes = _sf_round_up(header->sets_offset + header->prediction_sets * header->prediction_set_bytes, SF_PAGE);
+    }
     return header->total_bytes;
 }
 
@@ -211,9 +271,11 @@ static inline int sf_check(const void *base, uint64_t bytes) {
     if (header->layout_major != SF_LAYOUT_MAJOR) return SF_OTHER_LAYOUT;
     /* x - 1 >= MAX refuses 0 too. Readers keep bitsets of SF_RANKS_MAX bits on their stack. */
     if (header->max_ranks - 1 >= SF_RANKS_MAX || header->max_ranks % 64 || header->max_shards - 1 >= SF_SHARDS_MAX ||
-        header->max_workers - 1 >= SF_WORKERS_MAX || header->tree_capacity_blocks - 1 >= SF_CAPACITY_MAX)
+        header->max_workers - 1 >= SF_WORKERS_MAX || header->tree_capacity_blocks - 1 >= SF_CAPACITY_MAX ||
+        header->prediction_blocks > SF_PREDICTIONS_MAX)
         return SF_WRONG_SIZE;
-    sf_plan(&plan, header->max_workers, header->max_ranks, header->max_shards, header->tree_capacity_blocks);
+    sf_plan(&plan, header->max_workers, header->max_ranks, header->max_shards, header->tree_capacity_blocks,
+            header->prediction_blocks);
     plan.layout_minor = header->layout_minor;
     if (memcmp(&plan, header, offsetof(sf_header_t, state)) || header->total_bytes > bytes) return SF_WRONG_SIZE;
     return SF_OK;

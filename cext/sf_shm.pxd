@@ -15,12 +15,15 @@ cdef extern from "sf_shm.h" nogil:
         SF_WORKERS_MAX
         SF_RANKS_MAX
         SF_SHARDS_MAX
+        SF_WAYS
+        SF_RING_WORDS
         SF_OK
         SF_NOT_SGLFAST
         SF_OTHER_LAYOUT
         SF_WRONG_SIZE
 
     const uint64_t SF_CAPACITY_MAX
+    const uint64_t SF_PREDICTIONS_MAX
 
     ctypedef struct sf_header_t:
         uint64_t magic
@@ -40,6 +43,13 @@ cdef extern from "sf_shm.h" nogil:
         uint64_t column_stride
         uint64_t tree_offset
         uint64_t slots_offset
+        uint64_t prediction_blocks
+        uint64_t prediction_sets
+        uint64_t prediction_set_bytes
+        uint64_t predictions_offset
+        uint64_t rings_offset
+        uint64_t ring_stride
+        uint64_t sets_offset
         uint64_t state
         uint64_t workers_version
         uint64_t control_heartbeat_ms
@@ -76,6 +86,18 @@ cdef extern from "sf_shm.h" nogil:
         uint64_t evicted_total
         uint64_t generation
 
+    ctypedef struct sf_predictions_t:
+        uint64_t doorbell
+        uint64_t records_total
+        uint64_t refused_total
+        uint64_t evicted_total
+        uint64_t trimmed_total
+
+    ctypedef struct sf_ring_t:
+        uint64_t head
+        uint64_t dropped_total
+        uint64_t tail
+
     uint64_t sf_load(const uint64_t *word) noexcept
     void sf_store(uint64_t *word, uint64_t value) noexcept
     uint64_t _sf_load(const uint64_t *word) noexcept
@@ -95,6 +117,8 @@ cdef extern from "sf_shm.h" nogil:
     uint64_t *sf_column_worker(uint64_t *column, uint64_t worker_idx) noexcept
     sf_tree_t *sf_tree(void *base) noexcept
     char *sf_slots(void *base) noexcept
+    sf_predictions_t *sf_predictions(void *base) noexcept
+    sf_ring_t *sf_ring(void *base, uint64_t shard) noexcept
     uint64_t sf_plan(sf_header_t *header, uint64_t max_workers, uint64_t max_ranks, uint64_t max_shards,
-                     uint64_t capacity_blocks) noexcept
+                     uint64_t capacity_blocks, uint64_t prediction_blocks) noexcept
     int sf_check(const void *base, uint64_t nbytes) noexcept

@@ -124,12 +124,16 @@ _encode_record = msgspec.msgpack.Encoder().encode
 _decode_record = msgspec.msgpack.Decoder(WorkerRecord).decode
 
 
-def create(*, max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int) -> tuple[int, Segment]:
+def create(*, max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int, prediction_blocks: int = 0) -> tuple[int, Segment]:
     """Make a sealed memfd with an empty segment; returns its file descriptor (inheritable by intent only) and the segment.
 
     Memory is taken from the kernel as it is touched: an empty index of a million blocks costs next to nothing.
     """
-    size_bytes = segment_bytes(max_workers=max_workers, max_ranks=max_ranks, max_shards=max_shards, capacity_blocks=capacity_blocks)
+    sizes = {
+        "max_workers": max_workers, "max_ranks": max_ranks, "max_shards": max_shards, "capacity_blocks": capacity_blocks,
+        "prediction_blocks": prediction_blocks,
+    }  # fmt: skip
+    size_bytes = segment_bytes(**sizes)
     fd = os.memfd_create("sglfast", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, size_bytes)
@@ -139,14 +143,7 @@ def create(*, max_workers: int, max_ranks: int, max_shards: int, capacity_blocks
     except OSError:
         os.close(fd)
         raise
-    segment = Segment.format(
-        mapping,
-        max_workers=max_workers,
-        max_ranks=max_ranks,
-        max_shards=max_shards,
-        capacity_blocks=capacity_blocks,
-    )
-    return fd, segment
+    return fd, Segment.format(mapping, **sizes)
 
 
 def attach(fd: int) -> Segment:

@@ -56,11 +56,14 @@ def wait_until(is_true: Callable[[], T], what: str | Callable[[], str], within_s
 class Memory:
     """The shared memory of a program, with these workers in its table; worker i has rank i."""
 
-    def __init__(self, urls: Sequence[str], *, models: Sequence[str | None] = (), shards: int = 1, block_size: int = 0) -> None:
+    def __init__(
+        self, urls: Sequence[str], *, models: Sequence[str | None] = (), shards: int = 1, block_size: int = 0, prediction_blocks: int = 0
+    ) -> None:
         self.urls = list(urls)
         self.models = list(models) or ["demo"] * len(urls)
         self.block_size = block_size
-        self.fd, self.segment = shm.create(max_workers=64, max_ranks=64, max_shards=shards, capacity_blocks=1 << 12)
+        sizes = {"max_workers": 64, "max_ranks": 64, "capacity_blocks": 1 << 12}
+        self.fd, self.segment = shm.create(max_shards=shards, prediction_blocks=prediction_blocks, **sizes)
         self.table = WorkerTable(self.segment)
         self.totals = Totals(self.segment)
         for worker_idx in range(len(urls)):
@@ -266,10 +269,10 @@ class StubTransport(asyncio.Transport):
         return out
 
 
-def shard_in_loop(memory: Memory, keyer: Any = None, **settings: Any) -> Shard:
+def shard_in_loop(memory: Memory, keyer: Any = None, shard: int = 0, **settings: Any) -> Shard:
     """A Shard of the running loop; nothing ticks unless the test calls `tick`."""
     config = check(ServeConfig(worker_urls=tuple(memory.urls), shards=1, **{"policy": "round_robin", "request_log": "off", **settings}))
-    boot = Boot(config, memory.segment, None, 0, None, "")  # type: ignore[arg-type]
+    boot = Boot(config, memory.segment, None, shard, None, "")  # type: ignore[arg-type]
     return Shard(boot, asyncio.get_running_loop(), keyer, logging.getLogger("test"))
 
 

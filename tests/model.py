@@ -5,6 +5,7 @@ The compiled modules are compared with these by property tests; nothing at run t
 
 import hashlib
 import itertools
+from typing import Any
 
 import xxhash
 
@@ -173,3 +174,96 @@ class HashTreeModel:
 
     def owned_blocks(self, rank: int) -> int:
         return sum(self._owns(rank, key) for key in self.owners)
+
+
+# ---- sglfast._predicted ----
+
+PROMPT_FIELDS = ("input_ids", "messages", "prompt", "input", "text")  # the first that a body has is its prompt
+CONTEXT_FIELDS = (
+    "model", "tools", "cache_salt", "lora_path", "extra_key", "chat_template_kwargs", "instructions", "reasoning_effort",
+)  # fmt: skip
+
+
+def text_cuts(prompt_bytes: int, keys_max: int = 192) -> list[int]:
+    """Where the pieces of a prompt end: steps of 128 bytes, from 2 KiB on a sixteenth of the last power of two."""
+    cuts: list[int] = []
+    at = 0
+    while len(cuts) < keys_max:
+        at += max(128, 1 << at.bit_length() - 1 >> 4 if at else 0)
+        if at > prompt_bytes:
+            break
+        cuts.append(at)
+    return cuts
+
+
+def text_keys(members: dict[str, bytes]) -> tuple[list[int], int]:
+    """Keys of a body's prompt and its bytes; members: the raw JSON value of each name."""
+    prompt = next((members[name] for name in PROMPT_FIELDS if members.get(name, b"")[:1] in {b'"', b"[", b"{"}), b"")
+    context = [(i, members[name]) for i, name in enumerate(CONTEXT_FIELDS) if members.get(name, b"null") != b"null"]
+    key = sum(xxhash.xxh3_64_intdigest(value) * (2 * i + 3) for i, value in context)
+    keys: list[int] = []
+    at = 0
+    for cut in text_cuts(len(prompt)):
+        piece = xxhash.xxh3_64_intdigest(prompt[at:cut])
+        key = xxhash.xxh3_64_intdigest((key % 2**64).to_bytes(8, "little") + piece.to_bytes(8, "little"))
+        keys.append(key or 1)
+        at = cut
+    return keys, len(prompt)
+
+
+class PredictedModel:
+    """A table of predictions: sets of eight ways, each [key, touched_ms, ranks in flight, ranks that keep it], in their places."""
+
+    def __init__(self, n_sets: int) -> None:
+        self.sets: list[list[list[Any] | None]] = [[None] * 8 for _ in range(n_sets)]
+        self.evicted = 0
+
+    def _set(self, key: int) -> list[list[Any] | None]:
+        return self.sets[key * len(self.sets) >> 64]
+
+    def find(self, key: int) -> list[Any] | None:
+        return next((way for way in self._set(key) if way is not None and way[0] == key), None)
+
+    def add(self, key: int, rank: int, kind: int, now_ms: int) -> None:
+        """kind: 2 = in flight, 3 = kept."""
+        way = self.find(key)
+        if way is None:
+            places = self._set(key)
+            free = [place for place, held in enumerate(places) if held is None]
+            oldest = min(range(8), key=lambda place: (places[place] or [0, 0])[1])
+            self.evicted += not free
+            way = places[free[0] if free else oldest] = [key, now_ms, set(), set()]
+        way[1] = now_ms
+        way[kind].add(rank)
+
+    def drop(self, key: int, rank: int, kind: int) -> None:
+        way = self.find(key)
+        if way is not None:
+            way[kind].discard(rank)
+            if not way[2] and not way[3]:
+                places = self._set(key)
+                places[places.index(way)] = None
+
+    def settle(self, key: int, rank: int) -> None:
+        way = self.find(key)
+        if way is not None:
+            way[3].add(rank)
+            self.drop(key, rank, 2)
+
+    def clear(self, ranks: range) -> None:
+        for key in [way[0] for places in self.sets for way in places if way is not None]:
+            for rank in ranks:
+                self.drop(key, rank, 2)
+                self.drop(key, rank, 3)
+
+    def owners(self, key: int, now_ms: int, flight_ms: int, kept_ms: float) -> tuple[set[int], set[int]]:
+        """(ranks that were routed the key, those in flight)."""
+        way = self.find(key)
+        if way is None:
+            return set(), set()
+        age_ms = max(0, now_ms - way[1])
+        flying = set(way[2]) if age_ms <= flight_ms else set()
+        return flying | (set(way[3]) if age_ms <= kept_ms else set()), flying
+
+    def kept_blocks(self, rank: int) -> int:
+        return sum(way is not None and rank in way[3] for places in self.sets for way in places)

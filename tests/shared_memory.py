@@ -23,16 +23,24 @@ from sglfast.boot import die_with_parent
 HEADER = {
     "magic": 0, "layout_major": 8, "layout_minor": 12, "total_bytes": 16, "max_workers": 24, "max_ranks": 32, "max_shards": 40,
     "tree_slots": 48, "tree_stride": 56, "tree_capacity_blocks": 64, "process_offset": 72, "workers_offset": 80,
-    "ranks_offset": 88, "columns_offset": 96, "column_stride": 104, "tree_offset": 112, "slots_offset": 120, "state": 128,
+    "ranks_offset": 88, "columns_offset": 96, "column_stride": 104, "tree_offset": 112, "slots_offset": 120,
+    "prediction_blocks": 128, "prediction_sets": 136, "prediction_set_bytes": 144, "predictions_offset": 152, "rings_offset": 160,
+    "ring_stride": 168, "sets_offset": 176, "state": 192,
 }  # fmt: skip
 
 
 @contextlib.contextmanager
 def shared_segment(
-    *, max_workers: int = 4, max_ranks: int = 64, max_shards: int = 2, capacity_blocks: int = 1000
+    *, max_workers: int = 4, max_ranks: int = 64, max_shards: int = 2, capacity_blocks: int = 1000, prediction_blocks: int = 0
 ) -> Iterator[tuple[int, Segment]]:
     """A new segment and its file descriptor, which is closed at the end."""
-    fd, segment = shm.create(max_workers=max_workers, max_ranks=max_ranks, max_shards=max_shards, capacity_blocks=capacity_blocks)
+    fd, segment = shm.create(
+        max_workers=max_workers,
+        max_ranks=max_ranks,
+        max_shards=max_shards,
+        capacity_blocks=capacity_blocks,
+        prediction_blocks=prediction_blocks,
+    )
     try:
         yield fd, segment
     finally:

@@ -14,6 +14,7 @@ from shared_memory import shared_segment
 from sglfast import _counters as words
 from sglfast._counters import Column, RankTable, Totals
 from sglfast._hashtree import TreeWriter
+from sglfast._predicted import KEEP, Predictions, PredictionWriter
 from sglfast._segment import SERVING, Segment
 from sglfast._workers import READY, WorkerTable
 from sglfast.control.introspect import Findings
@@ -209,3 +210,23 @@ def test_scrapes_take_a_tenth_of_controls_time_at_most(segment: Segment, workers
     assert metrics.render() is first
     assert metrics.render() is first
     assert Scrape(metrics.render()).get("connections_accepted_total") == 1
+
+
+def test_predictions() -> None:
+    """What shards told, what became of it, and what they could not tell."""
+    with shared_segment(prediction_blocks=8) as (_, segment):
+        shard, writer = Predictions(segment, 0), PredictionWriter(segment)
+        writer.own(0, 1)
+        keys = b"".join(number.to_bytes(8, "little") for number in range(1, 21))
+        shard.put(KEEP, 0, 1, keys)
+        shard.put(KEEP, 0, 2, keys)
+        writer.drain()
+        writer.trim(3)
+        while shard.put(KEEP, 0, 1, keys):
+            pass
+        Column(segment, 1).add(words.S_PREDICTED, 4)
+        found = scrape(segment, Workers(WorkerTable(segment), 64, remembering_log()[0]))
+        results = [found.get("predictions_total", result=result) for result in ("applied", "refused", "dropped")]
+        assert results == [1, 1, 1]
+        assert [found.get("prediction_forgotten_blocks_total", reason=reason) for reason in ("evicted", "trimmed")] == [12, 5]
+        assert found.get("predicted_choices_total") == 4

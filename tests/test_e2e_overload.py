@@ -10,7 +10,7 @@ from e2e import Prompts, get, metric, send_all, small_stack
 
 from sglfast.load.stack import Stack
 
-PLACES, QUEUE = 8, 4
+PLACES, QUEUE, WORKERS = 8, 4, 4
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,12 @@ def test_the_limit_holds_over_both_shards_and_the_rest_is_shed(stack: Stack) -> 
     assert statuses == {200: 20}
     statuses, most = goodput(stack, prompts, PLACES, range(100, 180))
     assert statuses == {200: 80}, "nobody is refused who finds a place"
-    assert 2 <= most <= PLACES
+    # The workers are asked one after the other: a request may end at one and the next begin at another in between.
+    assert 2 <= most <= PLACES + WORKERS
     statuses, most = goodput(stack, prompts, 80, range(1000, 1600))
     assert set(statuses) == {200, 429}
     assert statuses[200] >= PLACES + QUEUE
-    assert most <= PLACES
+    assert most <= PLACES + WORKERS
     assert metric(stack, "sglfast_queued_requests_total") > 0
     assert metric(stack, "sglfast_admitted_requests") == metric(stack, "sglfast_waiting_requests") == 0
     statuses, _ = goodput(stack, prompts, 2, range(2000, 2010))

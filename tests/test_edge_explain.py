@@ -71,7 +71,7 @@ def test_candidates_and_choice_under_cache_aware() -> None:
         assert found["choice"] == {"worker": ENGINES[1], "rank": 0, "decision": "cache_hit"}
         rows = {row["worker"]: row for row in found["candidates"]}
         assert [rows[url]["overlap_blocks"] for url in ENGINES] == [10, 15, 0, 0]
-        assert rows[ENGINES[1]]["overlap_blocks_by_tier"] == {"device": 5, "host": 15, "disk": 0}
+        assert rows[ENGINES[1]]["overlap_blocks_by_tier"] == {"device": 5, "host": 15, "disk": 0, "predicted": 0}
         assert [rows[url]["score"] for url in ENGINES] == [1300 - 640, 1300 - 960, 1400, None]
         assert [rows[url]["eligible"] for url in ENGINES] == [True, True, True, False]
         assert rows[ENGINES[2]]["load"] == {"requests": 1, "tokens": 100}

@@ -31,6 +31,7 @@ def test_endpoints_are_those_of_the_prompt_reader() -> None:
     kinds = {path: RequestKind(endpoint.kind).name for path, endpoint in ENDPOINTS.items()}
     assert kinds == {
         b"/v1/chat/completions": "CHAT", b"/v1/completions": "COMPLETIONS", b"/generate": "GENERATE", b"/v1/embeddings": "EMBEDDINGS",
+        b"/v1/responses": "RESPONSES", b"/v1/classify": "EMBEDDINGS", b"/v1/rerank": "OTHER", b"/rerank": "OTHER",
     }  # fmt: skip
 
 

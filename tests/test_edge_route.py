@@ -14,6 +14,7 @@ from sglfast._counters import RANK_EXACT, Column, RankTable
 from sglfast._hashtree import TreeWriter
 from sglfast.config import ServeConfig
 from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, FAILOVER, LEAST_LOAD, ROUND_ROBIN, UNKEYED
+from sglfast.edge.policy.approximate import ApproximateCacheAware
 from sglfast.edge.policy.cache_aware import CacheAware
 from sglfast.edge.policy.least_load import LeastLoad
 from sglfast.edge.policy.power_of_two import PowerOfTwo
@@ -194,13 +195,24 @@ def test_nothing_is_rebuilt_while_the_table_stands_still() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("round_robin", RoundRobin), ("random", Random), ("power_of_two", PowerOfTwo), ("least_load", LeastLoad), ("cache_aware", CacheAware)],
+    [("round_robin", RoundRobin), ("random", Random), ("power_of_two", PowerOfTwo), ("least_load", LeastLoad)],
 )
 def test_policy_of_a_flag(name: str, kind: type) -> None:
     memory = Memory(ENGINES[:1])
     made = make_policy(name, ServeConfig(), c.Loads(memory.segment), has_events=False)
     assert type(made) is kind
     assert made.name == name
+
+
+@pytest.mark.parametrize("prediction_blocks", [0, 1000])
+@pytest.mark.parametrize("has_events", [False, True])
+@pytest.mark.parametrize("tokenizer_path", [None, "x"])
+def test_policy_of_cache_aware(tokenizer_path: str | None, has_events: bool, prediction_blocks: int) -> None:
+    config = ServeConfig(tokenizer_path=tokenizer_path, prediction_blocks=prediction_blocks)
+    made = make_policy("cache_aware", config, c.Loads(Memory(ENGINES[:1]).segment), has_events=has_events)
+    is_exact = (tokenizer_path is not None and has_events) or not prediction_blocks
+    assert type(made) is (CacheAware if is_exact else ApproximateCacheAware)
+    assert made.name == "cache_aware"
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,9 @@ class ShardProcess:
             view = WorkerView(worker_idx, 0, _workers.READY, worker_idx, 1, block_size, False, record)
             put_worker(WorkerTable(segment), view, is_new=True)
         segment.state = _segment.SERVING
-        config = check(ServeConfig(worker_urls=(url,), shards=1, **({"tokenizer_path": DEMO_TOKENIZER_PATH} | settings)))
+        config = check(
+            ServeConfig(worker_urls=(url,), shards=1, **({"tokenizer_path": DEMO_TOKENIZER_PATH, "request_log": "off"} | settings))
+        )
         listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = listener.getsockname()[1]
         self.control, control = socket.socketpair()

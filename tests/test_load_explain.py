@@ -12,7 +12,7 @@ from sglfast.load.explain import main, show
 
 
 def row(worker: str, **fields: Any) -> dict[str, Any]:
-    tiers = {"device": 10, "host": 2, "disk": 0}
+    tiers = {"device": 10, "host": 2, "disk": 0, "predicted": 12}
     base = {"worker": worker, "rank": 0, "overlap_blocks": 10, "overlap_blocks_by_tier": tiers, "load": {"requests": 3, "tokens": 70}}
     return base | {"score": 360.0, "eligible": True, "why": "has the least work before the first token (score)"} | fields
 
@@ -23,6 +23,7 @@ EXPLANATION = {
     "block_size": 64,
     "prompt_tokens": 1000,
     "prompt_blocks": 15,
+    "is_approximate": False,
     "unkeyed_because": None,
     "candidates": [
         row("http://10.0.0.1:30000", why="was not better than the choice"),
@@ -38,7 +39,7 @@ def test_the_choice_comes_first_and_says_why(capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if "10.0.0." in line]
     assert rows[0].strip().startswith("* http://10.0.0.2:30000")
-    assert "10/2/0" in rows[0]
+    assert "10/2/0/12" in rows[0]
     assert "360" in rows[0]
     assert "http://10.0.0.2:30000 has the least work before the first token (score)" in lines
     assert "http://10.0.0.3:30000 fails its health checks" in lines
@@ -89,3 +90,8 @@ def test_errors_are_told_in_one_line(answer: bytes, said: str, capsys: pytest.Ca
     with serving(lambda seen: [answer]) as server:
         assert main(["{}", "--url", server.url]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_an_approximate_explanation_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    show(EXPLANATION | {"is_approximate": True, "block_size": None}, Console(width=120))
+    assert "about 1000 tokens; compared with what workers were sent before" in capsys.readouterr().out

@@ -20,14 +20,14 @@ from sglfast._workers import WorkerTable
 from sglfast.errors import ShmLayoutError
 
 SIZES = {"max_workers": 4, "max_ranks": 64, "max_shards": 2, "capacity_blocks": 1000}
-LIMITS = {"max_workers": 65536, "max_ranks": 1024, "max_shards": 1024, "capacity_blocks": 1 << 32}
+LIMITS = {"max_workers": 65536, "max_ranks": 1024, "max_shards": 1024, "capacity_blocks": 1 << 32, "prediction_blocks": 1 << 28}
 
 
 def round_up(value: int, unit: int = 4096) -> int:
     return -(-value // unit) * unit
 
 
-def plan(max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int) -> dict[str, int]:
+def plan(max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int, prediction_blocks: int = 0) -> dict[str, int]:
     """The header of a segment of these sizes: the drawing at the top of cext/sf_shm.h as arithmetic."""
     header = dict.fromkeys(HEADER, 0)
     del header["state"], header["layout_minor"]
@@ -50,6 +50,15 @@ def plan(max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int
     header["tree_offset"] = header["columns_offset"] + (max_shards + 1) * header["column_stride"]
     header["slots_offset"] = header["tree_offset"] + 4096
     header["total_bytes"] = round_up(header["slots_offset"] + header["tree_slots"] * header["tree_stride"])
+    if prediction_blocks:
+        header["prediction_blocks"] = prediction_blocks
+        header["prediction_sets"] = -(-prediction_blocks // 8)
+        header["prediction_set_bytes"] = 8 * (8 + 8 + 2 * max_ranks // 8)
+        header["predictions_offset"] = header["total_bytes"]
+        header["rings_offset"] = header["total_bytes"] + 4096
+        header["ring_stride"] = 4096 + 16384 * 8
+        header["sets_offset"] = header["rings_offset"] + max_shards * header["ring_stride"]
+        header["total_bytes"] = round_up(header["sets_offset"] + header["prediction_sets"] * header["prediction_set_bytes"])
     return header
 
 
@@ -78,6 +87,7 @@ sizes = st.fixed_dictionaries(
         "max_ranks": st.integers(1, 16).map(lambda words: words * 64),
         "max_shards": st.integers(1, 1024),
         "capacity_blocks": st.integers(1, 1 << 32),
+        "prediction_blocks": st.integers(0, 1 << 28),
     }
 )
 
@@ -88,7 +98,14 @@ def test_size_is_the_drawing_s(wanted: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wanted", [SIZES, {**SIZES, "max_ranks": 128}, {"max_workers": 300, "max_ranks": 1024, "max_shards": 9, "capacity_blocks": 1}]
+    "wanted",
+    [
+        SIZES,
+        {**SIZES, "max_ranks": 128},
+        {"max_workers": 300, "max_ranks": 1024, "max_shards": 9, "capacity_blocks": 1},
+        {**SIZES, "prediction_blocks": 1},
+        {**SIZES, "max_ranks": 1024, "prediction_blocks": 4001},
+    ],
 )
 def test_header_in_memory_is_the_drawing_s(wanted: dict[str, int]) -> None:
     with shared_segment(**wanted) as (fd, segment):
@@ -96,7 +113,7 @@ def test_header_in_memory_is_the_drawing_s(wanted: dict[str, int]) -> None:
         assert words.memory[:8] == b"SGLFAST1"
         expected = plan(**wanted)
         assert {name: words.header(name) for name in expected} == expected
-        assert not any(words.memory[128:]), "all beyond the header's constants begins as zero"
+        assert not any(words.memory[192:]), "all beyond the header's constants begins as zero"
         assert (segment.max_workers, segment.max_ranks, segment.max_shards) == (
             wanted["max_workers"],
             wanted["max_ranks"],
@@ -109,7 +126,7 @@ def test_header_in_memory_is_the_drawing_s(wanted: dict[str, int]) -> None:
 @pytest.mark.parametrize("name", list(LIMITS))
 def test_sizes_have_limits(name: str) -> None:
     assert segment_bytes(**{**SIZES, name: LIMITS[name]}) > 0
-    for wrong in (0, -1, LIMITS[name] + 1, *([65, 1088] if name == "max_ranks" else [])):
+    for wrong in (*([] if name == "prediction_blocks" else [0]), -1, LIMITS[name] + 1, *([65, 1088] if name == "max_ranks" else [])):
         with pytest.raises(ValueError, match=rf"^{name} must be .*, not {wrong}$"):
             segment_bytes(**{**SIZES, name: wrong})
         with pytest.raises(ValueError, match=rf"^{name} must be .*, not {wrong}$"):
@@ -157,7 +174,7 @@ def test_attach_refuses_another_layout_version(major: int) -> None:
 def test_attach_takes_another_minor_version_and_run_time_state() -> None:
     memory = formatted()
     memory[12:16] = (7).to_bytes(4, "little")
-    memory[128:192] = os.urandom(64)
+    memory[192:256] = os.urandom(64)
     assert Segment(memory).max_workers == 4
 
 
@@ -192,6 +209,7 @@ def test_attach_refuses_a_header_that_contradicts_itself(byte: int) -> None:
         {"max_shards": (1 << 64) - 1},
         {"capacity_blocks": 0},
         {"capacity_blocks": 1 << 62},
+        {"prediction_blocks": 1 << 29},
     ],
 )
 def test_attach_refuses_sizes_beyond_the_limits_even_if_they_agree(wrong: dict[str, int]) -> None:

@@ -1,5 +1,6 @@
 """sim/introspect.py: the router's own parsers read what the worker tells, and the secrets are where an engine's are."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,9 +24,9 @@ def engines() -> list[Engine]:
     return [Engine(SETTINGS, output, lambda events: None, EngineTotals()) for _ in range(2)]
 
 
-def server_info(engines: list[Engine], replay_port: int | None) -> dict[str, Any]:
+def server_info(engines: list[Engine], replay_port: int | None, settings: SimSettings = SETTINGS) -> dict[str, Any]:
     publisher: Any = SimpleNamespace(live_port=5557, replay_port=replay_port)
-    return introspect.server_info(SETTINGS, 30000, 12.5, engines, publisher)
+    return introspect.server_info(settings, 30000, 12.5, engines, publisher)
 
 
 @pytest.mark.parametrize("replay_port", [None, 5600])
@@ -34,6 +35,13 @@ def test_server_info_is_read_by_the_router(engines: list[Engine], replay_port: i
     assert facts.kv == KvEndpoint("zmq", "10.1.2.3", 5557, "", 32, 2, replay_port)
     assert (facts.model, facts.version, facts.startup_time) == ("m/x", introspect.SGLANG_VERSION, 12.5)
     assert (facts.dp_size, facts.page_size, facts.bigram, facts.disaggregation_mode) == (2, 32, False, "null")
+
+
+def test_a_worker_that_tells_of_no_events(engines: list[Engine]) -> None:
+    info = server_info(engines, None, dataclasses.replace(SETTINGS, kv_events=False))
+    assert (info["kv_events_config"], info["kv_events"]) == (None, None)
+    facts = parse_server_info(orjson.dumps(info), URL)
+    assert (facts.kv, facts.model) == (None, "m/x")
 
 
 def test_secrets_are_there_and_can_be_searched_for(engines: list[Engine]) -> None:

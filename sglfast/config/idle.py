@@ -37,13 +37,14 @@ def check_needs(config: ServeConfig, origins: Mapping[str, str]) -> None:
 
 def notes_on(config: ServeConfig, origins: Mapping[str, str]) -> Iterator[str]:
     """A sentence for each setting that was given and does nothing, and for a policy that cannot do what its name says."""
-    if config.policy == "cache_aware" and config.tokenizer_path is None:
-        yield f"--policy cache_aware chooses by load: {_NO_TOKENIZER}"
+    if config.policy == "cache_aware" and config.tokenizer_path is None and not config.prediction_blocks:
+        yield f"--policy cache_aware chooses by load: {_NO_TOKENIZER}, and --prediction-blocks 0 leaves nothing else"
     is_by_cache = config.policy in ("auto", "cache_aware")
     other_model = config.model_path is not None and config.tokenizer_path != config.model_path
     idle: tuple[tuple[bool, tuple[str, ...], str], ...] = (
         (not is_by_cache, _CACHE, f"--policy {config.policy} does not look at caches"),
-        (is_by_cache and config.tokenizer_path is None, (*_CACHE, "prompt_cache_bytes"), _NO_TOKENIZER),
+        (config.policy == "auto" and config.tokenizer_path is None, _CACHE, _NO_TOKENIZER),
+        (is_by_cache and config.tokenizer_path is None, ("prompt_cache_bytes",), _NO_TOKENIZER),
         (other_model, ("model_path",), "--tokenizer-path says where the tokenizer is"),
         (config.max_concurrent_requests < 1, ("queue_size", "queue_timeout_secs"), "without --max-concurrent-requests nobody waits"),
         (config.disable_retries, _BACKOFF, "--disable-retries is given"),

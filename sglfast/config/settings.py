@@ -80,7 +80,7 @@ class ServeConfig:
         "auto", "how a worker is chosen; auto = cache_aware as soon as a worker publishes KV events, else least_load",
         "routing", choices=POLICIES, same_as={"cache_aware_zmq": "cache_aware"}, section="models.policy", live=True)
     tokenizer_path: str | None = _setting(
-        None, "folder with tokenizer.json and tokenizer_config.json of the model (cache_aware needs it)", "routing",
+        None, "folder with tokenizer.json and tokenizer_config.json of the model; without it cache_aware goes by what was sent", "routing",
         metavar="PATH", section="models.tokenizer_path")
     model_path: str | None = _setting(
         None, "the model's folder; its tokenizer is used when --tokenizer-path is not given", "routing", metavar="PATH")
@@ -93,7 +93,7 @@ class ServeConfig:
         32 << 20, "memory of each shard for tokenized pieces of prompts, so that a conversation pays for its newest message only; 0 = none",
         "routing", low=0, also=("tokenizer_cache_l1_max_memory",))
     cache_threshold: float = _setting(
-        0.5, "share of the prompt's blocks that a worker must hold for its cache to decide alone", "routing",
+        0.5, "share of the prompt that a worker must hold (or, without KV events, was sent) for its cache to decide alone", "routing",
         low=0.0, high=1.0, section="models.cache_aware.cache_threshold", live=True)
     balance_abs_threshold: int = _setting(
         32, "cache is ignored when in-flight requests of workers differ by more than this ...", "routing",
@@ -105,11 +105,17 @@ class ServeConfig:
         None, "where to listen for the KV events of workers that connect out, such as tcp://0.0.0.0:5557; rank r arrives at its port + r, "
         "workers are told apart by their topics", "routing", metavar="ADDRESS")
     kv_endpoint: tuple[str, ...] = _setting(
-        (), "where workers publish KV events that do not tell it themselves, such as vLLM's: [URL=]tcp://HOST:PORT[,replay=PORT][,topic=TEXT]"
-        "[,block_size=N][,dp_size=N]; without a URL for all such workers, HOST * is the worker's own", "routing", metavar="ENDPOINT",
+        (), "where workers publish KV events that do not tell it themselves, such as vLLM's: [URL=]tcp://HOST:PORT[,replay=PORT]"
+        "[,topic=TEXT][,block_size=N][,dp_size=N]; without a URL for all such workers, HOST * is the worker's own", "routing", metavar="ENDPOINT",
         split=r"\s+")
     kv_index_blocks: int = _setting(
         2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", "routing", low=1024, high=1 << 32)
+    prediction_blocks: int = _setting(
+        1 << 18, "beginnings of prompts that are remembered as sent to a worker (32 bytes each at 64 ranks): until its KV events tell "
+        "more, or instead of them where it publishes none; 0 = none", "routing", low=0, high=1 << 28)
+    prediction_worker_blocks: int = _setting(
+        1 << 16, "... of which a rank that publishes no KV events has so many at most, about what its cache can hold (one stands for "
+        "128 bytes of text or more)", "routing", low=1)
     max_ranks: int = _setting(
         0, "ranks (workers x data-parallel size) in the KV index: multiple of 64 up to 1024; 0 = by the workers", "routing",
         low=0, high=1024)

@@ -287,6 +287,7 @@ def _create_segment(config: ServeConfig) -> tuple[Segment, int]:
             max_ranks=config.max_ranks,
             max_shards=config.shards,
             capacity_blocks=config.kv_index_blocks,
+            prediction_blocks=config.prediction_blocks,
         )
     except OSError as error:
         raise ConfigError(f"--kv-index-blocks {config.kv_index_blocks}: no shared memory of that size ({error.strerror})") from None

@@ -21,6 +21,8 @@ from sglfast import __version__, _workers
 from sglfast import _counters as words
 from sglfast._counters import RankTable, Totals
 from sglfast._hashtree import TreeReader
+from sglfast._predicted import dropped_total
+from sglfast._predicted import totals as prediction_totals
 from sglfast._segment import Segment
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.errors import REASONS
@@ -45,6 +47,7 @@ _SHARD_COUNTERS = {
     words.S_UNUSUAL_HEADS: ("unusual_heads", "Request heads that were left to the slow, full HTTP parser."),
     words.S_QUEUED: ("queued_requests", "Requests that had to wait for their turn."),
     words.S_PROMPT_TOKENS: ("prompt_tokens", "Prompt tokens counted by the router."),
+    words.S_PREDICTED: ("predicted_choices", "Choices of a worker that was sent more of the prompt than its KV events say."),
 }
 _SHARD_GAUGES = {
     words.S_CONNECTIONS: ("connections", "Open client connections."),
@@ -227,6 +230,12 @@ class RouterCollector(Collector):
         yield _gauge("kv_blocks", "Blocks in the KV index, each counted once however many ranks hold it.", [({}, stats["live_blocks"])])
         yield _gauge("kv_capacity_blocks", "Blocks that the KV index holds at most.", [({}, stats["capacity_blocks"])])
         yield _counter("kv_index_evicted_blocks", "Blocks dropped because the KV index was full.", [({}, stats["evicted_total"])])
+        predicted = prediction_totals(self._segment)
+        results = {"applied": predicted["records"], "refused": predicted["refused"], "dropped": dropped_total(self._segment)}
+        rows = [({"result": result}, count) for result, count in results.items()]
+        yield _counter("predictions", "What shards told the index of prompts that they sent (dropped: the ring was full).", rows)
+        rows = [({"reason": reason}, predicted[reason]) for reason in ("evicted", "trimmed")]
+        yield _counter("prediction_forgotten_blocks", "Beginnings of prompts forgotten: for others, or beyond a worker's share.", rows)
         yield _counter("kv_index_starts", "Times that the KV index began from an empty tree.", [({}, stats["generation"])])
 
     def _of_processes(self) -> Iterable[Metric]:

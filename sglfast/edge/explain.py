@@ -2,7 +2,8 @@
 
 Runs in: shards, event loop (the prompt's tokens in the tokenizer's thread, as for a request). Contract: the answer is made by the same
     look-up and the same policy as a request's, on a copy of the policy, so that even a turn of round_robin is not used up. Candidates
-    are all workers of the model; those that are not ready say so. Scores are what the policy minimises, null where it compares nothing.
+    are all workers of the model; those that are not ready say so. Scores are what the policy minimises, null where it compares nothing;
+    they, and the choice, count predictions (edge/predict) as overlap, `overlap_blocks` does not where there are events.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ _NOT_READY = {
     _workers.UNHEALTHY: "fails its health checks",
     _workers.DRAINING: "is draining: it finishes its requests and takes no new ones",
 }
+_APPROXIMATE_WHY = {
+    CACHE_HIT: "was sent the longest part of the prompt, more than --cache-threshold of it",
+    CACHE_MISS: "is least loaded, and no worker was sent more than --cache-threshold of the prompt",
+}
 _WHY = {
     CACHE_HIT: "holds the longest part of the prompt, more than --cache-threshold of its blocks",
     CACHE_MISS: "has the least work before the first token (score)",
@@ -42,19 +47,25 @@ def explain(shard: Shard, endpoint: Endpoint, body: bytes, then: Callable[[dict[
         then(pool)
     elif shard.router.keyer is None or not pool.variants:
         why = "no tokenizer is loaded" if shard.router.keyer is None else "no worker publishes KV events"
-        then(_explanation(shard, pool, Facts(0, {}, why)))
+        then(_explanation(shard, pool, Facts(0, {}, why), body))
     else:
         # A reader wants the whole prompt counted, although the choice would not need it.
-        shard.router.keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(_explanation(shard, pool, facts)), is_whole=True)
+        keyer = shard.router.keyer
+        keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(_explanation(shard, pool, facts, body)), is_whole=True)
 
 
-def _explanation(shard: Shard, pool: Pool, facts: Facts) -> dict[str, Any]:
-    prompt = shard.router.look_up(pool, facts)
+def _explanation(shard: Shard, pool: Pool, facts: Facts, body: bytes) -> dict[str, Any]:
+    prompt, found = shard.router.compare(pool, facts, body)
     position, decision = copy.copy(pool.policy).choose(pool.view, shard.loads, prompt)
     by_tier = {name: _overlaps(shard, pool, facts, tier) for name, tier in TIERS.items()}
+    by_tier["predicted"] = {
+        place: int(share * prompt.prompt_tokens) // pool.block_tokens(place) for place, (_, share) in found.shares.items()
+    }
     hits = {hit.position: hit for hit in prompt.hits}
     candidates = [_candidate(shard, pool, prompt, place, hits.get(place), by_tier) for place in range(len(pool.workers))]
-    candidates[position]["why"] = _WHY.get(decision, f"is the choice of {DECISIONS[decision]}")
+    candidates[position]["why"] = (_APPROXIMATE_WHY if pool.is_approximate else _WHY).get(decision) or _WHY.get(
+        decision, f"is the choice of {DECISIONS[decision]}"
+    )
     others = [
         _unready(shard, view) for view in read_workers(shard.table) if view.state != _workers.READY and view.record.model == pool.model
     ]
@@ -66,7 +77,8 @@ def _explanation(shard: Shard, pool: Pool, facts: Facts) -> dict[str, Any]:
         "block_size": sizes[0] if len(sizes) == 1 else sizes or None,
         "prompt_tokens": prompt.prompt_tokens,
         "prompt_blocks": prompt.prompt_blocks,
-        "unkeyed_because": facts.why_unkeyed or None,
+        "is_approximate": pool.is_approximate,
+        "unkeyed_because": None if prompt.is_keyed else facts.why_unkeyed or None,
         "candidates": candidates + others,
         "choice": {"worker": chosen["worker"], "rank": chosen["rank"], "decision": DECISIONS[decision]},
     }
@@ -89,7 +101,8 @@ def _candidate(
 ) -> dict[str, Any]:
     view = pool.workers[position]
     requests, tokens = shard.loads.requests(view.worker_idx), shard.loads.tokens(view.worker_idx)
-    overlap_blocks, overlap_tokens = (hit.overlap_blocks, hit.overlap_tokens) if hit is not None else (0, 0)
+    overlap_blocks = pool.known_tokens(hit) // pool.block_tokens(position) if hit is not None else 0
+    overlap_tokens = hit.overlap_tokens if hit is not None else 0
     return {
         "worker": view.record.url,
         "rank": hit.rank - view.rank_base if hit is not None else 0,
@@ -107,7 +120,7 @@ def _unready(shard: Shard, view: WorkerView) -> dict[str, Any]:
         "worker": view.record.url,
         "rank": 0,
         "overlap_blocks": 0,
-        "overlap_blocks_by_tier": dict.fromkeys(TIERS, 0),
+        "overlap_blocks_by_tier": dict.fromkeys((*TIERS, "predicted"), 0),
         "load": {"requests": shard.loads.requests(view.worker_idx), "tokens": shard.loads.tokens(view.worker_idx)},
         "score": None,
         "eligible": False,

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 from sglfast import _counters, _workers, errors
 from sglfast._relay import RouterBase
 from sglfast.edge.policy import FAILOVER, Hit, Policy, PoolView, Prompt
+from sglfast.edge.policy.approximate import ApproximateCacheAware
 from sglfast.edge.policy.cache_aware import CacheAware
 from sglfast.edge.policy.least_load import LeastLoad
 from sglfast.edge.policy.power_of_two import PowerOfTwo
 from sglfast.edge.policy.random import Random
 from sglfast.edge.policy.round_robin import RoundRobin
+from sglfast.edge.predict import BLOCK_TOKENS, NOTHING, Found, Prediction, Predictor, with_guesses
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
 from sglfast.shm import PARITY_OK, Variant, WorkerView, read_workers
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
 
 _NO_PROMPT = Prompt()
+_UNREADABLE_PAUSE_S = 10.0
 _STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")
 
 
@@ -36,7 +39,8 @@ _STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")
 class Route:
     """A choice: the worker's connections, what its cache holds of the prompt, and why it was chosen.
 
-    is_estimated: prompt_blocks and uncached_tokens count a part of the prompt by its characters.
+    is_estimated: prompt_blocks and uncached_tokens count a part of the prompt by its characters; is_approximate: overlap_blocks tells
+    what the worker was sent before, not what its events say; prediction: what was noted of this choice, to be settled at its first token.
     """
 
     pool: Pool
@@ -50,12 +54,26 @@ class Route:
     predicted_tokens: int = -1  # of the prompt, in the worker's cache; -1 = nobody looked
     is_trusted: bool = True  # the worker's reports agree with the predictions
     is_estimated: bool = False
+    is_approximate: bool = False
+    prediction: Prediction | None = None
 
 
 class Pool:
     """The ready workers of one model."""
 
-    __slots__ = ("by_rank", "model", "plain_routes", "policy", "upstreams", "variants", "view", "workers")
+    __slots__ = (
+        "by_rank",
+        "is_approximate",
+        "is_silent",
+        "model",
+        "plain_routes",
+        "policy",
+        "positions",
+        "upstreams",
+        "variants",
+        "view",
+        "workers",
+    )
 
     def __init__(self, model: str | None, workers: list[WorkerView], upstreams: list[Upstream], policy: Policy) -> None:
         self.model = model
@@ -75,14 +93,35 @@ class Pool:
             if worker.block_size
             for rank in range(worker.dp_size)
         }
+        # Predictions are kept for all ranks; of some workers, or of all, nothing else is known.
+        self.positions = {worker.rank_base + rank: position for position, worker in enumerate(workers) for rank in range(worker.dp_size)}
+        self.is_approximate = isinstance(policy, ApproximateCacheAware)
+        self.is_silent = not all(worker.block_size for worker in workers)
+
+    def is_approximate_at(self, position: int) -> bool:
+        """Whether what is known of the worker's cache is what it was sent, not what its events say."""
+        return self.is_approximate or not self.workers[position].block_size
+
+    def block_tokens(self, position: int) -> int:
+        """The unit of the worker's overlap."""
+        return BLOCK_TOKENS if self.is_approximate_at(position) else self.workers[position].block_size
+
+    def known_tokens(self, hit: Hit) -> int:
+        """Overlap as users and the parity loop are to see it: where there are events, nothing that they do not say."""
+        return hit.overlap_tokens if self.is_approximate_at(hit.position) else hit.overlap_tokens - hit.guessed_tokens
 
 
 def make_policy(name: str, config: ServeConfig, loads: Loads, *, has_events: bool) -> Policy:
-    """The policy of a flag's value; `auto` is cache_aware for workers that publish events when there is a tokenizer."""
+    """The policy of a flag's value; `auto` is cache_aware for workers that publish events when there is a tokenizer.
+
+    Without either of these, cache_aware is the approximate one, unless predictions are off.
+    """
+    is_exact = has_events and config.tokenizer_path is not None
     if name == "auto":
-        name = "cache_aware" if has_events and config.tokenizer_path is not None else "least_load"
+        name = "cache_aware" if is_exact else "least_load"
     if name == "cache_aware":
-        return CacheAware(
+        kind = CacheAware if is_exact or not config.prediction_blocks else ApproximateCacheAware
+        return kind(
             cache_threshold=config.cache_threshold,
             balance_abs_threshold=config.balance_abs_threshold,
             balance_rel_threshold=config.balance_rel_threshold,
@@ -101,6 +140,8 @@ class Router(RouterBase):
         super().__init__(shard.segment)
         self._shard = shard
         self.keyer = keyer
+        self._predictor: Predictor | None = None  # made when a policy first has a use for it
+        self._unreadable_until_s = 0.0
         self._upstreams: dict[tuple[int, int], Upstream] = {}  # (slot, generation)
         self.pools: dict[str | None, Pool] = {}
         self.only: Pool | None = None  # the one pool, when no worker, also of those that are down, has another model
@@ -109,10 +150,15 @@ class Router(RouterBase):
     def refresh(self) -> None:
         """Follow the worker table when its version has moved, and say so. Cost then: one read per slot."""
         version = self._shard.table.version()
-        if version == self.seen_version:
+        if version == self.seen_version or self._shard.loop.time() < self._unreadable_until_s:
             return
-        self.seen_version = version
-        views = read_workers(self._shard.table)
+        try:
+            views = read_workers(self._shard.table)
+        except RuntimeError as error:
+            # Its writer was stopped inside a slot: what is known serves on. Not tried by every request, because it takes a second.
+            self._shard.log.warning("the worker table cannot be read now: %s", error)
+            self._unreadable_until_s = self._shard.loop.time() + _UNREADABLE_PAUSE_S
+            return
         old, self._upstreams = self._upstreams, {}
         ready: dict[str | None, list[WorkerView]] = {}
         for view in views:
@@ -136,6 +182,9 @@ class Router(RouterBase):
             fresh = make_policy(config.policy, config, self._shard.loads, has_events=any(worker.block_size for worker in workers))
             kept = policies.get(model)
             self.pools[model] = Pool(model, workers, upstreams, kept if type(kept) is type(fresh) and kept else fresh)
+        reads_prompts = any(pool.policy.needs_prompt for pool in self.pools.values())
+        if reads_prompts and self._predictor is None and self._shard.segment.prediction_blocks:
+            self._predictor = Predictor(self._shard.segment, self._shard.process_slot - 1)
         self.models = sorted({view.record.model for view in views if view.record.model is not None})
         is_alone = len(self.pools) == 1 and len(self.models) <= 1
         only = self.only = next(iter(self.pools.values())) if is_alone else None
@@ -144,6 +193,8 @@ class Router(RouterBase):
             self.plain_choose = only.policy.choose
             self.plain_arguments = (only.view, self._shard.loads, _NO_PROMPT)
             self.plain_routes = only.plain_routes
+        # Last, and as it was before the first slot was read: whatever came in between, or went wrong, is looked at again.
+        self.seen_version = version
         # From here on no choice is made by an older version: control waits for this word (control/followers).
         self._shard.segment.process_saw(self._shard.process_slot, version)
 
@@ -185,38 +236,49 @@ class Router(RouterBase):
                 route = Route(pool, pool.upstreams[position], decision)
             then(route)
         elif self.keyer is None or not pool.variants:
-            then(self._choose_keyed(pool, Facts(0, {}, "no tokenizer, or no worker publishes KV events")))
+            then(self._choose_keyed(pool, Facts(0, {}, "no tokenizer, or no worker publishes KV events"), body))
         else:
             chosen = pool
-            self.keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(self._choose_after(chosen, facts)))
+            self.keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(self._choose_after(chosen, facts, body)))
 
-    def _choose_after(self, pool: Pool, facts: Facts) -> Route | errors.Reason:
+    def _choose_after(self, pool: Pool, facts: Facts, body: bytes) -> Route | errors.Reason:
         # A prompt may have spent a while in the tokenizer's thread: its pool may have changed or gone.
         self.refresh()
         now = self.pools.get(pool.model)
-        return self._choose_keyed(now, facts) if now is not None else errors.NO_HEALTHY_WORKERS
+        return self._choose_keyed(now, facts, body) if now is not None else errors.NO_HEALTHY_WORKERS
 
-    def _choose_keyed(self, pool: Pool, facts: Facts) -> Route:
+    def _choose_keyed(self, pool: Pool, facts: Facts, body: bytes) -> Route:
         column = self._shard.column
-        prompt = self.look_up(pool, facts)
+        prompt, found = self.compare(pool, facts, body)
         if prompt.is_keyed:
             column.add(_counters.S_PROMPTS_KEYED)
             column.add(_counters.S_PROMPT_TOKENS, prompt.prompt_tokens)
         else:
             column.add(_counters.S_PROMPTS_UNKEYED)
         position, decision = pool.policy.choose(pool.view, self._shard.loads, prompt)
-        return self._route(pool, position, decision, prompt)
+        return self._route(pool, position, decision, prompt, found)
 
-    def _route(self, pool: Pool, position: int, decision: int, prompt: Prompt) -> Route:
+    def _route(self, pool: Pool, position: int, decision: int, prompt: Prompt, found: Found) -> Route:
         worker = pool.workers[position]
         upstream = pool.upstreams[position]
         if not prompt.is_keyed:
             return Route(pool, upstream, decision, rank=worker.rank_base)
-        prompt_blocks = prompt.prompt_tokens // worker.block_size if worker.block_size else prompt.prompt_blocks
+        column, predictor = self._shard.column, self._predictor
         hit = next((hit for hit in prompt.hits if hit.position == position), None) or Hit(position, worker.rank_base, 0, 0)
-        column = self._shard.column
+        is_approximate, block_tokens, known_tokens = pool.is_approximate_at(position), pool.block_tokens(position), pool.known_tokens(hit)
+        predicted_tokens = -1 if is_approximate else known_tokens
+        prediction = None
+        if hit.guessed_tokens and predictor is not None:
+            column.add(_counters.S_PREDICTED)
+            # Whether the worker has it in time is not known, so its report says nothing about what events said.
+            if predictor.is_in_flight(worker):
+                predicted_tokens = -1
+        if found.keys and predictor is not None:
+            prediction = predictor.sent(worker, hit.rank, found.keys, is_kept=is_approximate)
+        prompt_blocks = prompt.prompt_tokens // block_tokens
+        overlap_blocks = known_tokens // block_tokens
         column.add_worker(worker.worker_idx, _counters.W_PROMPT_BLOCKS, prompt_blocks)
-        column.add_worker(worker.worker_idx, _counters.W_OVERLAP_BLOCKS, hit.overlap_blocks)
+        column.add_worker(worker.worker_idx, _counters.W_OVERLAP_BLOCKS, overlap_blocks)
         return Route(
             pool,
             upstream,
@@ -224,12 +286,34 @@ class Router(RouterBase):
             uncached_tokens=prompt.prompt_tokens - hit.overlap_tokens,
             rank=hit.rank,
             dp_rank=hit.rank - worker.rank_base,
-            overlap_blocks=hit.overlap_blocks,
+            overlap_blocks=overlap_blocks,
             prompt_blocks=prompt_blocks,
-            predicted_tokens=hit.overlap_tokens if worker.block_size else -1,
+            predicted_tokens=predicted_tokens,
             is_trusted=worker.parity == PARITY_OK,
             is_estimated=prompt.is_estimated,
+            is_approximate=is_approximate,
+            prediction=prediction,
         )
+
+    def compare(self, pool: Pool, facts: Facts, body: bytes) -> tuple[Prompt, Found]:
+        """What a policy is to know of a prompt: the KV index's answer, with what the router itself sent where.
+
+        The latter is left out where it could not matter: less than an eighth of the prompt is left to compute.
+        """
+        prompt = self.look_up(pool, facts)
+        if self._predictor is None:
+            return prompt, NOTHING
+        if not (pool.is_silent or pool.is_approximate):
+            best_tokens = max((hit.overlap_tokens for hit in prompt.hits), default=0)
+            if not prompt.is_keyed or 8 * best_tokens >= 7 * prompt.prompt_tokens:
+                return prompt, NOTHING
+        found = self._predictor.look_up(pool, body)
+        return (with_guesses(prompt, found) if found.keys else prompt), found
+
+    def settle(self, route: Route) -> None:
+        """The request's first token came, or it left its worker without one."""
+        if self._predictor is not None and route.prediction is not None:
+            self._predictor.settle(route.prediction)
 
     def look_up(self, pool: Pool, facts: Facts) -> Prompt:
         """Ask the KV index. Cost: one walk per way of cutting blocks, then the few ranks that hold something."""
@@ -263,13 +347,17 @@ class Router(RouterBase):
         if not untried:
             return None
         position = pool.view.worker_idxs.index(untried[self._shard.loads.least(untried)[0]])
-        rank = pool.workers[position].rank_base
-        return Route(pool, pool.upstreams[position], FAILOVER, failed.uncached_tokens, rank=rank)
+        worker, prediction = pool.workers[position], failed.prediction
+        if prediction is not None and self._predictor is not None:
+            is_kept = pool.is_approximate_at(position)
+            prediction = self._predictor.sent(worker, worker.rank_base, prediction.keys, is_kept=is_kept)
+        upstream = pool.upstreams[position]
+        return Route(pool, upstream, FAILOVER, failed.uncached_tokens, rank=worker.rank_base, prediction=prediction)
 
     def describe(self, route: Route) -> bytes:
         """Value of the answer header `x-sglfast-kv`: what was predicted for this request."""
-        state = "BLIND"
-        if route.rank in route.pool.by_rank:
+        state = "APPROXIMATE" if route.is_approximate else "BLIND"
+        if not route.is_approximate and route.rank in route.pool.by_rank:
             state = _STATES[self._shard.ranks.get(route.rank, _counters.R_STATE) & 3]
             if state == "EXACT" and not route.is_trusted:
                 state = "DEGRADED"

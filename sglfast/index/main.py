@@ -29,6 +29,7 @@ from sglfast._workers import WorkerTable
 from sglfast.boot import Boot, boot_child, hear
 from sglfast.errors import ConfigError
 from sglfast.index.listener import Listener, listen_endpoint
+from sglfast.index.predictions import PredictionKeeper
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.stream import Limits, Resume
 from sglfast.index.subscriber import Endpoints, Subscriber
@@ -49,8 +50,16 @@ _SOCKETS_A_RANK = 6
 class Index:
     """Everything the index process owns. `sync` follows the worker table, `close` lets go of all."""
 
-    def __init__(self, segment: Segment, log: logging.Logger, limits: Limits | None = None, kv_listen: str | None = None) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        log: logging.Logger,
+        limits: Limits | None = None,
+        kv_listen: str | None = None,
+        predictions: PredictionKeeper | None = None,
+    ) -> None:
         self._segment = segment
+        self._predictions = predictions
         self._log = log
         self._limits = limits
         self._table = WorkerTable(segment)
@@ -129,6 +138,10 @@ class Index:
     def _follow(self, view: WorkerView) -> list[Subscriber]:
         endpoint = _endpoint_of(view)
         subscribers = []
+        if self._predictions is not None:
+            row = self._inheritance.get(view.rank_base)
+            was_there = row is not None and row[words.R_GENERATION] == view.generation
+            self._predictions.own(view.rank_base, view.dp_size, view.generation, has_events=endpoint is not None, was_there=was_there)
         for worker_rank in range(view.dp_size):
             rank = view.rank_base + worker_rank
             live, why = self._live_endpoint(view, endpoint, worker_rank)
@@ -208,6 +221,8 @@ class Index:
                 all_ended &= subscriber.join(max(0.0, deadline_s - time.monotonic()))
             for worker_rank in range(view.dp_size):
                 self._ranks.clear(view.rank_base + worker_rank)
+            if self._predictions is not None:
+                self._predictions.disown(view.rank_base, view.dp_size)
         if not all_ended:
             self._log.error("a KV event thread did not end within %g s; it has no access to the tree any more", _STOP_S)
         return all_ended
@@ -244,14 +259,27 @@ def serve(boot: Boot, log: logging.Logger) -> None:
     stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     previous = signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(stop_fd, 1))
     segment.process_start(INDEX_SLOT, os.getpid(), _now_ms())
-    index = Index(segment, log, kv_listen=boot.config.kv_listen)
+    predictions = _keeper(boot, log)
+    index = Index(segment, log, kv_listen=boot.config.kv_listen, predictions=predictions)
     try:
+        if predictions is not None:
+            predictions.start()
         index_loop(index, boot, stop_fd, log)
     finally:
         segment.process_ready(INDEX_SLOT, False)
+        if predictions is not None and not predictions.close(_STOP_S):
+            log.error("the thread of the predictions did not end within %g s", _STOP_S)
         index.close()
         signal.signal(signal.SIGTERM, previous)
         os.close(stop_fd)
+
+
+def _keeper(boot: Boot, log: logging.Logger) -> PredictionKeeper | None:
+    """What keeps the predictions, None when there are none."""
+    config = boot.config
+    if not boot.segment.prediction_blocks:
+        return None
+    return PredictionKeeper(boot.segment, config.prediction_worker_blocks, log, keeps_all=config.tokenizer_path is None)
 
 
 def index_loop(index: Index, boot: Boot, stop_fd: int, log: logging.Logger) -> None:

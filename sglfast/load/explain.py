@@ -77,10 +77,14 @@ def _problem(status: int, answer: bytes) -> str:
 def show(explanation: dict[str, Any], console: Console) -> None:
     """Print an explanation as a table, the choice first."""
     prompt = f"{explanation['prompt_tokens']} tokens, {explanation['prompt_blocks']} blocks of {explanation['block_size']}"
+    if explanation["is_approximate"]:
+        prompt = f"about {explanation['prompt_tokens']} tokens; compared with what workers were sent before, in blocks of 64 tokens"
     if explanation["unkeyed_because"]:
         prompt = f"not compared with KV caches: {explanation['unkeyed_because']}"
     console.print(f"model {explanation['model']}, policy {explanation['policy']}; prompt: {prompt}", highlight=False)
-    table = Table(Column("worker", no_wrap=True), "rank", "overlap", "dev/host/disk", "requests", "tokens", "score", box=box.SIMPLE_HEAD)
+    table = Table(
+        Column("worker", no_wrap=True), "rank", "overlap", "dev/host/disk/predicted", "requests", "tokens", "score", box=box.SIMPLE_HEAD
+    )
     choice = explanation["choice"]["worker"]
     for row in sorted(explanation["candidates"], key=lambda row: (row["worker"] != choice, not row["eligible"], -row["overlap_blocks"])):
         tiers = row["overlap_blocks_by_tier"]
@@ -89,7 +93,7 @@ def show(explanation: dict[str, Any], console: Console) -> None:
             ("* " if row["worker"] == choice else "  ") + row["worker"],
             str(row["rank"]),
             str(row["overlap_blocks"]),
-            f"{tiers['device']}/{tiers['host']}/{tiers['disk']}",
+            f"{tiers['device']}/{tiers['host']}/{tiers['disk']}/{tiers['predicted']}",
             str(row["load"]["requests"]),
             str(row["load"]["tokens"]),
             score,

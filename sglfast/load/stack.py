@@ -49,6 +49,7 @@ class SimSettings:
     page_tokens: int | None = None
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
+    kv_events: bool = True
     tokenizer_path: str = DEMO_TOKENIZER_PATH
 
     def flags(self) -> list[str]:
@@ -60,6 +61,8 @@ class SimSettings:
             "--decode-tokens-per-s-per-request": self.decode_tokens_per_s,
         }
         flags = ["--workers", str(self.workers), "--base-port", "0", "--tokenizer-path", self.tokenizer_path]
+        if not self.kv_events:
+            flags.append("--no-kv-events")
         for name, value in values.items():
             if value is not None:
                 flags += [name, f"{value:g}" if isinstance(value, float) else str(value)]
@@ -125,7 +128,8 @@ class Child:
 class Stack:
     """Simulated workers with a router in front. url: the router's; worker_urls: the workers', in order.
 
-    port: the router's, 0 = a free one. policy: of `sglfast serve`; serve_flags: more flags for it.
+    port: the router's, 0 = a free one. policy: of `sglfast serve`; serve_flags: more flags for it; has_tokenizer: whether it
+    gets the workers' tokenizer.
     """
 
     def __init__(
@@ -136,8 +140,10 @@ class Stack:
         host: str = "127.0.0.1",
         port: int = 0,
         serve_flags: Sequence[str] = (),
+        has_tokenizer: bool = True,
     ) -> None:
         self._sim = sim
+        self._has_tokenizer = has_tokenizer
         self._policy = policy
         self._host = host
         self._port = port
@@ -165,7 +171,10 @@ class Stack:
             sim = self._run("simulator", [*SGLFAST, "sim", *self._sim.flags(), "--announce-fd", str(fd)], [fd])
             self.worker_urls = wait_announced(fd, sim)
         serve = [*SGLFAST, "serve", "--worker-urls", *self.worker_urls, "--host", self._host, "--port", str(self._port)]
-        serve += ["--policy", self._policy, "--tokenizer-path", self._sim.tokenizer_path, *self._serve_flags]
+        serve += ["--policy", self._policy]
+        if self._has_tokenizer:
+            serve += ["--tokenizer-path", self._sim.tokenizer_path]
+        serve += self._serve_flags
         router = self._run("router", serve)
         # Port 0: the router itself takes a free one; a port that was free a moment ago may be anybody's by now.
         port = self._port or wait_listening(router)

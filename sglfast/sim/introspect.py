@@ -24,7 +24,7 @@ KEYFILE_PASSWORD = f"{SECRET_MARK}-keyfile-password"
 
 def server_info(settings: SimSettings, port: int, startup_time: float, engines: list[Engine], publisher: KvPublisher) -> dict[str, Any]:
     """Return the body of /server_info. port: of the HTTP server; startup_time: unix seconds, another after every restart."""
-    config = kv_events_config(publisher)
+    config = kv_events_config(publisher) if settings.kv_events else None
     return {
         "model_path": settings.model,
         "served_model_name": settings.model,

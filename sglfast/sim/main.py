@@ -87,6 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
         kind = type(default)
         metavar = {int: "N", float: "RATE", str: "TEXT"}[kind]
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, metavar=metavar, help=text + shown)
+    parser.add_argument(
+        "--kv-events", action=argparse.BooleanOptionalAction, default=True, help="say in /server_info where KV events are (default: yes)"
+    )
     parser.add_argument("--replay", action=argparse.BooleanOptionalAction, default=True, help="answer KV event replays (default: yes)")
     parser.add_argument("--event-shape", choices=("map", "array"), default="map", help="events as sglang 0.5.20+ or 0.5.18 (default: map)")
     parser.add_argument("--instant", action="store_true", help="answer at once: no tokenizer run, no engine, no cache, no events")

@@ -19,7 +19,7 @@ class SimSettings:
 
     base_port: worker i listens on base_port + i, 0 = free ports; kv_base_port: worker i's rank r publishes KV events on
     kv_base_port + i * 2 * dp_size + r and answers replays dp_size ports higher, 0 = free ports.
-    cache_tokens: KV cache of one rank. seed: chooses the answers' text.
+    kv_events: whether /server_info tells of them. cache_tokens: KV cache of one rank. seed: chooses the answers' text.
     """
 
     workers: int = 4
@@ -34,6 +34,7 @@ class SimSettings:
     max_running_requests: int = 256
     chunked_prefill_tokens: int = 8192
     kv_base_port: int = 0
+    kv_events: bool = True
     replay: bool = True
     event_shape: Literal["map", "array"] = "map"
     dp_size: int = 1

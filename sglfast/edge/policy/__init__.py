@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A worker that holds the beginning of the prompt. position: in the pool; rank: the worker's rank that holds most."""
+    """A worker that holds the beginning of the prompt. position: in the pool; rank: the worker's rank that holds most.
+
+    guessed_tokens: those of overlap_tokens that no event has confirmed (edge/predict).
+    """
 
     position: int
     rank: int
     overlap_blocks: int
     overlap_tokens: int
+    guessed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class CacheAware:
         block_tokens = best_tokens // best_blocks  # workers of one pool may cut prompts differently
         if best_tokens > self._cache_threshold * (prompt.prompt_tokens // block_tokens * block_tokens):
             owners = [hit for hit in hits if hit.overlap_tokens == best_tokens]
-            return _lightest(owners, pool, loads).position, CACHE_HIT
+            return lightest(owners, pool, loads).position, CACHE_HIT
         # Only owners can beat the least queued of all: compare those few with it.
         position, queued_tokens = loads.least(pool.worker_idxs, _counters.W_INFLIGHT_TOKENS)
         least_tokens = queued_tokens + prompt.prompt_tokens
@@ -63,7 +63,8 @@ class CacheAware:
         return position, CACHE_MISS
 
 
-def _lightest(hits: list[Hit], pool: PoolView, loads: Loads) -> Hit:
+def lightest(hits: list[Hit], pool: PoolView, loads: Loads) -> Hit:
+    """The hit whose worker has the fewest requests in flight; ties at random."""
     best = hits[0]
     if len(hits) == 1:
         return best

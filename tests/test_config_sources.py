@@ -153,8 +153,8 @@ def test_what_changes_nothing_is_noted() -> None:
     assert loaded().notes == loaded("--policy", "auto", "--port", "4").notes == ()
     assert loaded("--policy", "cache_aware").notes == ()
     assert loaded("--policy", "cache_aware", "--prediction-blocks", "0").notes == (
-        "--policy cache_aware chooses by load: without --tokenizer-path no prompt is matched to KV blocks, and --prediction-blocks 0 leaves "
-        "nothing else",
+        "--policy cache_aware chooses by load: without --tokenizer-path no prompt is matched to KV blocks, and --prediction-blocks 0 "
+        "leaves nothing else",
     )
 
 

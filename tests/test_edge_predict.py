@@ -24,6 +24,7 @@ from sglfast.edge.request import ENDPOINTS, Facts
 from sglfast.edge.route import Route, Router
 from sglfast.edge.shard import Shard
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
+from sglfast.shm import Variant
 
 CHAT = ENDPOINTS[b"/v1/chat/completions"]
 ENGINES = [f"http://10.0.0.{number}:30000" for number in range(1, 5)]
@@ -35,7 +36,7 @@ class ColdKeyer:
     """Of every prompt: 4,000 tokens, and the first block's key."""
 
     def __init__(self, facts: Facts | None = None) -> None:
-        self.facts = facts or Facts(4000, {(64, False): COLD}, is_estimated=True)
+        self.facts = facts or Facts(4000, {Variant(64): COLD}, is_estimated=True)
 
     def key(self, kind: int, body: bytes, variants: object, then: Callable[[Facts], None], *, is_whole: bool = False) -> None:
         then(self.facts)
@@ -180,7 +181,7 @@ def test_events_and_predictions_add_up_per_worker() -> None:
         router._predictor.sent(pool.workers[1], 1, text, is_kept=False)
         router._predictor.sent(pool.workers[2], 2, text[: 8 * half], is_kept=False)
         index.drain()
-        prompt, found = router.compare(pool, ColdKeyer(Facts(4000, {(64, False): keys})).facts, data)
+        prompt, found = router.compare(pool, ColdKeyer(Facts(4000, {Variant(64): keys})).facts, data)
         share = text_cut(len(text) // 8) / n_bytes
         assert found.shares == {1: (1, share), 2: (2, text_cut(half) / n_bytes)}
         hits = {hit.position: hit for hit in prompt.hits}
@@ -189,7 +190,7 @@ def test_events_and_predictions_add_up_per_worker() -> None:
         assert hits[1] == Hit(1, 1, 62 * tokens // 4000, tokens, tokens)
         assert hits[2] == Hit(2, 2, 25, 1600), "a guess below what is known says nothing"
 
-    shards(memory, test, keyer=ColdKeyer(Facts(4000, {(64, False): keys})), **EXACT)
+    shards(memory, test, keyer=ColdKeyer(Facts(4000, {Variant(64): keys})), **EXACT)
 
 
 def test_a_conversation_that_is_in_a_cache_costs_nothing() -> None:
@@ -209,7 +210,7 @@ def test_a_conversation_that_is_in_a_cache_costs_nothing() -> None:
         assert route.prediction is not None
         assert index.drain() == 1
 
-    shards(memory, test, keyer=ColdKeyer(Facts(4000, {(64, False): keys})), **EXACT)
+    shards(memory, test, keyer=ColdKeyer(Facts(4000, {Variant(64): keys})), **EXACT)
 
 
 def test_prompts_that_cannot_be_keyed_stay_so() -> None:

@@ -1,7 +1,6 @@
 """sglfast.edge.route: pools, the KV index's answer, the choice and the next one; on real shared memory, without a network."""
 
 from array import array
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from sglfast import _workers, errors
 from sglfast._counters import RANK_EXACT, Column, RankTable
 from sglfast._hashtree import TreeWriter
 from sglfast.config import ServeConfig
-from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, FAILOVER, LEAST_LOAD, ROUND_ROBIN, UNKEYED
+from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, LEAST_LOAD, ROUND_ROBIN, UNKEYED
 from sglfast.edge.policy.approximate import ApproximateCacheAware
 from sglfast.edge.policy.cache_aware import CacheAware
 from sglfast.edge.policy.least_load import LeastLoad
@@ -407,47 +406,3 @@ def test_a_worker_whose_reports_disagree_is_not_called_exact() -> None:
         assert router.describe(route_of(router)).endswith(b"state=DEGRADED")
 
     keyed(memory, Facts(1300, {Variant(64): KEYS}), test)
-
-
-# ---- the next choice ----
-
-
-def test_next_choice_is_the_least_loaded_that_was_not_tried() -> None:
-    memory = Memory(ENGINES[:4])
-    column = Column(memory.segment, 0)
-
-    def test(router: Router, shard: Shard) -> None:
-        failed = route_of(router)
-        for worker_idx, requests in enumerate((0, 3, 2, 2)):
-            for _ in range(requests):
-                column.begin(worker_idx, 0, 0, 0)
-        picks: Counter[int] = Counter()
-        for _ in range(60):
-            following = router.next_choice(failed, (0,))
-            assert following is not None
-            assert following.decision == FAILOVER
-            picks[following.upstream.worker_idx] += 1
-        assert set(picks) == {2, 3}, "the least loaded, and ties at random"
-        last = router.next_choice(failed, (0, 2, 3))
-        assert last is not None
-        assert last.upstream.worker_idx == 1
-        assert router.next_choice(failed, (0, 1, 2, 3)) is None
-
-    routed(memory, test)
-
-
-def test_next_choice_follows_the_table() -> None:
-    memory = Memory(ENGINES[:3], models=["a", "a", "b"])
-
-    def test(router: Router, shard: Shard) -> None:
-        failed = route_of(router, b'{"model":"a"}')
-        first = failed.upstream.worker_idx
-        following = router.next_choice(failed, (first,))
-        assert following is not None
-        assert following.upstream.worker_idx == 1 - first, "never another model's worker"
-        memory.table.set_state(1 - first, _workers.UNHEALTHY)
-        assert router.next_choice(failed, (first,)) is None
-        memory.table.set_state(first, _workers.UNHEALTHY)
-        assert router.next_choice(failed, (first,)) is None, "the pool is gone"
-
-    routed(memory, test)

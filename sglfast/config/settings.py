@@ -105,8 +105,8 @@ class ServeConfig:
         None, "where to listen for the KV events of workers that connect out, such as tcp://0.0.0.0:5557; rank r arrives at its port + r, "
         "workers are told apart by their topics", "routing", metavar="ADDRESS")
     kv_endpoint: tuple[str, ...] = _setting(
-        (), "where workers publish KV events that do not tell it themselves, such as vLLM's: [URL=]tcp://HOST:PORT[,replay=PORT]"
-        "[,topic=TEXT][,block_size=N][,dp_size=N]; without a URL for all such workers, HOST * is the worker's own", "routing", metavar="ENDPOINT",
+        (), "where workers publish KV events that do not tell it themselves, such as vLLM's: [URL=]tcp://HOST:PORT"
+        "[,replay=PORT][,topic=TEXT][,block_size=N][,dp_size=N]; without a URL for all such workers, HOST * is the worker's own", "routing", metavar="ENDPOINT",
         split=r"\s+")
     kv_index_blocks: int = _setting(
         2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", "routing", low=1024, high=1 << 32)

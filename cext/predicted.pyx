@@ -189,7 +189,7 @@ cdef class Predictions:
         """
         cdef Py_buffer view
         cdef uint32_t i, n
-        cdef uint64_t *words
+        cdef uint64_t key
         cdef int code
         if rank >= self.max_ranks:
             raise ValueError(f"rank {rank} is outside 0..{self.max_ranks - 1}")
@@ -197,14 +197,14 @@ cdef class Predictions:
             raise ValueError(f"op must be SENT, KEEP or SETTLED, not {op}")
         open_keys(keys, &view)
         n = <uint32_t>(view.len >> 3)
-        words = <uint64_t *>view.buf
         if now_ms == 0:
             now_ms = sf_coarse_ms()
         for i in range(n):
+            memcpy(&key, <char *>view.buf + 8 * i, 8)  # a caller's buffer may begin at any address
             if op == SF_OP_SETTLED:
-                sf_pdrop(&self.recent, words[i], rank, SF_FLIGHT)
+                sf_pdrop(&self.recent, key, rank, SF_FLIGHT)
             else:
-                sf_padd(&self.recent, words[i], rank, SF_FLIGHT if op == SF_OP_SENT else SF_KEPT, now_ms)
+                sf_padd(&self.recent, key, rank, SF_FLIGHT if op == SF_OP_SENT else SF_KEPT, now_ms)
         code = sf_ring_push(self.ring, op, rank, generation, view.buf, n)
         PyBuffer_Release(&view)
         sf_ring_doorbell(self.header)

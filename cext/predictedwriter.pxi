@@ -130,17 +130,24 @@ cdef class PredictionWriter:
                     sf_ring_popped(ring, n_words)
         return done
 
-    cdef void c_clear(self, uint32_t rank, uint32_t n_ranks) noexcept nogil:
-        cdef uint64_t i, r
+    cdef void c_clear(self, const uint64_t *ranks) noexcept nogil:
+        """ranks: a bitset."""
+        cdef uint64_t i, w, left
         cdef int way
         cdef uint64_t *set
+        cdef uint64_t *bits
         for i in range(self.table.n_sets):
             set = <uint64_t *>(self.table.sets + i * self.table.set_bytes)
             for way in range(<int>SF_WAYS):
-                if _sf_load(set + way):
-                    for r in range(rank, rank + n_ranks):
-                        sf_pdrop_way(&self.table, set, way, <uint32_t>r, SF_FLIGHT)
-                        sf_pdrop_way(&self.table, set, way, <uint32_t>r, SF_KEPT)
+                if not _sf_load(set + way):
+                    continue
+                bits = sf_pbits(&self.table, set, way, SF_FLIGHT)
+                left = 0
+                for w in range(2 * self.table.words):
+                    sf_store(bits + w, _sf_load(bits + w) & ~ranks[w % self.table.words])
+                    left |= _sf_load(bits + w)
+                if not left:
+                    sf_store(set + way, 0)
 
     cdef uint64_t c_trim(self, uint32_t rank, uint64_t cap, uint64_t *times, uint64_t n) noexcept nogil:
         """times: room for the rank's n keys. Drops the oldest beyond `cap`; returns how many."""
@@ -185,9 +192,9 @@ cdef class PredictionWriter:
 
     # ---- Python layer: one thread at a time ----
 
-    def _check(self, unsigned int rank, unsigned int n_ranks=1):
-        if rank + n_ranks > self.max_ranks:
-            raise ValueError(f"rank {rank + n_ranks - 1} is outside 0..{self.max_ranks - 1}")
+    def _check(self, unsigned int rank):
+        if rank >= self.max_ranks:
+            raise ValueError(f"rank {rank} is outside 0..{self.max_ranks - 1}")
         if os.getpid() != self.pid:
             raise RuntimeError("a PredictionWriter belongs to the process that made it: the table has one writer")
 
@@ -223,19 +230,28 @@ cdef class PredictionWriter:
         """End a `wait` of another thread."""
         sf_ring_doorbell(self.header)
 
-    def clear(self, unsigned int rank, unsigned int n_ranks=1):
-        """Forget all of these ranks. Cost: one pass over the table, a millisecond for 10 MB."""
-        self._check(rank, n_ranks)
-        with nogil:
-            self.c_clear(rank, n_ranks)
+    def clear(self, ranks):
+        """Forget all of these ranks, a sequence of int. Cost: one pass over the table, a millisecond for 10 MB."""
+        cdef uint64_t mask[16]  # SF_RANKS_MAX bits
+        cdef unsigned int rank
+        for rank in range(16):
+            mask[rank] = 0
+        for rank in ranks:
+            self._check(rank)
+            mask[rank >> 6] |= <uint64_t>1 << (rank & 63)
+        # Nothing was ever written: do not make the kernel back it all with memory.
+        if _sf_load(&self.header.records_total):
+            with nogil:
+                self.c_clear(mask)
 
     def kept_blocks(self):
         """Keys that each rank keeps, as a list by rank. Cost: one pass over the table."""
         cdef uint64_t *counts = <uint64_t *>calloc(self.max_ranks, sizeof(uint64_t))
         if counts == NULL:
             raise MemoryError
-        with nogil:
-            self.c_count(counts)
+        if _sf_load(&self.header.records_total):
+            with nogil:
+                self.c_count(counts)
         found = [counts[rank] for rank in range(<int>self.max_ranks)]
         free(counts)
         return found

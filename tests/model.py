@@ -250,7 +250,7 @@ class PredictedModel:
             way[3].add(rank)
             self.drop(key, rank, 2)
 
-    def clear(self, ranks: range) -> None:
+    def clear(self, ranks: list[int]) -> None:
         for key in [way[0] for places in self.sets for way in places if way is not None]:
             for rank in ranks:
                 self.drop(key, rank, 2)

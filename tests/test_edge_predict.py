@@ -368,7 +368,7 @@ def test_a_worker_that_goes_is_forgotten() -> None:
         index.drain()
         memory.put(idx)  # another worker in its slot and its rank
         index.writer.own(idx, 0)
-        index.writer.clear(idx)
+        index.writer.clear([idx])
         index.writer.own(idx, 2)
         hits = shard.router.compare(shard.router.pools["demo"], Facts(0, {}), data)[0].hits
         assert [hit.position for hit in hits] == [shard.router.pools["demo"].positions[elsewhere.rank]]

@@ -35,8 +35,8 @@ def wait_until(is_true: Callable[[], bool], what: str) -> None:
 
 @contextlib.contextmanager
 def keeping(segment: Segment, worker_blocks: int = 1000, *, keeps_all: bool = False) -> Iterator[PredictionKeeper]:
+    """A keeper; its owner says `ready`."""
     keeper = PredictionKeeper(segment, worker_blocks, LOG, keeps_all=keeps_all)
-    keeper.start()
     try:
         yield keeper
     finally:
@@ -53,6 +53,7 @@ def segments() -> Iterator[tuple[int, Segment, Predictions, Predictions]]:
 def test_what_a_shard_sends_another_sees_soon() -> None:
     with segments() as (_, segment, shard, other), keeping(segment) as keeper:
         keeper.own(3, 2, 7, has_events=True, was_there=False)
+        keeper.ready()
         shard.put(SENT, 4, 7, KEYS)
         wait_until(lambda: other.match(KEYS) == 20, "the other shard sees it")
         assert other.is_in_flight(4)
@@ -64,9 +65,10 @@ def test_what_a_shard_sends_another_sees_soon() -> None:
 def test_a_rank_s_next_worker_inherits_nothing() -> None:
     with segments() as (_, segment, shard, other), keeping(segment) as keeper:
         keeper.own(3, 1, 7, has_events=False, was_there=False)
+        keeper.ready()
         shard.put(KEEP, 3, 7, KEYS)
         wait_until(lambda: other.match(KEYS) == 20, "kept")
-        keeper.disown(3, 1)
+        keeper.disown([3])
         assert other.match(KEYS) == 0
         shard.put(KEEP, 3, 7, KEYS)  # on its way when the worker went
         keeper.own(3, 1, 8, has_events=False, was_there=False)
@@ -85,17 +87,24 @@ def test_what_the_next_index_finds(has_events: bool, keeps_all: bool, was_there:
     with segments() as (_, segment, shard, other):
         with keeping(segment) as keeper:
             keeper.own(3, 1, 7, has_events=has_events, was_there=False)
+            keeper.ready()
             shard.put(KEEP, 3, 7, KEYS)
             wait_until(lambda: other.match(KEYS) == 20, "kept")
         with keeping(segment, keeps_all=keeps_all) as keeper:
             keeper.own(3, 1, 7, has_events=has_events, was_there=was_there)
+            keeper.ready()
             assert other.match(KEYS) == (20 if stays else 0)
+            shard.put(KEEP, 3, 7, KEYS)
+            wait_until(lambda: other.match(KEYS) == 20, "kept again")
+            keeper.ready()
+            assert other.match(KEYS) == 20, "only the first look forgets"
 
 
 def test_a_rank_keeps_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TRIM_S", 0.0)
     with segments() as (_, segment, shard, other), keeping(segment, 12) as keeper:
         keeper.own(3, 1, 7, has_events=False, was_there=False)
+        keeper.ready()
         shard.put(KEEP, 3, 7, KEYS)
         wait_until(lambda: totals(segment)["trimmed"] == 8, "8 of 20 are gone")
         assert sum(other.match(KEYS[i : i + 8]) for i in range(0, len(KEYS), 8)) == 12
@@ -105,6 +114,7 @@ def test_a_burst_wakes_index_a_few_times_only() -> None:
     """While records come it looks once in a millisecond."""
     with segments() as (_, segment, shard, _), keeping(segment) as keeper:
         keeper.own(0, 1, 1, has_events=True, was_there=False)
+        keeper.ready()
         writer, drained = keeper._writer, []
 
         class Counting:
@@ -187,3 +197,16 @@ def test_the_process_drains_and_its_successor_goes_on() -> None:
         assert (code, "Traceback" in log) == (0, False)
     finally:
         os.close(fd)
+
+
+def test_rings_are_read_only_when_ranks_have_their_workers() -> None:
+    """What came while there was no index is not refused because its worker is not known yet."""
+    with segments() as (_, segment, shard, other), keeping(segment) as keeper:
+        shard.put(KEEP, 3, 7, KEYS)
+        time.sleep(0.05)
+        keeper.own(3, 1, 7, has_events=False, was_there=True)
+        assert totals(segment) == {"records": 0, "refused": 0, "evicted": 0, "trimmed": 0}
+        keeper.ready()
+        wait_until(lambda: other.match(KEYS) == 20, "read")
+    with segments() as (_, segment, shard, other), keeping(segment):
+        pass  # never ready: nothing to end

@@ -111,12 +111,11 @@ class PredictedMachine(RuleBasedStateMachine):
                 for key in keys:
                     self.table.drop(key, rank, 3)
 
-    @rule(rank=ranks, n=st.integers(1, 2))
-    def clear(self, rank: int, n: int) -> None:
-        rank %= self.MAX_RANKS
-        n = min(n, self.MAX_RANKS - rank)
-        self.writer.clear(rank, n)
-        self.table.clear(range(rank, rank + n))
+    @rule(chosen=st.lists(ranks, max_size=3))
+    def clear(self, chosen: list[int]) -> None:
+        cleared = [rank % self.MAX_RANKS for rank in chosen]
+        self.writer.clear(cleared)
+        self.table.clear(cleared)
 
     @rule()
     def restart_index(self) -> None:
@@ -232,7 +231,7 @@ def test_mistakes_are_named() -> None:
         with pytest.raises(ValueError, match=r"rank 64 is outside 0\.\.63"):
             writer.own(64, 1)
         with pytest.raises(ValueError, match=r"rank 64 is outside 0\.\.63"):
-            writer.clear(63, 2)
+            writer.clear([1, 64])
         assert not shard.is_in_flight(1 << 20)
         assert shard.match(b"") == 0
         assert writer.drain() == 0

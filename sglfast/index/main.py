@@ -116,6 +116,8 @@ class Index:
             self._tree.writer.clear(rank)
             self._ranks.clear(rank)
         self._inheritance = {}
+        if self._predictions is not None:
+            self._predictions.ready()
         self._version = version
         self._segment.process_saw(INDEX_SLOT, version)
         return True
@@ -128,6 +130,7 @@ class Index:
 
     def close(self) -> None:
         """Stop all threads and close all sockets."""
+        self._predictions = None  # what is known of workers without events is for the next index
         all_ended = self._drop(list(self._followed))
         for listener in self._listeners.values():
             all_ended &= listener.close(_STOP_S)
@@ -221,8 +224,8 @@ class Index:
                 all_ended &= subscriber.join(max(0.0, deadline_s - time.monotonic()))
             for worker_rank in range(view.dp_size):
                 self._ranks.clear(view.rank_base + worker_rank)
-            if self._predictions is not None:
-                self._predictions.disown(view.rank_base, view.dp_size)
+        if dropped and self._predictions is not None:
+            self._predictions.disown([view.rank_base + rank for view, _ in dropped for rank in range(view.dp_size)])
         if not all_ended:
             self._log.error("a KV event thread did not end within %g s; it has no access to the tree any more", _STOP_S)
         return all_ended
@@ -262,8 +265,6 @@ def serve(boot: Boot, log: logging.Logger) -> None:
     predictions = _keeper(boot, log)
     index = Index(segment, log, kv_listen=boot.config.kv_listen, predictions=predictions)
     try:
-        if predictions is not None:
-            predictions.start()
         index_loop(index, boot, stop_fd, log)
     finally:
         segment.process_ready(INDEX_SLOT, False)

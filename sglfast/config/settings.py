@@ -106,8 +106,8 @@ class ServeConfig:
         "workers are told apart by their topics", "routing", metavar="ADDRESS")
     kv_endpoint: tuple[str, ...] = _setting(
         (), "where workers publish KV events that do not tell it themselves, such as vLLM's: [URL=]tcp://HOST:PORT"
-        "[,replay=PORT][,topic=TEXT][,block_size=N][,dp_size=N]; without a URL for all such workers, HOST * is the worker's own", "routing", metavar="ENDPOINT",
-        split=r"\s+")
+        "[,replay=PORT][,topic=TEXT][,block_size=N][,dp_size=N]; without a URL for all such workers, HOST * is the worker's own",
+        "routing", metavar="ENDPOINT", split=r"\s+")
     kv_index_blocks: int = _setting(
         2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", "routing", low=1024, high=1 << 32)
     prediction_blocks: int = _setting(

@@ -21,6 +21,7 @@ _WILDCARD_HOSTS = frozenset({"*", "0.0.0.0", "::", "[::]"})
 _BIGRAM_ALGORITHMS = frozenset({"EAGLE", "EAGLE3", "NEXTN", "FROZEN_KV_MTP"})
 _PORT_LIMIT = 65_535
 _FIRST_CHAINED = (0, 5, 6)  # of SGLang: block hashes are the SHA-256 chain
+_FIRST_RID = (0, 5, 0)  # of SGLang: one `rid` also names a batch, and chats take it
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """What we keep of `/server_info`. kv: None when the worker publishes no KV events over ZMQ; startup_time: unix seconds.
 
     key_route: whether the engine's block hashes can be recomputed ("sha256"), or keys are to be made of the events' tokens.
+    takes_rid: an SGLang whose requests may carry a `rid` in their body, and which has /abort_request to end them by it.
     kv_connects_out: the engine connects its event socket to whoever listens; nothing is heard by connecting to it.
     """
 
@@ -66,6 +68,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     page_size: int | None
     key_route: Literal["sha256", "tokens"] = "sha256"
     kv_connects_out: bool = False
+    takes_rid: bool = False
 
 
 def zmq_endpoint(host: str, port: int) -> str | None:
@@ -86,19 +89,23 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
     algorithm = _take(fields, "speculative_algorithm", str) or ""
     version = _take(fields, "version", str) or None
     config = _load_config(_take(fields, "kv_events_config", str))
+    # vLLM answers this path, too, with its own version numbers.
+    sglang_version = None if "vllm_config" in fields else version
+    mode = _take(fields, "disaggregation_mode", str) or None
     return WorkerFacts(
         model=_take(fields, "served_model_name", str) or None,
         kv=kv,
         dp_size=dp_size,
-        disaggregation_mode=_take(fields, "disaggregation_mode", str) or None,
+        disaggregation_mode=mode,
         disaggregation_bootstrap_port=_port(fields, "disaggregation_bootstrap_port"),
         bigram=algorithm.upper() in _BIGRAM_ALGORITHMS,
         version=version,
         startup_time=_take(fields, "startup_time", float),
         page_size=_positive(fields, "page_size"),
-        # vLLM answers this path, too, with its own version numbers.
-        key_route=key_route_of(None if "vllm_config" in fields else version, is_dynamo=config is not None and config.format == "dynamo"),
+        key_route=key_route_of(sglang_version, is_dynamo=config is not None and config.format == "dynamo"),
         kv_connects_out=kv is not None and config is not None and not _binds(config),
+        # Of a prefill and decode pair one leg alone must not be ended.
+        takes_rid=_numbers(sglang_version) >= _FIRST_RID and mode in (None, "null"),
     )
 
 
@@ -107,9 +114,12 @@ def key_route_of(version: str | None, *, is_dynamo: bool = False) -> Literal["sh
 
     Development versions count as the release they lead to; a version that is none (`0.0.0...`, vLLM's absence) gets "tokens".
     """
+    return "sha256" if _numbers(version) >= _FIRST_CHAINED and not is_dynamo else "tokens"
+
+
+def _numbers(version: str | None) -> tuple[int, ...]:
     numbers = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version or "", re.ASCII)
-    is_chained = numbers is not None and tuple(map(int, numbers.groups())) >= _FIRST_CHAINED
-    return "sha256" if is_chained and not is_dynamo else "tokens"
+    return tuple(map(int, numbers.groups())) if numbers is not None else ()
 
 
 def _binds(config: "_KvEventsConfig") -> bool:

@@ -85,6 +85,8 @@ UPSTREAM_BODY_INCOMPLETE = Reason("upstream_body_incomplete", 502, "worker", "up
 UNSUPPORTED_MEDIA_TYPE = Reason("unsupported_media_type", 415, "client", "the body must be sent with `content-type: application/json`")
 UNPROCESSABLE = Reason("unprocessable", 422, "client", "the body does not have the fields of this path")
 SERVICE_OVERLOADED = Reason("service_overloaded", 503, "router", "too much waits for the tokenizer", True)
+BREAKER_OPEN = Reason("breaker_open", 503, "worker", "every worker of the requested model has failed lately", True)
+STALE_REQUEST_EXPIRED = Reason("stale_request_expired", 504, "router", "request expired before completion", True)
 
 # Position = word in each shard's column of shared memory: append only.
 REASONS: tuple[Reason, ...] = (
@@ -109,5 +111,7 @@ REASONS: tuple[Reason, ...] = (
     UNSUPPORTED_MEDIA_TYPE,
     UNPROCESSABLE,
     SERVICE_OVERLOADED,
+    BREAKER_OPEN,
+    STALE_REQUEST_EXPIRED,
 )
 REASON_INDEX: dict[str, int] = {reason.code: position for position, reason in enumerate(REASONS)}

@@ -26,6 +26,7 @@ _NOT_READY = {
     _workers.JOINING: "has not passed a health check yet",
     _workers.UNHEALTHY: "fails its health checks",
     _workers.DRAINING: "is draining: it finishes its requests and takes no new ones",
+    _workers.READY: "its circuit is open: its requests have failed",
 }
 _WHY = {
     CACHE_HIT: "holds the longest part of the prompt, more than --cache-threshold of its blocks",
@@ -55,8 +56,11 @@ def _explanation(shard: Shard, pool: Pool, facts: Facts) -> dict[str, Any]:
     hits = {hit.position: hit for hit in prompt.hits}
     candidates = [_candidate(shard, pool, prompt, place, hits.get(place), by_tier) for place in range(len(pool.workers))]
     candidates[position]["why"] = _WHY.get(decision, f"is the choice of {DECISIONS[decision]}")
+    chosen_from = {view.worker_idx for view in pool.workers}
     others = [
-        _unready(shard, view) for view in read_workers(shard.table) if view.state != _workers.READY and view.record.model == pool.model
+        _unready(shard, view)
+        for view in read_workers(shard.table)
+        if view.record.model == pool.model and view.worker_idx not in chosen_from
     ]
     sizes = sorted({size for size, _ in pool.variants})
     chosen = candidates[position]

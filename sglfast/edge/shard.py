@@ -16,7 +16,9 @@ from sglfast._counters import Column, Loads, RankTable
 from sglfast._hashtree import TreeReader
 from sglfast._relay import ShardBase
 from sglfast._workers import WorkerTable
+from sglfast.edge.breaker import BreakerDesk
 from sglfast.edge.request import ENDPOINTS
+from sglfast.edge.retry import RetryPolicy
 from sglfast.edge.route import Router
 from sglfast.errors import REASON_INDEX, Reason
 from sglfast.logs import set_level
@@ -39,6 +41,7 @@ class Shard(ShardBase):
     def __init__(self, boot: Boot, loop: asyncio.AbstractEventLoop, keyer: PromptKeyer | None, log: logging.Logger) -> None:
         self.configure(boot.config)
         self.segment = boot.segment
+        self.shard = boot.shard
         self.process_slot = boot.process_slot
         self.control_address = boot.control_address
         self.loop = loop
@@ -55,12 +58,16 @@ class Shard(ShardBase):
         self.now_s = loop.time()  # coarse: moved by the tick
         self._silent_until_s = 0.0
         self._ticks = 0
+        self.retry = RetryPolicy(self.config)
+        self.breakers = BreakerDesk(self)
         self.router = Router(self, keyer)
 
     def apply(self, config: ServeConfig) -> None:
         """Go on with other settings, from the next request on; what cannot change in a running program is the same in both."""
         self.configure(config)
         set_level(config.log_level)
+        self.retry = RetryPolicy(config)
+        self.breakers = BreakerDesk(self)
         self.router.renew_policies()
 
     def count_error(self, reason: Reason) -> None:

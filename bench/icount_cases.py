@@ -317,6 +317,16 @@ class Wire:
 @case
 def relay_of_a_2_kb_chat_round_robin() -> Call:
     """Bytes of a request in, bytes of the answer out, over connections that exist already."""
+    return relay(takes_rid=False)
+
+
+@case
+def relay_of_a_2_kb_chat_that_gets_a_rid() -> Call:
+    """The same to an SGLang that is told when the client leaves."""
+    return relay(takes_rid=True)
+
+
+def relay(*, takes_rid: bool) -> Call:
     import asyncio
     import logging
 
@@ -332,7 +342,7 @@ def relay_of_a_2_kb_chat_round_robin() -> Call:
     table = WorkerTable(segment)
     urls = tuple(f"http://127.0.0.1:{9001 + i}" for i in range(4))
     for i, url in enumerate(urls):
-        record = WorkerRecord(url=url, model="m")
+        record = WorkerRecord(url=url, model="m", takes_rid=takes_rid)
         view = WorkerView(worker_idx=i, generation=0, state=READY, rank_base=i, dp_size=1, block_size=0, bigram=False, record=record)
         put_worker(table, view, is_new=True)
     config = ServeConfig(worker_urls=urls, policy="round_robin", shards=1)
@@ -349,13 +359,13 @@ def relay_of_a_2_kb_chat_round_robin() -> Call:
     client.connection_made(Wire())  # type: ignore[arg-type]
     request = CHAT_HEAD + CHAT_BODY
 
-    def relay() -> None:
+    def relay_one() -> None:
         client.data_received(request)
         assert client.exchange is not None
         assert client.exchange.connection is not None
         client.exchange.connection.data_received(ANSWER)
 
-    return relay
+    return relay_one
 
 
 def small_segment() -> tuple[int, "Segment"]:

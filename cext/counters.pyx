@@ -13,6 +13,7 @@ from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
 import os
 
 cimport cython
+from sf_breaker cimport SF_BREAKER_TROUBLE
 from sf_shm cimport *
 
 # Words of a worker in a shard's column.
@@ -32,6 +33,9 @@ W_CONNECT_ERRORS = 12
 W_PARITY_EXACT = 13       # answers whose cached tokens were predicted, ...
 W_PARITY_HIGH = 14        # ... were fewer than predicted, ...
 W_PARITY_LOW = 15         # ... were more
+W_BREAKER_OPENED = 16     # transitions of its breaker, by who made them
+W_BREAKER_HALF_OPENED = 17
+W_BREAKER_CLOSED = 18
 # Words of the shard itself.
 S_CONNECTIONS = 0
 S_INFLIGHT = 1
@@ -52,6 +56,10 @@ S_PROMPTS_KEYED = 16
 S_PROMPTS_UNKEYED = 17
 S_PROMPT_TOKENS = 18
 S_PREDICTED = 28          # choices of a worker that was believed to hold more than its events say
+S_RETRIES = 19            # attempts beyond the first
+S_RETRIES_EXHAUSTED = 20  # requests whose last attempt failed, of those that had more than one
+S_STALE = 21
+S_ABORTS = 22             # engines told to end a request
 S_DECISIONS = 32          # 16 words, one per decision of the policies
 # Of admission (cext/admission.pyx writes the first three)
 S_PERMITS = 48            # requests that this shard has in flight under the limit
@@ -75,7 +83,7 @@ cdef enum:
     c_W_INFLIGHT_REQUESTS = 0
     c_W_INFLIGHT_TOKENS = 1
     c_W_REQUESTS = 3
-    c_W_OK = 4
+    c_W_ERRORS = 7
     c_W_BYTES_OUT = 9
     c_S_INFLIGHT = 1
     c_S_REQUESTS = 3
@@ -101,6 +109,7 @@ cdef class Column:
             raise ValueError(f"shard {shard} is outside 0..{segment.max_shards - 1}")
         self.segment = segment
         self.words = sf_column(<void *><uintptr_t>segment.address, shard)
+        self.breakers = sf_breaker(<void *><uintptr_t>segment.address, 0)
         self.max_workers = segment.max_workers
 
     cdef uint64_t *worker(self, uint64_t worker_idx) except NULL:
@@ -129,8 +138,12 @@ cdef class Column:
         """The first byte came: these prompt tokens are no load any more."""
         _sf_add(self.worker(worker_idx) + c_W_INFLIGHT_TOKENS, -tokens)
 
-    cpdef end(self, unsigned int worker_idx, unsigned long long tokens, unsigned int outcome_word, unsigned long long bytes_out):
-        """The request left the worker; `tokens` are what `prefilled` did not take back."""
+    cpdef bint end(self, unsigned int worker_idx, unsigned long long tokens, unsigned int outcome_word,
+                   unsigned long long bytes_out) except -1:
+        """The request left the worker; `tokens` are what `prefilled` did not take back.
+
+        Returns whether the worker's breaker has to hear of it: the request failed, or the breaker is not closed and untroubled.
+        """
         cdef uint64_t *words = self.worker(worker_idx)
         if outcome_word >= SF_WORKER_WORDS:
             raise IndexError(f"no outcome word {outcome_word}")
@@ -140,6 +153,7 @@ cdef class Column:
         _sf_add(words + c_W_BYTES_OUT, bytes_out)
         _sf_add(self.words + c_S_INFLIGHT, <uint64_t>-1)
         _sf_add(self.words + c_S_BYTES_OUT, bytes_out)
+        return outcome_word == c_W_ERRORS or (_sf_load(self.breakers + worker_idx) & SF_BREAKER_TROUBLE) != 0
 
     cpdef add(self, unsigned int word, long long n=1):
         """Add to a word of the shard (negative only for gauges)."""
@@ -379,67 +393,4 @@ cdef class Totals:
                 _sf_store(words + word, 0)
 
 
-R_STATE = 0
-R_LAST_SEQ = 1           # last applied sequence number + 1; 0 = none yet
-R_BATCHES = 2
-R_EVENTS = 3
-R_BLOCKS_STORED = 4
-R_BLOCKS_REMOVED = 5
-R_GAPS = 6
-R_DUPLICATES = 7
-R_RESTARTS = 8
-R_UNDECODED = 9
-R_REPLAYS = 10
-R_GIVE_UPS = 11
-R_OWNED_BLOCKS = 12
-R_LAST_EVENT_MS = 13     # wall clock
-R_REASON = 14            # why the state is DEGRADED or BLIND: index into sglfast.shm.RANK_REASONS
-R_GENERATION = 15        # generation of the worker that the row speaks of
-R_ORPHANS = 16           # blocks of the token route left out because their place in the prompt is unknown
-# What the next index process needs to go on with this rank's blocks (index/rank_state):
-R_STREAM = 17            # hash of what makes the stream the one that was followed; 0 = the blocks belong to no stream
-R_NEXT_SEQ = 18          # number of the batch that comes next, + 1; 0 = unknown
-R_LAST_PRINT = 19        # hash of the batch before it
-R_LOSS = 20              # 0 = every batch since the rank was empty has been applied, else as R_REASON
-R_MAPPED_BLOCKS = 21     # blocks that only the process that stored them can remove
-RANK_BLIND, RANK_SYNCING, RANK_EXACT, RANK_DEGRADED = range(4)
-
-
-@cython.final
-cdef class RankTable:
-    """State and counters of every rank's event stream; written by index alone."""
-
-    cdef void *base
-    cdef object segment
-    cdef uint64_t max_ranks
-
-    def __cinit__(self, segment):
-        self.segment = segment
-        self.base = <void *><uintptr_t>segment.address
-        self.max_ranks = segment.max_ranks
-
-    cdef uint64_t *row_of(self, uint64_t rank) except NULL:
-        if rank >= self.max_ranks:
-            raise IndexError(f"rank {rank} is outside 0..{self.max_ranks - 1}")
-        return sf_rank(self.base, rank).words
-
-    def set(self, unsigned int rank, unsigned int word, unsigned long long value):
-        if word >= SF_RANK_WORDS:
-            raise IndexError(f"no rank word {word}")
-        sf_store(self.row_of(rank) + word, value)
-
-    def get(self, unsigned int rank, unsigned int word):
-        if word >= SF_RANK_WORDS:
-            raise IndexError(f"no rank word {word}")
-        return sf_load(self.row_of(rank) + word)
-
-    def row(self, unsigned int rank):
-        """All words of a rank as a list, in the order of the R_* constants."""
-        cdef uint64_t *words = self.row_of(rank)
-        return [sf_load(words + i) for i in range(SF_RANK_WORDS)]
-
-    def clear(self, unsigned int rank):
-        """All words to 0: the rank belongs to nobody."""
-        cdef uint64_t *words = self.row_of(rank)
-        for i in range(SF_RANK_WORDS):
-            sf_store(words + <int>i, 0)
+include "ranktable.pxi"

@@ -3,24 +3,28 @@
 Runs in: shards, event loop, on the request path. Theory: what decides a relay's cost in Python is objects and calls per header and per
     chunk, not the bytes; so the classes here hold the state of a connection or exchange as C fields and take the steps that
     every request takes. The classes in sglfast/edge/{shard,server,exchange,upstream}.py inherit from them and add what is rare:
-    refusals, failures, timeouts, odd framing. A method that is called here on `self` but not defined here is theirs.
-Contract: bodies are the same bytes on both sides. A request is one write, an answer that came at once is one write.
+    refusals, failures, further attempts, timeouts, odd framing. A method that is called here on `self` but not defined here is theirs.
+Contract: bodies are the same bytes on both sides, but for a `rid` in front (edge/abort.py). A request is one write, an answer that came
+    at once is one write.
 
     client bytes -> ClientBase.data_received -> ExchangeBase.dispatch -> on_connected -> WorkerConnectionBase.data_received
         -> ExchangeBase.on_head, on_body, on_end -> ClientBase.write_head
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, strlen
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
-from sf_shm cimport sf_header, sf_load
+from sf_shm cimport sf_header, sf_header_t, sf_load
 from sglfast._counters cimport Column
 from sglfast._httphead cimport Chunks, RequestHead, ResponseHead, scan_request, scan_response
 
 import math
 import os
+
+cdef extern from "sf_rid.h" nogil:
+    int64_t sf_rid_place(const char *text, size_t length) noexcept
 
 
 cdef enum:
@@ -95,11 +99,11 @@ cdef class ShardBase:
 cdef class RouterBase:
     """The choice that needs nothing of the request: see sglfast/edge/route.py, which fills this in `refresh`.
 
-    seen_version: of the worker table, that the fields follow. plain_routes: one per worker of the only pool, None when a request
-    has to be looked at; plain_choose(plain_view, loads, no_prompt) is its policy.
+    seen_version: of the worker table and the breakers, as _breaker has it, that the fields follow. plain_routes: one per worker of the
+    only pool, None when a request has to be looked at; plain_choose(plain_view, loads, no_prompt) is its policy.
     """
 
-    cdef uint64_t *version_word
+    cdef sf_header_t *header
     cdef object segment
     cdef public uint64_t seen_version
     cdef public list plain_routes
@@ -108,12 +112,12 @@ cdef class RouterBase:
 
     def __init__(self, segment):
         self.segment = segment
-        self.version_word = &sf_header(<void *><uintptr_t>segment.address).workers_version
+        self.header = sf_header(<void *><uintptr_t>segment.address)
         self.seen_version = <uint64_t>-1
 
     cdef object plain_route(self):
         # A Route, or None.
-        if sf_load(self.version_word) != self.seen_version:
+        if sf_load(&self.header.workers_version) + sf_load(&self.header.breaker_epoch) != self.seen_version:
             self.refresh()
         if self.plain_routes is None:
             return None
@@ -137,7 +141,9 @@ cdef class ExchangeBase:
     cdef public double started_s
     cdef public double deadline_s
     cdef public long long tokens
-    cdef public tuple tried
+    cdef public object failed_attempts
+    cdef public int probe  # of edge/breaker.py
+    cdef public bytes rid  # by which the engine knows this attempt; None when it does not
     cdef public long long bytes_out
     cdef public long long predicted_tokens  # of the prompt, in the worker's cache; -1 = nobody looked
     cdef public long long cached_tokens     # as the worker reports it; -1 = it has not
@@ -169,7 +175,6 @@ cdef class ExchangeBase:
         self.request_id = head.request_id if head.request_id is not None else client.shard.new_request_id()
         self.started_s = monotonic()
         self.deadline_s = INFINITE
-        self.tried = ()
         self.predicted_tokens = -1
         self.cached_tokens = -1
 
@@ -179,6 +184,8 @@ cdef class ExchangeBase:
         """Take a route: count the load, and send on an idle connection or open one."""
         cdef WorkerConnectionBase connection
         cdef UpstreamBase upstream = route.upstream
+        if upstream.needs_probe and not self.may_probe(route):
+            return
         self.route = route
         self.tokens = route.uncached_tokens
         self.predicted_tokens = route.predicted_tokens
@@ -197,17 +204,26 @@ cdef class ExchangeBase:
         cdef bytes made = b"x-request-id: " + self.request_id + b"\r\n" if self.makes_id else b""
         cdef bytes host = connection.upstream.host_header
         cdef bytes body = self.body
-        cdef Py_ssize_t body_bytes = PyBytes_GET_SIZE(body)
-        cdef Py_ssize_t copied_bytes = body_bytes if body_bytes < COPIED_BYTES else 0
+        cdef Py_ssize_t place = 0, rid_bytes = 0, body_bytes, copied_bytes, length_bytes
         cdef char length[40]
-        cdef int length_bytes = put_length(length, body_bytes)
         cdef bytes out
         cdef char *end
         self.connection = connection
+        self.rid = None
+        if connection.upstream.takes_rid and self.endpoint.takes_rid:
+            place = sf_rid_place(PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body))
+            if place < 0:
+                place = 0
+            else:
+                self.rid = self.new_rid()
+                rid_bytes = 10 + PyBytes_GET_SIZE(self.rid)  # {"rid":"...",
+        body_bytes = PyBytes_GET_SIZE(body) - place
+        copied_bytes = body_bytes if body_bytes < COPIED_BYTES else 0
+        length_bytes = put_length(length, rid_bytes + body_bytes)
         out = PyBytes_FromStringAndSize(
             NULL,
             PyBytes_GET_SIZE(head.method) + 1 + PyBytes_GET_SIZE(head.target) + 17 + PyBytes_GET_SIZE(host) + 2
-            + PyBytes_GET_SIZE(kept) + PyBytes_GET_SIZE(made) + length_bytes + copied_bytes,
+            + PyBytes_GET_SIZE(kept) + PyBytes_GET_SIZE(made) + length_bytes + rid_bytes + copied_bytes,
         )
         end = PyBytes_AS_STRING(out)
         end = put(end, head.method)
@@ -218,20 +234,42 @@ cdef class ExchangeBase:
         memcpy(end, b"\r\n", 2)
         end = put(put(end + 2, kept), made)
         memcpy(end, length, length_bytes)
-        memcpy(end + length_bytes, PyBytes_AS_STRING(body), copied_bytes)
+        end += length_bytes
+        if rid_bytes:
+            memcpy(end, b'{"rid":"', 8)
+            end = put(end + 8, self.rid)
+            memcpy(end, b'",', 2)
+            end += 2
+        memcpy(end, PyBytes_AS_STRING(body) + place, copied_bytes)
         connection.take(self)
         if copied_bytes == body_bytes:
             connection.transport.write(out)
         else:
-            connection.transport.writelines((out, body))
+            connection.transport.writelines((out, memoryview(body)[place:] if place else body))
         if self.client.is_write_paused and connection.transport is not None:
             connection.transport.pause_reading()
+
+    cdef bytes new_rid(self):
+        # Engines refuse a rid that they have. So it is never the client's own request id, and a further attempt has another.
+        if self.head.request_id is None and self.failed_attempts is None and not self.is_resent:
+            return self.request_id
+        return self.shard.new_request_id()
 
     # ---- back to the client ----
 
     cdef bint on_head(self, WorkerConnectionBase connection, ResponseHead head, bytes payload) except -1:
         # The worker's answer begins: hand its head on, with the part of the body that came along. Returns whether the exchange goes on
         # (writing can end it, when the client turns out to be gone).
+        if head.status >= 400:
+            if self.holds(head, payload):
+                return True
+        elif self.probe:
+            self.probe_answered()
+        self.begin_answer(head, payload)
+        return not self.is_over
+
+    cpdef begin_answer(self, ResponseHead head, bytes payload):
+        """Send the head of an answer to the client, and the first of its body: from here on there is no other attempt."""
         cdef bytes kept = head.kept
         self.has_answer = True
         self.body = b""  # it is not sent again from here on; a stream may last long
@@ -252,11 +290,13 @@ cdef class ExchangeBase:
         self.client.write_head(
             kept, None if head.has_request_id else self.request_id, self.kv_header() if self.head.wants_kv else b"", payload
         )
-        return not self.is_over
 
     cdef on_body(self, bytes data):
         # A piece of the answer's body, framing included.
         if not self.has_body:
+            if not self.has_answer:
+                self.hold_more(data)
+                return
             self.first_byte()
         self.bytes_out += PyBytes_GET_SIZE(data)
         if self.predicted_tokens >= 0:
@@ -291,10 +331,13 @@ cdef class ExchangeBase:
                 self.count_parity()
         elif self.status == 429 or self.status == 503:
             outcome_word = c_W_BUSY
-        elif self.status < 500:
+        elif self.status < 500 or self.status == 501:  # 501: the worker does not do such things, which is no failure of its
             outcome_word = c_W_CLIENT_ERRORS
         else:
             outcome_word = c_W_ERRORS
+        if not self.has_answer:
+            self.end_held(outcome_word)
+            return
         self.leave_worker(outcome_word)
         self.finish()
         client.on_exchange_end()
@@ -302,14 +345,16 @@ cdef class ExchangeBase:
     # ---- ends ----
 
     cpdef leave_worker(self, unsigned int outcome_word):
-        """Give the load counters of the worker back, once."""
-        if self.route is not None:
-            self.shard.column.end(self.route.upstream.worker_idx, self.tokens, outcome_word, self.bytes_out)
+        """Give the load counters of the worker back, once; its breaker hears of it when it has to."""
+        cdef object route = self.route
+        if route is not None:
             if self.tokens:
-                self.shard.router.settle(self.route)
-            self.last_route = self.route
+                self.shard.router.settle(route)
+            self.last_route = route
             self.outcome = outcome_word
             self.route = None
+            if self.shard.column.end(route.upstream.worker_idx, self.tokens, outcome_word, self.bytes_out):
+                self.tell_breaker(route, outcome_word)
             self.tokens = 0
 
     cpdef finish(self):
@@ -322,6 +367,13 @@ cdef class ExchangeBase:
             self.shard.admission.leave(self)
         if self.shard.request_log is not None:
             self.shard.request_log.note(self)
+        if self.failed_attempts is not None:
+            self.failed_attempts.close()
+
+
+def rid_place(bytes body not None):
+    """Index behind the brace of a JSON object that has a key but no string "rid" anywhere, where one may be put; -1 for all else."""
+    return sf_rid_place(PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body))
 
 
 cdef inline char *put(char *end, bytes data) noexcept:

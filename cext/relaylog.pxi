@@ -124,8 +124,8 @@ cdef class RequestLogBase:
             end = put_decimal(put_name(end, json, b"ttft_ms", False), exchange.ttft_us // 1000, exchange.ttft_us % 1000, 3)
         cdef long long latency_us = <long long>((monotonic() - exchange.started_s) * 1e6)
         end = put_decimal(put_name(end, json, b"latency_ms", False), latency_us // 1000, latency_us % 1000, 3)
-        if len(exchange.tried):
-            end = put_number(put_name(end, json, b"tried", False), len(exchange.tried))
+        if exchange.failed_attempts is not None:
+            end = put_number(put_name(end, json, b"tried", False), len(exchange.failed_attempts.tried))
         end = put_name(end, json, b"outcome", True)
         end = put_text(end, outcome)
         if json:

@@ -163,6 +163,8 @@ cdef class UpstreamBase:
     cdef public bytes log_label  # what the request log says of the worker
     cdef public list idle  # oldest first; the newest is taken first
     cdef public bint is_removed
+    cdef public bint needs_probe  # its breaker is half-open: a request has to claim the probe
+    cdef public bint takes_rid    # it ends a request whose `rid` it is told
 
     cpdef WorkerConnectionBase take_idle(self):
         """The most recently used idle connection that is still open, or None."""

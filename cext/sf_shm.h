@@ -9,8 +9,10 @@
  *     +---------------------------------------------------------------+
  *     | sf_rank_t[max_ranks]             256 B    writer: index       | state and counters of a rank's event stream
  *     +---------------------------------------------------------------+
+ *     | breaker[max_workers]               8 B    writers: shards     | see sf_breaker.h: the one exception to the law below
+ *     +---------------------------------------------------------------+
  *     | column[max_shards + 1]                    writer: that shard  | last column: sums of dead shards, writer: control
- *     |   4096 B of shard words, then 128 B a worker                  |
+ *     |   4096 B of shard words, then 256 B a worker                  |
  *     +---------------------------------------------------------------+
  *     | sf_tree_t                       4096 B    writer: index       | version (seqlock of the whole tree), sizes, counts
  *     +---------------------------------------------------------------+
@@ -23,9 +25,10 @@
  *     | sets[prediction_sets] prediction_set_bytes writer: index      | what was routed and is not known from events, sf_predicted.h
  *     +---------------------------------------------------------------+
  *
- * Law: one writer per word, for ever (but for the doorbell, see below); no lock between processes; every word is a naturally
- * aligned uint64_t that is read and written atomically. No pointers: indexes and offsets only. Sections start on a 4096-byte border. Any change in size, order
- * or meaning below is a new SF_LAYOUT_MAJOR (tests/golden/layout.json holds the current one); attach refuses another major.
+ * Law: one writer per word, for ever (but for the breakers and their epoch, the rate's word and the doorbell); no lock between processes;
+ * every word is a naturally aligned uint64_t that is read and written atomically. No pointers: indexes and offsets only. Sections
+ * start on a 4096-byte border. Any change in size, order or meaning below is a new SF_LAYOUT_MAJOR (tests/golden/layout.json holds
+ * the current one); attach refuses another major.
  */
 #ifndef SF_SHM_H
 #define SF_SHM_H
@@ -35,13 +38,13 @@
 #include <string.h>
 
 #define SF_MAGIC UINT64_C(0x31545341464c4753) /* "SGLFAST1" in little-endian bytes */
-#define SF_LAYOUT_MAJOR 2u
+#define SF_LAYOUT_MAJOR 3u
 #define SF_LAYOUT_MINOR 0u
 #define SF_PAGE 4096u
 #define SF_TIERS 3u /* device, host, disk */
 #define SF_WORKER_BLOB_BYTES (SF_PAGE - 64u)
 #define SF_SHARD_WORDS 512u
-#define SF_WORKER_WORDS 16u
+#define SF_WORKER_WORDS 32u
 #define SF_RANK_WORDS 32u
 #define SF_WORKERS_MAX 65536u
 #define SF_RANKS_MAX 1024u
@@ -86,7 +89,8 @@ typedef struct { /* exported */
     uint64_t workers_version; /* +1 after every change of the worker table */
     uint64_t control_heartbeat_ms;
     uint64_t drain_deadline_ms; /* wall clock, 0 = not draining */
-    uint64_t pad[4];
+    uint64_t breaker_epoch; /* +1 whenever a breaker lets a worker in or out; by any shard and by control */
+    uint64_t pad[3];
     uint64_t rate_due_us; /* monotonic; written by all shards by compare-and-swap: see cext/admission.pyx */
     uint64_t reserved[479];
 } sf_header_t;
@@ -189,6 +193,7 @@ static inline void sf_write_begin(uint64_t *version) {
 static inline void sf_write_end(uint64_t *version) { sf_store(version, (_sf_load(version) | 1u) + 1u); }
 
 /* ---- addresses ---- */
+static inline uint64_t _sf_round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 static inline sf_header_t *sf_header(void *base) { return (sf_header_t *)base; }
 static inline sf_process_t *sf_process(void *base, uint64_t slot) {
     return (sf_process_t *)((char *)base + sf_header(base)->process_offset) + slot;
@@ -198,6 +203,10 @@ static inline sf_worker_t *sf_worker(void *base, uint64_t worker_idx) {
 }
 static inline sf_rank_t *sf_rank(void *base, uint64_t rank) {
     return (sf_rank_t *)((char *)base + sf_header(base)->ranks_offset) + rank;
+}
+static inline uint64_t *sf_breaker(void *base, uint64_t worker_idx) {
+    sf_header_t *header = sf_header(base);
+    return (uint64_t *)((char *)base + _sf_round_up(header->ranks_offset + header->max_ranks * sizeof(sf_rank_t), SF_PAGE)) + worker_idx;
 }
 static inline uint64_t *sf_column(void *base, uint64_t shard) {
     return (uint64_t *)((char *)base + sf_header(base)->columns_offset + shard * sf_header(base)->column_stride);
@@ -214,8 +223,6 @@ static inline sf_predictions_t *sf_predictions(void *base) {
 static inline sf_ring_t *sf_ring(void *base, uint64_t shard) {
     return (sf_ring_t *)((char *)base + sf_header(base)->rings_offset + shard * sf_header(base)->ring_stride);
 }
-
-static inline uint64_t _sf_round_up(uint64_t value, uint64_t unit) { return (value + unit - 1) / unit * unit; }
 
 /* Bytes of one tree slot: a key and SF_TIERS bitsets; 32 B at 64 ranks (two slots a cache line), whole lines above. */
 static inline uint64_t sf_tree_stride(uint64_t max_ranks) {
@@ -245,6 +252,7 @@ static inline uint64_t sf_plan(sf_header_t *header, uint64_t max_workers, uint64
     header->workers_offset = _sf_round_up(header->process_offset + (1 + max_shards) * sizeof(sf_process_t), SF_PAGE);
     header->ranks_offset = header->workers_offset + max_workers * sizeof(sf_worker_t);
     header->columns_offset = _sf_round_up(header->ranks_offset + max_ranks * sizeof(sf_rank_t), SF_PAGE);
+    header->columns_offset += _sf_round_up(max_workers * 8, SF_PAGE); /* the breakers */
     header->tree_offset = header->columns_offset + (max_shards + 1) * header->column_stride;
     header->slots_offset = header->tree_offset + sizeof(sf_tree_t);
     header->total_bytes = _sf_round_up(header->slots_offset + header->tree_slots * header->tree_stride, SF_PAGE);

@@ -55,6 +55,7 @@ cdef extern from "sf_shm.h" nogil:
         uint64_t control_heartbeat_ms
         uint64_t drain_deadline_ms
         uint64_t rate_due_us
+        uint64_t breaker_epoch
 
     ctypedef struct sf_process_t:
         uint64_t pid
@@ -113,6 +114,7 @@ cdef extern from "sf_shm.h" nogil:
     sf_process_t *sf_process(void *base, uint64_t slot) noexcept
     sf_worker_t *sf_worker(void *base, uint64_t worker_idx) noexcept
     sf_rank_t *sf_rank(void *base, uint64_t rank) noexcept
+    uint64_t *sf_breaker(void *base, uint64_t worker_idx) noexcept
     uint64_t *sf_column(void *base, uint64_t shard) noexcept
     uint64_t *sf_column_worker(uint64_t *column, uint64_t worker_idx) noexcept
     sf_tree_t *sf_tree(void *base) noexcept

@@ -13,6 +13,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport usleep
 
 cimport cython
+from sf_breaker cimport sf_breaker_announce, sf_breaker_reset, sf_breaker_wake
 from sf_shm cimport *
 
 FREE, JOINING, READY, UNHEALTHY, DRAINING = range(5)
@@ -26,6 +27,7 @@ cdef enum:
     c_SPINS = 1000
     c_NAPS = 1000
     c_NAP_US = 1000
+    c_W_BREAKER_HALF_OPENED = 17  # of sglfast._counters
 
 
 @cython.final
@@ -66,6 +68,7 @@ cdef class WorkerTable:
         sf_write_begin(&worker.seq)
         if is_new:
             _sf_add(&worker.generation, 1)
+            sf_breaker_reset(sf_breaker(self.base, worker_idx), _sf_load(&worker.generation))  # it knows nothing of this worker
         _sf_store(&worker.state, state)
         _sf_store(&worker.rank_base, rank_base)
         _sf_store(&worker.dp_size, dp_size)
@@ -77,13 +80,25 @@ cdef class WorkerTable:
         sf_write_end(&worker.seq)
         sf_store(&sf_header(self.base).workers_version, _sf_load(&sf_header(self.base).workers_version) + 1)
 
+    cdef void _give_chance(self, uint64_t worker_idx) noexcept nogil:
+        # Health checks have taken it in again: its breaker, if open, need not wait for its time. Counted in control's own column.
+        cdef uint64_t *retired = sf_column_worker(sf_column(self.base, sf_header(self.base).max_shards), worker_idx)
+        if sf_breaker_wake(sf_breaker(self.base, worker_idx), 0, 0):
+            _sf_add(retired + c_W_BREAKER_HALF_OPENED, 1)
+            sf_breaker_announce(self.base)
+
     def set_state(self, int worker_idx, int state):
-        """Change only the state; every reader sees the table's version move. Raises ValueError for a slot never put."""
+        """Change only the state; every reader sees the table's version move. Raises ValueError for a slot never put.
+
+        A worker that becomes READY has its breaker half-open if it was open.
+        """
         cdef sf_worker_t *worker = <sf_worker_t *><uintptr_t>self._slot(worker_idx)
         if not FREE <= state <= DRAINING:
             raise ValueError(f"worker state must be {FREE}..{DRAINING}, not {state}")
         if not _sf_load(&worker.generation):
             raise ValueError(f"worker slot {worker_idx} was never written: put a worker there first")
+        if state == READY and _sf_load(&worker.state) != <uint64_t>state:
+            self._give_chance(worker_idx)
         sf_write_begin(&worker.seq)
         _sf_store(&worker.state, state)
         sf_write_end(&worker.seq)

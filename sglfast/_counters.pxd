@@ -8,6 +8,7 @@ cimport cython
 @cython.final
 cdef class Column:
     cdef uint64_t *words
+    cdef uint64_t *breakers
     cdef object segment
     cdef uint64_t max_workers
 
@@ -16,7 +17,9 @@ cdef class Column:
     cpdef begin(self, unsigned int worker_idx, unsigned long long tokens, unsigned int decision, unsigned long long bytes_in=*)
     cpdef answered(self, unsigned int status_class)
     cpdef prefilled(self, unsigned int worker_idx, unsigned long long tokens)
-    cpdef end(self, unsigned int worker_idx, unsigned long long tokens, unsigned int outcome_word, unsigned long long bytes_out)
+    cpdef bint end(
+        self, unsigned int worker_idx, unsigned long long tokens, unsigned int outcome_word, unsigned long long bytes_out
+    ) except -1
     cpdef add(self, unsigned int word, long long n=*)
     cpdef add_worker(self, unsigned int worker_idx, unsigned int word, long long n=*)
     cpdef observe(self, unsigned long long ttft_us, unsigned long long duration_us)

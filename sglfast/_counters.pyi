@@ -18,6 +18,9 @@ W_CONNECT_ERRORS: int
 W_PARITY_EXACT: int
 W_PARITY_HIGH: int
 W_PARITY_LOW: int
+W_BREAKER_OPENED: int
+W_BREAKER_HALF_OPENED: int
+W_BREAKER_CLOSED: int
 S_CONNECTIONS: int
 S_INFLIGHT: int
 S_CONNECTIONS_TOTAL: int
@@ -37,6 +40,10 @@ S_PROMPTS_KEYED: int
 S_PROMPTS_UNKEYED: int
 S_PROMPT_TOKENS: int
 S_PREDICTED: int
+S_RETRIES: int
+S_RETRIES_EXHAUSTED: int
+S_STALE: int
+S_ABORTS: int
 S_DECISIONS: int
 S_PERMITS: int
 S_WAITING: int
@@ -82,7 +89,7 @@ class Column:
     def __new__(cls, segment: Segment, shard: int) -> Self: ...
     def begin(self, worker_idx: int, tokens: int, decision: int, bytes_in: int = 0) -> None: ...
     def prefilled(self, worker_idx: int, tokens: int) -> None: ...
-    def end(self, worker_idx: int, tokens: int, outcome_word: int, bytes_out: int) -> None: ...
+    def end(self, worker_idx: int, tokens: int, outcome_word: int, bytes_out: int) -> bool: ...
     def add(self, word: int, n: int = 1) -> None: ...
     def add_worker(self, worker_idx: int, word: int, n: int = 1) -> None: ...
     def answered(self, status_class: int) -> None: ...

@@ -5,7 +5,7 @@ from typing import Any
 from typing_extensions import disjoint_base
 
 from sglfast._counters import Column
-from sglfast._httphead import Chunks, RequestHead
+from sglfast._httphead import Chunks, RequestHead, ResponseHead
 from sglfast._segment import Segment
 
 HEAD: int
@@ -19,6 +19,8 @@ ANSWER_HEAD: int
 LENGTH: int
 ANSWER_CHUNKED: int
 UNTIL_CLOSE: int
+
+def rid_place(body: bytes) -> int: ...
 
 # Attributes that hold an object of sglfast.edge are Any here: its classes name them by their own types.
 
@@ -60,7 +62,9 @@ class ExchangeBase:
     started_s: float
     deadline_s: float
     tokens: int
-    tried: tuple[int, ...]
+    failed_attempts: Any
+    probe: int
+    rid: bytes | None
     bytes_out: int
     predicted_tokens: int
     cached_tokens: int
@@ -82,6 +86,7 @@ class ExchangeBase:
     def __init__(self, client: ClientBase, endpoint: Any, head: RequestHead, body: bytes) -> None: ...
     def dispatch(self, route: Any) -> None: ...
     def on_connected(self, connection: WorkerConnectionBase) -> None: ...
+    def begin_answer(self, head: ResponseHead, payload: bytes) -> None: ...
     def leave_worker(self, outcome_word: int) -> None: ...
     def finish(self) -> None: ...
 
@@ -142,6 +147,8 @@ class UpstreamBase:
     log_label: bytes
     idle: list[Any]
     is_removed: bool
+    needs_probe: bool
+    takes_rid: bool
     def take_idle(self) -> Any: ...
     def give_back(self, connection: WorkerConnectionBase) -> None: ...
 

@@ -91,6 +91,8 @@ QUEUE_FULL = Reason("queue_full", 429, "client", "too many requests: the router 
 QUEUE_TIMEOUT = Reason("queue_timeout", 408, "client", "the request waited too long for its turn", True)
 INVALID_API_KEY = Reason("invalid_api_key", 401, "client", "a valid API key is needed: `authorization: Bearer KEY`")
 TOO_MANY_CONNECTIONS = Reason("too_many_connections", 503, "router", "too many connections, try again later", True)
+BREAKER_OPEN = Reason("breaker_open", 503, "worker", "every worker of the requested model has failed lately", True)
+STALE_REQUEST_EXPIRED = Reason("stale_request_expired", 504, "router", "request expired before completion", True)
 
 # Position = word in each shard's column of shared memory: append only.
 REASONS: tuple[Reason, ...] = (
@@ -119,5 +121,7 @@ REASONS: tuple[Reason, ...] = (
     QUEUE_TIMEOUT,
     INVALID_API_KEY,
     TOO_MANY_CONNECTIONS,
+    BREAKER_OPEN,
+    STALE_REQUEST_EXPIRED,
 )
 REASON_INDEX: dict[str, int] = {reason.code: position for position, reason in enumerate(REASONS)}

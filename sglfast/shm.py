@@ -90,6 +90,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_replay_port_base: int | None = None
     kv_connects_out: bool = False
     adapters: Adapters = "named"
+    takes_rid: bool = False  # requests may carry a `rid` by which /abort_request ends them
 
     def __repr__(self) -> str:
         """Without the key: what is shown in an error or a log must not hold it."""

@@ -36,6 +36,8 @@ from sglfast.edge.upstream import UpstreamConnection
 from sglfast.shm import WorkerRecord, WorkerView, put_worker
 
 ROOT = Path(__file__).parent.parent
+# One attempt and no memory of failures, unless a test asks for more: it is to see what the request path itself does.
+PLAIN = {"policy": "round_robin", "request_log": "off", "disable_retries": True, "disable_circuit_breaker": True}
 T = TypeVar("T")
 
 
@@ -57,8 +59,10 @@ class Memory:
     """The shared memory of a program, with these workers in its table; worker i has rank i."""
 
     def __init__(
-        self, urls: Sequence[str], *, models: Sequence[str | None] = (), shards: int = 1, block_size: int = 0, prediction_blocks: int = 0
-    ) -> None:
+        self, urls: Sequence[str], *, models: Sequence[str | None] = (), shards: int = 1, block_size: int = 0, prediction_blocks: int = 0,
+        takes_rid: bool = False,
+    ) -> None:  # fmt: skip
+        self.takes_rid = takes_rid
         self.urls = list(urls)
         self.models = list(models) or ["demo"] * len(urls)
         self.block_size = block_size
@@ -75,7 +79,7 @@ class Memory:
 
         fields: of WorkerView; rank i is worker i's unless rank_base says otherwise.
         """
-        record = WorkerRecord(url=url or self.urls[worker_idx], model=self.models[worker_idx])
+        record = WorkerRecord(url=url or self.urls[worker_idx], model=self.models[worker_idx], takes_rid=self.takes_rid)
         given = {"rank_base": worker_idx, "dp_size": 1, "block_size": self.block_size, "bigram": False, **fields}
         put_worker(self.table, WorkerView(worker_idx=worker_idx, generation=0, state=state, record=record, **given), is_new=is_new)
 
@@ -108,11 +112,12 @@ class Edge(Memory):
 
     def __init__(
         self, workers: Sequence[HasUrl], *, models: Sequence[str | None] = (), shards: int = 1, block_size: int = 0,
-        control_address: str = "", **settings: Any,
+        control_address: str = "", takes_rid: bool = False, **settings: Any,
     ) -> None:  # fmt: skip
-        super().__init__([worker.url for worker in workers], models=models, shards=shards, block_size=block_size)
+        urls = [worker.url for worker in workers]
+        super().__init__(urls, models=models, shards=shards, block_size=block_size, takes_rid=takes_rid)
         self.workers = workers
-        settings = {"worker_urls": tuple(self.urls), "shards": shards, "policy": "round_robin", "request_log": "off", **settings}
+        settings = {"worker_urls": tuple(self.urls), "shards": shards, **PLAIN, **settings}
         self.config = check(ServeConfig(**settings))
         listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self.port: int = listener.getsockname()[1]
@@ -271,7 +276,7 @@ class StubTransport(asyncio.Transport):
 
 def shard_in_loop(memory: Memory, keyer: Any = None, shard: int = 0, **settings: Any) -> Shard:
     """A Shard of the running loop; nothing ticks unless the test calls `tick`."""
-    config = check(ServeConfig(worker_urls=tuple(memory.urls), shards=1, **{"policy": "round_robin", "request_log": "off", **settings}))
+    config = check(ServeConfig(worker_urls=tuple(memory.urls), shards=1, **PLAIN | settings))
     boot = Boot(config, memory.segment, None, shard, None, "")  # type: ignore[arg-type]
     return Shard(boot, asyncio.get_running_loop(), keyer, logging.getLogger("test"))
 

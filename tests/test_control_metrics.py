@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from shared_memory import shared_segment
 
 from sglfast import _counters as words
+from sglfast._breaker import OPEN, Breakers
 from sglfast._counters import Column, RankTable, Totals
 from sglfast._hashtree import TreeWriter
 from sglfast._predicted import KEEP, Predictions, PredictionWriter
@@ -146,6 +147,21 @@ def test_the_next_worker_of_a_slot_begins_at_0(segment: Segment, workers: Worker
     Column(segment, 1).add_worker(0, words.W_OK, 2)
     seen = Scrape(Metrics(segment, lambda: workers.views, totals=totals).render())
     assert seen.get("worker_requests_total", worker=A, outcome="ok") == 2
+
+
+def test_breakers_retries_and_aborts(segment: Segment, workers: Workers) -> None:
+    column, breakers = Column(segment, 0), Breakers(segment, 0, failure_threshold=1, open_secs=0.0)
+    generation = WorkerTable(segment).read(0)[0]  # type: ignore[index]
+    assert breakers.failed(0, generation, False, 1.0) == OPEN
+    column.add_worker(0, words.W_BREAKER_OPENED)
+    for word, count in ((words.S_RETRIES, 4), (words.S_RETRIES_EXHAUSTED, 1), (words.S_STALE, 2), (words.S_ABORTS, 3)):
+        column.add(word, count)
+    seen = scrape(segment, workers)
+    assert (seen.get("breaker_state", worker=A), seen.get("breaker_state", worker=B)) == (1, 0)
+    assert [seen.get("breaker_transitions_total", worker=A, to=to) for to in ("open", "half_open", "closed")] == [1, 0, 0]
+    assert [seen.get(f"{name}_total") for name in ("retries", "retries_exhausted", "stale_requests", "abort_requests")] == [4, 1, 2, 3]
+    breakers.wake(0, 2.0)
+    assert scrape(segment, workers).get("breaker_state", worker=A) == 2
 
 
 def test_ranks_and_tree(segment: Segment, workers: Workers) -> None:

@@ -16,6 +16,7 @@ from shared_memory import Words, forked, shared_segment
 
 from sglfast import _counters as c
 from sglfast import shm
+from sglfast._breaker import Breakers
 from sglfast._counters import Column, Loads, RankTable, Totals
 from sglfast._segment import Segment
 
@@ -24,10 +25,12 @@ FROZEN = {
     "W_INFLIGHT_REQUESTS": 0, "W_INFLIGHT_TOKENS": 1, "W_CONNECTIONS": 2, "W_REQUESTS": 3, "W_OK": 4, "W_CLIENT_ERRORS": 5,
     "W_BUSY": 6, "W_ERRORS": 7, "W_CANCELLED": 8, "W_BYTES_OUT": 9, "W_PROMPT_BLOCKS": 10, "W_OVERLAP_BLOCKS": 11,
     "W_CONNECT_ERRORS": 12, "W_PARITY_EXACT": 13, "W_PARITY_HIGH": 14, "W_PARITY_LOW": 15,
+    "W_BREAKER_OPENED": 16, "W_BREAKER_HALF_OPENED": 17, "W_BREAKER_CLOSED": 18,
     "S_CONNECTIONS": 0, "S_INFLIGHT": 1, "S_CONNECTIONS_TOTAL": 2, "S_REQUESTS": 3, "S_BYTES_IN": 4, "S_BYTES_OUT": 5,
     "S_UPSTREAM_CONNECTS": 6, "S_RESENDS": 8, "S_CLIENT_GONE": 9, "S_STREAMS_CUT": 10, "S_RESPONSES_2XX": 11,
     "S_RESPONSES_3XX": 12, "S_RESPONSES_4XX": 13, "S_RESPONSES_5XX": 14, "S_UNUSUAL_HEADS": 15, "S_PROMPTS_KEYED": 16,
-    "S_PROMPTS_UNKEYED": 17, "S_PROMPT_TOKENS": 18, "S_PREDICTED": 28, "S_DECISIONS": 32,
+    "S_PROMPTS_UNKEYED": 17, "S_PROMPT_TOKENS": 18, "S_RETRIES": 19, "S_RETRIES_EXHAUSTED": 20,
+    "S_STALE": 21, "S_ABORTS": 22, "S_PREDICTED": 28, "S_DECISIONS": 32,
     "S_PERMITS": 48, "S_WAITING": 49, "S_WAITING_HEAD": 50,
     "S_QUEUED": 51, "S_QUEUE_WAIT_US": 52, "S_REASONS": 64, "S_TTFT": 128, "S_DURATION": 160,
     "R_STATE": 0, "R_LAST_SEQ": 1, "R_BATCHES": 2, "R_EVENTS": 3, "R_BLOCKS_STORED": 4, "R_BLOCKS_REMOVED": 5, "R_GAPS": 6,
@@ -36,7 +39,7 @@ FROZEN = {
     "R_STREAM": 17, "R_NEXT_SEQ": 18, "R_LAST_PRINT": 19, "R_LOSS": 20, "R_MAPPED_BLOCKS": 21,
     "RANK_BLIND": 0, "RANK_SYNCING": 1, "RANK_EXACT": 2, "RANK_DEGRADED": 3,
 }  # fmt: skip
-SHARD_WORDS, WORKER_WORDS, RANK_WORDS = 512, 16, 32
+SHARD_WORDS, WORKER_WORDS, RANK_WORDS = 512, 32, 32
 Z = 6.0  # standard deviations that a random count may be off: one run in a billion
 
 
@@ -44,7 +47,8 @@ def test_the_words_are_frozen() -> None:
     assert {name: getattr(c, name) for name in FROZEN} == FROZEN
     numbers = {name: value for name, value in vars(c).items() if name[:2] in ("W_", "S_", "R_") or name.startswith("RANK_")}
     assert set(numbers) == set(FROZEN), "a new word is added to this list too"
-    assert len({value for name, value in numbers.items() if name.startswith("W_")}) == WORKER_WORDS
+    of_workers = [value for name, value in numbers.items() if name.startswith("W_")]
+    assert len(of_workers) == len(set(of_workers)) <= max(of_workers) + 1 <= WORKER_WORDS
     # Nothing overlaps: 16 decisions, 64 reasons, 25 buckets and 2 words of each histogram.
     spans = [(c.S_DECISIONS, 16), (c.S_REASONS, 64), (c.S_TTFT, 27), (c.S_DURATION, 27)]
     singles = [value for name, value in numbers.items() if name.startswith("S_") and value < c.S_DECISIONS]
@@ -77,6 +81,21 @@ def test_a_request_s_life() -> None:
         done = {c.W_REQUESTS: 2, c.W_OK: 1, c.W_CANCELLED: 1, c.W_BYTES_OUT: 1240}
         assert {word: value for word, value in enumerate(worker) if value} == done
         assert (len(shard), len(worker)) == (SHARD_WORDS, WORKER_WORDS)
+
+
+def test_the_end_tells_whether_the_breaker_has_to_hear_of_it() -> None:
+    with shared_segment(max_workers=4) as (_, segment):
+        column, breakers = Column(segment, 0), Breakers(segment, 0)
+
+        def ends(worker_idx: int, outcome: int) -> bool:
+            column.begin(worker_idx, 0, 0)
+            return column.end(worker_idx, 0, outcome, 0)
+
+        assert [ends(1, outcome) for outcome in (c.W_OK, c.W_BUSY, c.W_CLIENT_ERRORS, c.W_CANCELLED)] == [False] * 4
+        assert ends(1, c.W_ERRORS)
+        breakers.failed(1, 0, False, 1.0)
+        assert ends(1, c.W_OK), "it may end a row of failures"
+        assert not ends(2, c.W_OK)
 
 
 def test_answers_are_counted_by_their_class() -> None:
@@ -141,8 +160,8 @@ def test_columns_sum_and_dead_shards_fold_away(steps: list[tuple[str, int, int |
         columns, totals, loads, ledger = [Column(segment, shard) for shard in range(3)], Totals(shm.attach(fd)), Loads(segment), Ledger()
         for kind, shard, place, a, b in steps:
             if kind == "add" and place is None:
-                columns[shard].add(a * 31, b)
-                ledger.columns[shard][None, a * 31] += b
+                columns[shard].add(a * 16, b)
+                ledger.columns[shard][None, a * 16] += b
             elif kind == "add":
                 assert place is not None
                 columns[shard].add_worker(place, a, b)
@@ -353,13 +372,13 @@ def test_bad_indexes_raise_and_corrupt_nothing() -> None:
                 with pytest.raises(IndexError, match=rf"^worker {worker_idx} is outside 0\.\.3$"):
                     method(worker_idx, *args)
         wrong: list[tuple[Callable[[], Any], str]] = [
-            (lambda: column.end(3, 9, 16, 1), "^no outcome word 16$"),
+            (lambda: column.end(3, 9, 32, 1), "^no outcome word 32$"),
             (lambda: column.add(512), "^no shard word 512$"),
             (lambda: column.get(512), "^no shard word 512$"),
-            (lambda: column.add_worker(0, 16), "^no worker word 16$"),
-            (lambda: loads.least(pool(0), 16), "^no worker word 16$"),
+            (lambda: column.add_worker(0, 32), "^no worker word 32$"),
+            (lambda: loads.least(pool(0), 32), "^no worker word 32$"),
             (lambda: loads.least(pool(0), 4_000_000_000), "^no worker word 4000000000$"),
-            (lambda: loads.span(pool(0), 16), "^no worker word 16$"),
+            (lambda: loads.span(pool(0), 32), "^no worker word 32$"),
             (lambda: totals.retire(2), r"^shard 2 is outside 0\.\.1$"),
             (lambda: ranks.set(64, 0, 1), r"^rank 64 is outside 0\.\.63$"),
             (lambda: ranks.set(0, 32, 1), "^no rank word 32$"),

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from conftest import SeededRandom
@@ -90,7 +91,9 @@ def one_client(port: int, rng: random.Random, name: str, seen: Counter[str]) -> 
                         assert whole == b"" or b"upstream_" in whole or is_cut, (body, whole[:200])
                         seen["answered"] += 1
                     else:
-                        assert found.code in ("upstream_closed", "upstream_bad_response", "upstream_unreachable"), found.body
+                        assert found.code in ("upstream_closed", "upstream_bad_response", "upstream_unreachable", "breaker_open"), (
+                            found.body
+                        )
                         seen[found.code] += 1
                     if found.closes:
                         break
@@ -104,7 +107,14 @@ def workers() -> Iterator[list[Worker]]:
         worker.close()
 
 
-def test_chaos(workers: list[Worker], rng: SeededRandom) -> None:
+ALL_ON: dict[str, Any] = {
+    "disable_retries": False, "retry_initial_backoff_ms": 1, "retry_max_backoff_ms": 5, "disable_circuit_breaker": False,
+    "cb_failure_threshold": 3, "cb_success_threshold": 1, "cb_timeout_duration_secs": 0.1, "takes_rid": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", [{}, ALL_ON], ids=["one attempt", "retries and breakers"])
+def test_chaos(settings: dict[str, Any], workers: list[Worker], rng: SeededRandom) -> None:
     refusing = RefusingPort()
     seeds = [rng.getrandbits(32) for _ in range(THREADS)]
     seen: Counter[str] = Counter()
@@ -120,8 +130,8 @@ def test_chaos(workers: list[Worker], rng: SeededRandom) -> None:
 
     for worker in workers:
         worker.plan(wild)
-    with contextlib.closing(refusing), Edge([*workers, refusing], policy="random", upstream_keepalive_secs=0.5) as edge:
-        edge.allowed_log = ("worker cannot be reached",)
+    with contextlib.closing(refusing), Edge([*workers, refusing], policy="random", upstream_keepalive_secs=0.5, **settings) as edge:
+        edge.allowed_log = ("worker cannot be reached", "circuit is")
         threads = [threading.Thread(target=play, args=(seed,)) for seed in seeds]
         for thread in threads:
             thread.start()
@@ -130,6 +140,6 @@ def test_chaos(workers: list[Worker], rng: SeededRandom) -> None:
         assert not failures, failures
         wait_until(lambda: not edge.gauges(), lambda: f"all is given back: {edge.gauges()}")
         edge.settle()
-    assert seen["answered"] > THREADS * TURNS / 4
+    assert seen["answered"] > THREADS * TURNS / (8 if settings else 4)
     assert seen["upstream_closed"] > 0
     assert seen["upstream_bad_response"] > 0

@@ -1,4 +1,4 @@
-"""sglfast.edge.exchange when the worker fails: error answers, resends, the next choice, streams that break."""
+"""sglfast.edge.exchange when the worker fails and there is no other attempt: error answers, resends, streams that break."""
 
 import threading
 import time
@@ -8,7 +8,7 @@ import orjson
 import pytest
 from edge_harness import Edge, settled, wait_until
 from raw_client import Answer, Client, chunk, post, request
-from scripted_worker import SSE_HEAD, Call, RefusingPort, SilentPort, Worker, answer, answer_head, echoes, says, then_closes
+from scripted_worker import SSE_HEAD, Call, Worker, answer, answer_head, echoes, says, then_closes
 
 from sglfast import _counters as c
 from sglfast.errors import REASON_INDEX
@@ -298,55 +298,3 @@ def test_answer_by_length_that_breaks_is_cut_short(edge: Edge, worker: Worker) -
             assert client.read_head().header("content-length") == [b"1000"]
             assert client.read_to_end() == b"x" * 600
         worker.reset()
-
-
-# ---- the next choice ----
-
-
-def test_next_worker_when_one_refuses(workers: list[Worker]) -> None:
-    refusing = RefusingPort()
-    with Edge([refusing, workers[1]], policy="round_robin") as edge, settled(edge):
-        edge.allowed_log = ("worker cannot be reached",)
-        for number in range(6):
-            assert edge.ask(post(b"%d" % number)).body == b"%d" % number
-        assert len(workers[1].calls) == 6
-        wait_until(lambda: not edge.word(c.S_INFLIGHT), "the last one is counted")
-        refused = edge.worker_word(0, c.W_CONNECT_ERRORS)
-        assert refused >= 2
-        assert edge.worker_word(0, c.W_ERRORS) == edge.worker_word(0, c.W_REQUESTS) == refused
-        assert (edge.worker_word(1, c.W_OK), edge.worker_word(1, c.W_ERRORS)) == (6, 0)
-        assert edge.log().count("worker cannot be reached") == 1, "one line in a while, not one a request"
-    refusing.close()
-
-
-def test_all_workers_refuse() -> None:
-    ports = [RefusingPort() for _ in range(5)]
-    with Edge(ports) as edge, settled(edge):
-        edge.allowed_log = ("worker cannot be reached",)
-        assert failure(edge) == (502, "upstream_unreachable")
-        tried = [edge.worker_word(worker_idx, c.W_CONNECT_ERRORS) for worker_idx in range(5)]
-        assert sorted(tried) == [0, 0, 1, 1, 1], "three different workers are tried"
-    for port in ports:
-        port.close()
-
-
-def test_worker_that_takes_no_connection(workers: list[Worker]) -> None:
-    silent = SilentPort()
-    with Edge([silent], connect_timeout_secs=0.3) as edge, settled(edge):
-        edge.allowed_log = ("worker cannot be reached",)
-        start = time.monotonic()
-        assert failure(edge) == (504, "upstream_timeout")
-        assert 0.25 < time.monotonic() - start < 2.0
-    with Edge([silent, workers[1]], connect_timeout_secs=0.3, policy="round_robin") as edge, settled(edge):
-        edge.allowed_log = ("worker cannot be reached",)
-        assert [edge.ask(post(body)).body for body in (b"1", b"2")] == [b"1", b"2"]
-    silent.close()
-
-
-def test_host_that_is_no_name(workers: list[Worker]) -> None:
-    class Nowhere:
-        url = "http://a..b:80"
-
-    with Edge([Nowhere()]) as edge, settled(edge):
-        edge.allowed_log = ("worker cannot be reached",)
-        assert failure(edge) == (502, "upstream_unreachable")

@@ -31,7 +31,8 @@ def test_next_choice_is_the_least_loaded_that_was_not_tried() -> None:
         last = router.next_choice(failed, (0, 2, 3))
         assert last is not None
         assert last.upstream.worker_idx == 1
-        assert router.next_choice(failed, (0, 1, 2, 3)) is None
+        again = {following.upstream.worker_idx for _ in range(60) if (following := router.next_choice(failed, (2, 3, 1, 0)))}
+        assert again == {2, 3}, "all were tried: the least loaded of those that have not just failed"
 
     routed(memory, test)
 
@@ -46,7 +47,9 @@ def test_next_choice_follows_the_table() -> None:
         assert following is not None
         assert following.upstream.worker_idx == 1 - first, "never another model's worker"
         memory.table.set_state(1 - first, _workers.UNHEALTHY)
-        assert router.next_choice(failed, (first,)) is None
+        alone = router.next_choice(failed, (first,))
+        assert alone is not None
+        assert alone.upstream.worker_idx == first, "nobody else is left"
         memory.table.set_state(first, _workers.UNHEALTHY)
         assert router.next_choice(failed, (first,)) is None, "the pool is gone"
 

@@ -11,6 +11,7 @@ from edge_harness import Memory, run, shard_in_loop, stub_client
 
 from sglfast import _counters as c
 from sglfast import _segment, errors
+from sglfast._breaker import OPEN
 from sglfast.edge import shard as shard_module
 from sglfast.edge.shard import Shard
 from sglfast.errors import REASON_INDEX
@@ -146,3 +147,22 @@ def test_new_settings_make_new_policies_and_new_limits(monkeypatch: pytest.Monke
         assert transport.take().startswith(b"HTTP/1.1 413 ")
 
     with_shard(test)
+
+
+def test_other_settings_of_retries_and_breakers_are_taken_up() -> None:
+    """Also while a circuit is open: with breakers off nobody is left out, and with them on again it is as open as it was."""
+
+    async def test(shard: Shard, memory: Memory) -> None:
+        generation = memory.table.read(0)[0]  # type: ignore[index]
+        shard.router.refresh()
+        assert shard.breakers.table.failed(0, generation, False, shard.loop.time()) == OPEN
+        assert shard.retry.max_attempts == 1
+        for is_off, workers in ((False, [1]), (True, [0, 1]), (False, [1])):
+            changed = dataclasses.replace(shard.config, disable_retries=False, retry_max_retries=7, disable_circuit_breaker=is_off)
+            shard.apply(changed)
+            assert shard.router.only is not None
+            assert list(shard.router.only.view.worker_idxs) == workers
+            assert not any(upstream.needs_probe for upstream in shard.router.only.upstreams)
+        assert shard.retry.max_attempts == 7
+
+    with_shard(test, disable_circuit_breaker=False, cb_failure_threshold=1)

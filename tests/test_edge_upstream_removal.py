@@ -87,7 +87,7 @@ def test_a_request_that_was_connecting_when_its_worker_was_removed_goes_to_anoth
     memory = Memory([worker.url for worker in workers[:2]])
 
     async def inside() -> None:
-        shard = shard_in_loop(memory)
+        shard = shard_in_loop(memory, disable_retries=False)
         client, client_side = stub_client(shard)
         client.data_received(post(b"{}"))
         exchange = client.exchange

@@ -32,8 +32,8 @@ class Transport(asyncio.WriteTransport):
 
 
 def test_a_whole_fault() -> None:
-    body = {"mode": "cut_body", "count": 2, "after_bytes": 0, "scope": "all"}
-    assert parse_fault(body) == Fault("cut_body", 2, 0, "all")
+    body = {"mode": "cut_body", "count": 2, "after_bytes": 0, "scope": "all", "share": 0.5}
+    assert parse_fault(body) == Fault("cut_body", 2, 0, "all", 0.5)
     assert parse_fault(body).as_dict() == body
     assert parse_fault({"mode": "none"}) == NO_FAULT
 
@@ -49,6 +49,9 @@ def test_a_whole_fault() -> None:
         ({"mode": "hang", "after_bytes": -1}, "after_bytes must be"),
         ({"mode": "hang", "scope": "some"}, "scope must be one of inference, all"),
         ({"mode": "hang", "times": 1}, "unknown field 'times'"),
+        ({"mode": "hang", "share": 0}, "share must be"),
+        ({"mode": "hang", "share": True}, "share must be"),
+        ({"mode": "hang", "share": "0.5"}, "share must be"),
     ],
 )
 def test_a_fault_that_cannot_be_set_says_why(body: Any, message: str) -> None:
@@ -65,6 +68,16 @@ def test_the_switch_counts_down_and_turns_itself_off() -> None:
     assert (switch.fault, switch.hits) == (NO_FAULT, 2)
     switch.fault = parse_fault({"mode": "refuse", "scope": "all"})
     assert [switch.take(is_inference=i % 2 == 0).mode for i in range(5)] == ["refuse"] * 5
+
+
+def test_a_share_of_the_requests_is_hit() -> None:
+    switch = FaultSwitch(seed=1)
+    switch.fault = parse_fault({"mode": "error_500", "share": 0.3})
+    hits = sum(switch.take(is_inference=True).mode == "error_500" for _ in range(2000))
+    assert hits == switch.hits
+    assert 500 < hits < 700
+    switch.fault = parse_fault({"mode": "error_500", "share": 0.3, "count": 5})
+    assert sum(switch.take(is_inference=True) is not NO_FAULT for _ in range(200)) == 5
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])

@@ -126,7 +126,9 @@ class ServeConfig:
     stream_idle_timeout_secs: float = _setting(180.0, "longest pause inside a worker's answer", "upstream", low=0.05, live=True)
     stale_request_timeout_secs: float = _setting(
         1800.0, "a request in flight for longer is ended and no longer counted as load", "upstream",
-        low=1.0, section="active_load.stale_request_timeout_secs")
+        low=1.0, section="active_load.stale_request_timeout_secs", live=True)
+    disable_abort_on_disconnect: bool = _setting(
+        False, "do not tell SGLang workers by /abort_request of a client that has left, and put no `rid` into requests", "upstream")
     upstream_keepalive_secs: float = _setting(
         3.0, "an idle connection to a worker is closed after this time; keep it below the workers' own limit (5 s in uvicorn)",
         "upstream", low=0.0, live=True)
@@ -140,21 +142,26 @@ class ServeConfig:
         None, "request header with a whole number; those who wait are admitted in its order, highest first", "admission", metavar="NAME")
     tenant_fairness: bool = _setting(False, "those who wait are admitted in turn by API key", "admission")
 
-    retry_max_retries: int = _setting(5, "attempts for a request in all, the first one included; 0 is as 1", "retries", low=0, high=1000)
-    retry_initial_backoff_ms: int = _setting(50, "pause before the second attempt", "retries", low=0)
-    retry_max_backoff_ms: int = _setting(30000, "longest pause between two attempts", "retries", low=0)
-    retry_backoff_multiplier: float = _setting(1.5, "each further pause is this times the one before", "retries", low=1.0)
-    retry_jitter_factor: float = _setting(0.2, "share of a pause that chance adds or takes", "retries", low=0.0, high=1.0)
-    disable_retries: bool = _setting(False, "one attempt for each request", "retries")
+    retry_max_retries: int = _setting(5, "attempts for a request in all, the first one included; 0 is as 1", "retries", low=0, high=1000,
+        live=True)
+    retry_initial_backoff_ms: int = _setting(50, "pause before the second attempt", "retries", low=0, live=True)
+    retry_max_backoff_ms: int = _setting(30000, "longest pause between two attempts", "retries", low=0, live=True)
+    retry_backoff_multiplier: float = _setting(1.5, "each further pause is this times the one before", "retries", low=1.0, live=True)
+    retry_jitter_factor: float = _setting(0.2, "share of a pause that chance adds or takes", "retries", low=0.0, high=1.0,
+        live=True)
+    disable_retries: bool = _setting(False, "one attempt for each request", "retries", live=True)
 
     cb_failure_threshold: int = _setting(
-        10, "failures in a row that open a worker's circuit", "circuit breaker", low=1, section="models.circuit_breaker.threshold")
-    cb_success_threshold: int = _setting(3, "good probes in a row that close it again", "circuit breaker", low=1)
+        10, "failures in a row that open a worker's circuit", "circuit breaker", low=1, section="models.circuit_breaker.threshold",
+        live=True)
+    cb_success_threshold: int = _setting(3, "good probes in a row that close it again", "circuit breaker", low=1, live=True)
     cb_timeout_duration_secs: float = _setting(
         60.0, "an open circuit lets a probe through after this time", "circuit breaker",
-        low=0.1, section="models.circuit_breaker.cool_down_secs")
-    cb_window_duration_secs: float = _setting(120.0, "failures older than this do not count", "circuit breaker", low=0.1)
-    disable_circuit_breaker: bool = _setting(False, "never stop sending to a worker because its requests fail", "circuit breaker")
+        low=0.1, section="models.circuit_breaker.cool_down_secs", live=True)
+    cb_window_duration_secs: float = _setting(120.0, "failures older than this do not count", "circuit breaker", low=0.1,
+        live=True)
+    disable_circuit_breaker: bool = _setting(False, "never stop sending to a worker because its requests fail", "circuit breaker",
+        live=True)
 
     api_key: str | None = _setting(
         None, "key that clients must show (Bearer), and that workers are shown", "security", secret=True, metavar="KEY")

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from sglfast import __version__, _workers
 from sglfast import _counters as words
+from sglfast._breaker import Breakers
 from sglfast._counters import RankTable, Totals
 from sglfast._hashtree import TreeReader
 from sglfast._predicted import dropped_total
@@ -43,6 +44,10 @@ _SHARD_COUNTERS = {
     words.S_UPSTREAM_CONNECTS: ("upstream_connects", "Connections opened to workers."),
     words.S_RESENDS: ("upstream_resends", "Requests sent again because a pooled connection died before an answer."),
     words.S_CLIENT_GONE: ("client_disconnects", "Requests whose client left before the answer was complete."),
+    words.S_RETRIES: ("retries", "Attempts beyond a request's first."),
+    words.S_RETRIES_EXHAUSTED: ("retries_exhausted", "Requests that failed although they had more than one attempt."),
+    words.S_STALE: ("stale_requests", "Requests ended because they lasted longer than --stale-request-timeout-secs."),
+    words.S_ABORTS: ("abort_requests", "Workers told by /abort_request to end a request."),
     words.S_STREAMS_CUT: ("answers_cut", "Answers that ended in the middle because of their worker."),
     words.S_UNUSUAL_HEADS: ("unusual_heads", "Request heads that were left to the slow, full HTTP parser."),
     words.S_QUEUED: ("queued_requests", "Requests that had to wait for their turn."),
@@ -62,6 +67,7 @@ _OUTCOMES = {
     "ok": words.W_OK, "client_error": words.W_CLIENT_ERRORS, "busy": words.W_BUSY, "error": words.W_ERRORS,
     "cancelled": words.W_CANCELLED,
 }  # fmt: skip
+_BREAKER_TRANSITIONS = {"open": words.W_BREAKER_OPENED, "half_open": words.W_BREAKER_HALF_OPENED, "closed": words.W_BREAKER_CLOSED}
 _PARITY = {"exact": words.W_PARITY_EXACT, "too_high": words.W_PARITY_HIGH, "too_low": words.W_PARITY_LOW}
 _WORKER_COUNTERS = {
     words.W_REQUESTS: ("worker_selected_requests", "Requests handed to the worker."),
@@ -142,6 +148,7 @@ class RouterCollector(Collector):
         self._totals = Totals(segment)
         self._ranks = RankTable(segment)
         self._tree = TreeReader(segment)
+        self._breakers = Breakers(segment)
 
     def collect(self) -> Iterable[Metric]:
         """The families, in the order of the text."""
@@ -193,6 +200,14 @@ class RouterCollector(Collector):
             for outcome, word in _OUTCOMES.items()
         ]
         yield _counter("worker_requests", "Requests that have left the worker, by outcome (busy: 429 and 503).", requests)
+        circuits = [(label, float(self._breakers.state(view.worker_idx))) for label, view in zip(labels, views, strict=True)]
+        yield _gauge("breaker_state", "Circuit breaker of the worker: 0 closed, 1 open, 2 half-open.", circuits)
+        changes = [
+            ({**label, "to": state}, row[word])
+            for label, row in zip(labels, totals, strict=True)
+            for state, word in _BREAKER_TRANSITIONS.items()
+        ]
+        yield _counter("breaker_transitions", "Changes of the worker's circuit breaker, by what it became.", changes)
         samples = [
             ({**label, "result": result}, row[word]) for label, row in zip(labels, totals, strict=True) for result, word in _PARITY.items()
         ]

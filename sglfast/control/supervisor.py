@@ -1,8 +1,8 @@
 """Start index and shards, start again what died, give up on what keeps dying, end all.
 
-Runs in: control. Contract: of a dead shard the counter column is folded away and the process slot freed before its successor starts,
-    on the same listening socket. `failed` is set once, with a message for the operator, when a child cannot be kept alive. After
-    `stop` no child is left.
+Runs in: control. Contract: of a dead shard the counter column is folded away, its probes are given back and the process slot freed
+    before its successor starts, on the same listening socket. `failed` is set once, with a message for the operator, when a child
+    cannot be kept alive. After `stop` no child is left.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from sglfast._breaker import Breakers
 from sglfast._counters import R_REASON, R_STATE, RANK_DEGRADED, RANK_EXACT, RANK_SYNCING, RankTable, Totals
 from sglfast._segment import Segment
 from sglfast.control.children import Child, Inheritance
@@ -89,6 +90,7 @@ class Supervisor:
     ) -> None:
         self._segment = segment
         self._totals = Totals(segment)
+        self._breakers = Breakers(segment)
         self._ranks = RankTable(segment)
         self._inheritance = inheritance
         self._log = log
@@ -175,6 +177,7 @@ class Supervisor:
         was_ready = self._segment.process_info(post.slot)[4]
         if post.shard >= 0:
             self._totals.retire(post.shard)
+            self._breakers.release_shard(post.shard)
         else:
             self._distrust_ranks()
         self._segment.process_died(post.slot)

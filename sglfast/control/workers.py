@@ -219,6 +219,7 @@ class Workers:
                 kv_replay_port_base=kv.replay_port_base if kv else None,
                 kv_connects_out=facts.kv_connects_out,
                 adapters=facts.adapters,
+                takes_rid=facts.takes_rid,
             )
             if _fits(full) and (kv is None or kv.block_size <= _BLOCK_SIZE_LIMIT):
                 record = full

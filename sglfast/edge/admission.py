@@ -63,7 +63,7 @@ class Admission:
         in_flight = max(0, config.max_concurrent_requests)
         rate = config.rate_limit_tokens_per_second or 0
         self._limits = Limits(
-            shard.segment, shard.number, max_in_flight=in_flight, max_waiting=config.queue_size, rate_per_s=rate, burst=in_flight or rate
+            shard.segment, shard.shard, max_in_flight=in_flight, max_waiting=config.queue_size, rate_per_s=rate, burst=in_flight or rate
         )
         self._queues: dict[int, OrderedDict[bytes, deque[Ticket]]] = {}  # priority -> tenant -> those who wait
         self._by_age: deque[Ticket] = deque()

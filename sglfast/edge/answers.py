@@ -84,7 +84,7 @@ def alive(shard: Shard) -> tuple[int, bytes, bytes]:
 def ready(shard: Shard) -> tuple[int, bytes, bytes]:
     """GET /readyz, /readiness: requests will find a worker. 503 while starting, draining or without a healthy worker."""
     shard.router.refresh()
-    healthy = sum(len(pool.view) for pool in shard.router.pools.values())
+    healthy = shard.router.ready_workers  # an open circuit is no reason to send clients away: it closes again
     state = shard.segment.state
     if state == _segment.SERVING and healthy:
         return 200, JSON, b'{"status":"ready","healthy_workers":%d}' % healthy

@@ -27,6 +27,7 @@ _NOT_READY = {
     _workers.JOINING: "has not passed a health check yet",
     _workers.UNHEALTHY: "fails its health checks",
     _workers.DRAINING: "is draining: it finishes its requests and takes no new ones",
+    _workers.READY: "its circuit is open: its requests have failed",
 }
 _APPROXIMATE_WHY = {
     CACHE_HIT: "was sent the longest part of the prompt, more than --cache-threshold of it",
@@ -66,8 +67,11 @@ def _explanation(shard: Shard, pool: Pool, facts: Facts, body: bytes) -> dict[st
     candidates[position]["why"] = (_APPROXIMATE_WHY if pool.is_approximate else _WHY).get(decision) or _WHY.get(
         decision, f"is the choice of {DECISIONS[decision]}"
     )
+    chosen_from = {view.worker_idx for view in pool.workers}
     others = [
-        _unready(shard, view) for view in read_workers(shard.table) if view.state != _workers.READY and view.record.model == pool.model
+        _unready(shard, view)
+        for view in read_workers(shard.table)
+        if view.record.model == pool.model and view.worker_idx not in chosen_from
     ]
     sizes = sorted({variant.block_size for variant in pool.variants})
     chosen = candidates[position]

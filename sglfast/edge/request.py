@@ -44,18 +44,22 @@ _MAX_WAITING = 256
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A path of the data plane that is relayed to a worker. kind: value of prompt.keys.RequestKind."""
+    """A path of the data plane that is relayed to a worker. kind: value of prompt.keys.RequestKind.
+
+    takes_rid: SGLang reads a `rid` in its bodies. Not those of embeddings: a list of inputs with one rid is answered 500 there.
+    """
 
     path: bytes
     kind: int
+    takes_rid: bool = False
 
 
 ENDPOINTS: dict[bytes, Endpoint] = {
     endpoint.path: endpoint
     for endpoint in (
-        Endpoint(b"/v1/chat/completions", 0),
-        Endpoint(b"/v1/completions", 1),
-        Endpoint(b"/generate", 2),
+        Endpoint(b"/v1/chat/completions", 0, takes_rid=True),
+        Endpoint(b"/v1/completions", 1, takes_rid=True),
+        Endpoint(b"/generate", 2, takes_rid=True),
         Endpoint(b"/v1/embeddings", 3),
         Endpoint(b"/v1/responses", 4),
         Endpoint(b"/v1/classify", 3),  # its input is an embedding's

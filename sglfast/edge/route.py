@@ -1,7 +1,7 @@
 """Choosing a worker: pools by model, the KV index's answer for a prompt, the policy, and the next choice when one fails.
 
 Runs in: shards, event loop. Contract: `choose` calls back exactly once with a Route or the Reason of a refusal. The structures here
-    are rebuilt only when the version of the worker table moves; a request costs one atomic load for that.
+    are rebuilt only when the version of the worker table or of the breakers moves; a request costs two atomic loads for that.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglfast import _counters, _workers, errors
+from sglfast._breaker import CLOSED
 from sglfast._relay import RouterBase
 from sglfast.edge.policy import FAILOVER, Hit, Policy, PoolView, Prompt
 from sglfast.edge.policy.approximate import ApproximateCacheAware
@@ -142,50 +143,87 @@ class Router(RouterBase):
         self.keyer = keyer
         self._predictor: Predictor | None = None  # made when a policy first has a use for it
         self._unreadable_until_s = 0.0
+        self._table_version = -1
+        self._views: list[WorkerView] = []
         self._upstreams: dict[tuple[int, int], Upstream] = {}  # (slot, generation)
+        self._shut: list[Upstream] = []  # ready, but their breakers do not let them be chosen
         self.pools: dict[str | None, Pool] = {}
         self.only: Pool | None = None  # the one pool, when no worker, also of those that are down, has another model
         self.models: list[str] = []
+        self.shut_models: set[str | None] = set()  # all whose ready workers are shut
+        self.ready_workers = 0  # those that are shut included
 
     def refresh(self) -> None:
-        """Follow the worker table when its version has moved, and say so. Cost then: one read per slot."""
-        version = self._shard.table.version()
+        """Follow the worker table and the breakers when their version has moved, and say so; else it costs one call.
+
+        Cost then: one read per slot when the table has changed, else a look at each worker's breaker.
+        """
+        version = self._shard.breakers.table.version()
         if version == self.seen_version or self._shard.loop.time() < self._unreadable_until_s:
             return
-        try:
-            views = read_workers(self._shard.table)
-        except RuntimeError as error:
-            # Its writer was stopped inside a slot: what is known serves on. Not tried by every request, because it takes a second.
-            self._shard.log.warning("the worker table cannot be read now: %s", error)
-            self._unreadable_until_s = self._shard.loop.time() + _UNREADABLE_PAUSE_S
-            return
+        table = self._shard.table
+        table_version = table.version()
+        if table_version != self._table_version:
+            try:
+                views = read_workers(table)
+            except RuntimeError as error:
+                # Its writer was stopped inside a slot: what is known serves on. Not tried by every request, because it takes a second.
+                self._shard.log.warning("the worker table cannot be read now: %s", error)
+                self._unreadable_until_s = self._shard.loop.time() + _UNREADABLE_PAUSE_S
+                return
+            self._follow_table(views)
+            self._table_version = table_version
+        self._make_pools()
+        # Last, and as it was before the first slot was read: whatever came in between, or went wrong, is looked at again.
+        self.seen_version = version
+        # From here on no choice is made by an older version: control waits for this word (control/followers).
+        self._shard.segment.process_saw(self._shard.process_slot, table_version)
+
+    def _follow_table(self, views: list[WorkerView]) -> None:
+        """Have connections for the workers that there are, and no others."""
         old, self._upstreams = self._upstreams, {}
-        ready: dict[str | None, list[WorkerView]] = {}
+        self._views = views
+        aborts = not self._shard.config.disable_abort_on_disconnect
         for view in views:
             key = (view.worker_idx, view.generation)
-            upstream = old.pop(key, None)
-            upstream = self._upstreams[key] = upstream or Upstream(self._shard, view.worker_idx, view.record.url)
+            upstream = old.pop(key, None) or Upstream(self._shard, view.worker_idx, view.generation, view.record.url)
+            self._upstreams[key] = upstream
+            upstream.is_out = view.state == _workers.UNHEALTHY
+            upstream.takes_rid = aborts and view.record.takes_rid
             upstream.key_line = self._shard.key_line(view.record.api_key)
             if self._shard.request_log is not None:
                 upstream.log_label = self._shard.request_log.label(view.record.model, view.record.url)
-            if view.state == _workers.READY:
-                ready.setdefault(view.record.model, []).append(view)
         for upstream in old.values():
             upstream.close()
         if old:
             self._shard.cut(set(old.values()))
+        self.models = sorted({view.record.model for view in views if view.record.model is not None})
+
+    def _make_pools(self) -> None:
+        """The pools of the workers that may be chosen."""
+        config, loads, breakers = self._shard.config, self._shard.loads, self._shard.breakers
+        ready = [view for view in self._views if view.state == _workers.READY]
+        by_model: dict[str | None, list[WorkerView]] = {}
+        self._shut = []
+        for view in ready:
+            upstream = self._upstreams[(view.worker_idx, view.generation)]
+            upstream.needs_probe = breakers.is_on and breakers.table.state(view.worker_idx) != CLOSED
+            if not breakers.is_on or breakers.table.is_selectable(view.worker_idx):
+                by_model.setdefault(view.record.model, []).append(view)
+            else:
+                self._shut.append(upstream)
         policies = {model: pool.policy for model, pool in self.pools.items()}
         self.pools = {}
-        for model, workers in ready.items():
+        for model, workers in by_model.items():
             upstreams = [self._upstreams[(worker.worker_idx, worker.generation)] for worker in workers]
-            config = self._shard.config
-            fresh = make_policy(config.policy, config, self._shard.loads, has_events=any(worker.block_size for worker in workers))
+            fresh = make_policy(config.policy, config, loads, has_events=any(worker.block_size for worker in workers))
             kept = policies.get(model)
             self.pools[model] = Pool(model, workers, upstreams, kept if type(kept) is type(fresh) and kept else fresh)
         reads_prompts = any(pool.policy.needs_prompt for pool in self.pools.values())
         if reads_prompts and self._predictor is None and self._shard.segment.prediction_blocks:
             self._predictor = Predictor(self._shard.segment, self._shard.process_slot - 1)
-        self.models = sorted({view.record.model for view in views if view.record.model is not None})
+        self.ready_workers = len(ready)
+        self.shut_models = {view.record.model for view in ready} - self.pools.keys()
         is_alone = len(self.pools) == 1 and len(self.models) <= 1
         only = self.only = next(iter(self.pools.values())) if is_alone else None
         self.plain_routes = None
@@ -193,21 +231,18 @@ class Router(RouterBase):
             self.plain_choose = only.policy.choose
             self.plain_arguments = (only.view, self._shard.loads, _NO_PROMPT)
             self.plain_routes = only.plain_routes
-        # Last, and as it was before the first slot was read: whatever came in between, or went wrong, is looked at again.
-        self.seen_version = version
-        # From here on no choice is made by an older version: control waits for this word (control/followers).
-        self._shard.segment.process_saw(self._shard.process_slot, version)
 
     def renew_policies(self) -> None:
         """Make the policies anew: the settings that they were made of have changed."""
         self.pools = {}
-        self.seen_version = (1 << 64) - 1  # as before the first look
-        self.refresh()
+        self._make_pools()
 
     def sweep(self, before_s: float) -> None:
-        """Close connections to workers that have been idle since before `before_s`."""
+        """Close connections to workers that have been idle since before `before_s`; give workers that were shut their chance."""
         for upstream in self._upstreams.values():
             upstream.sweep(before_s)
+        for upstream in self._shut:
+            self._shard.breakers.wake(upstream)
 
     def pool_of(self, body: bytes) -> Pool | errors.Reason:
         """The pool for a body, or why there is none. The body is read only when the workers serve several models."""
@@ -222,6 +257,9 @@ class Router(RouterBase):
             pool = self.pools.get(model)
         if pool is not None:
             return pool
+        # As above: a model that nobody knows takes any name, and so does one that is alone.
+        if self.shut_models and (model in self.shut_models or None in self.shut_models or len(self.models) <= 1):
+            return errors.BREAKER_OPEN
         return errors.NO_HEALTHY_WORKERS if model in self.models or not self.pools else errors.MODEL_NOT_FOUND
 
     def choose(self, endpoint: Endpoint, body: bytes, then: Callable[[Route | errors.Reason], None]) -> None:
@@ -338,15 +376,18 @@ class Router(RouterBase):
         return Prompt(facts.prompt_tokens, prompt_blocks, tuple(best.values()), True, facts.is_estimated)
 
     def next_choice(self, failed: Route, tried: tuple[int, ...]) -> Route | None:
-        """The least loaded worker of the pool that was not tried yet, or None. Only after a failure, so a scan is fine."""
+        """The least loaded worker of the pool for one more attempt, or None when the pool is empty.
+
+        One that was not tried yet; when all were, one that has not just failed; else the one that has. Only after a failure, so a
+        scan is fine.
+        """
         self.refresh()
         pool = self.pools.get(failed.pool.model)
         if pool is None:
             return None
-        untried = array("i", [idx for idx in pool.view.worker_idxs if idx not in tried])
-        if not untried:
-            return None
-        position = pool.view.worker_idxs.index(untried[self._shard.loads.least(untried)[0]])
+        idxs = pool.view.worker_idxs
+        left = array("i", [idx for idx in idxs if idx not in tried]) or array("i", [idx for idx in idxs if idx != tried[-1]]) or idxs
+        position = idxs.index(left[self._shard.loads.least(left)[0]])
         worker, prediction = pool.workers[position], failed.prediction
         if prediction is not None and self._predictor is not None:
             is_kept = pool.is_approximate_at(position)

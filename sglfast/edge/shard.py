@@ -18,11 +18,13 @@ from sglfast._relay import ShardBase
 from sglfast._workers import WorkerTable
 from sglfast.config import REQUEST_ID_HEADERS
 from sglfast.edge.admission import Admission, is_limited
+from sglfast.edge.breaker import BreakerDesk
 from sglfast.edge.cors import Cors
 from sglfast.edge.guard import Guard
 from sglfast.edge.header_lines import value_of
 from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.request_log import RequestLog
+from sglfast.edge.retry import RetryPolicy
 from sglfast.edge.route import Router
 from sglfast.errors import REASON_INDEX, Reason
 from sglfast.logs import set_level
@@ -47,8 +49,8 @@ class Shard(ShardBase):
     def __init__(self, boot: Boot, loop: asyncio.AbstractEventLoop, keyer: PromptKeyer | None, log: logging.Logger) -> None:
         self.configure(boot.config)
         self.segment = boot.segment
+        self.shard = boot.shard
         self.process_slot = boot.process_slot
-        self.number = boot.shard
         self.control_address = boot.control_address
         self.loop = loop
         self.log = log
@@ -68,6 +70,8 @@ class Shard(ShardBase):
         self.cors = Cors(boot.config)
         self.worker_tls = worker_context(boot.config)
         self.request_log = RequestLog(boot.config, f"shard{boot.shard}") if boot.config.request_log != "off" else None
+        self.retry = RetryPolicy(self.config)
+        self.breakers = BreakerDesk(self)
         self.router = Router(self, keyer)
         self.admission = Admission(self) if is_limited(self) else None
         self._ids_from = boot.config.request_id_headers
@@ -77,6 +81,8 @@ class Shard(ShardBase):
         """Go on with other settings, from the next request on; what cannot change in a running program is the same in both."""
         self.configure(config)
         set_level(config.log_level)
+        self.retry = RetryPolicy(config)
+        self.breakers = BreakerDesk(self)
         self.router.renew_policies()
 
     @property

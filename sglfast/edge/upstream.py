@@ -8,7 +8,8 @@ Runs in: shards, event loop. Contract: an UpstreamConnection carries one Exchang
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar, cast
 from urllib.parse import urlsplit
 
 from sglfast import _counters
@@ -17,6 +18,8 @@ from sglfast._relay import IDLE, UNTIL_CLOSE, UpstreamBase, WorkerConnectionBase
 if TYPE_CHECKING:
     from sglfast.edge.exchange import Exchange
     from sglfast.edge.shard import Shard
+
+P = TypeVar("P", bound=asyncio.Protocol)
 
 
 class UpstreamConnection(WorkerConnectionBase, asyncio.Protocol):
@@ -57,20 +60,23 @@ class UpstreamConnection(WorkerConnectionBase, asyncio.Protocol):
             self.upstream.shard.loop.call_soon(self._tell_lost, exchange)
 
     def _tell_lost(self, exchange: Exchange) -> None:
-        if not exchange.is_over:
+        if not exchange.is_over and exchange.connection is self:  # meanwhile it may have gone to another worker
             exchange.on_lost(self)
 
 
 class Upstream(UpstreamBase):
     """The connections of this shard to one worker; taking and giving back is compiled."""
 
-    __slots__ = ("_opening", "host", "is_tls", "open_count", "port", "url")
+    __slots__ = ("_tasks", "aborts_running", "generation", "host", "is_out", "is_tls", "open_count", "port", "url")
 
-    def __init__(self, shard: Shard, worker_idx: int, url: str) -> None:
+    def __init__(self, shard: Shard, worker_idx: int, generation: int, url: str) -> None:
         parts = urlsplit(url)
         self.shard = shard
         self.worker_idx = worker_idx
+        self.generation = generation
         self.url = url
+        self.is_out = False  # it fails its health checks
+        self.aborts_running = 0
         self.host = parts.hostname or "127.0.0.1"
         self.is_tls = parts.scheme == "https"
         self.port = parts.port or (443 if self.is_tls else 80)
@@ -79,21 +85,30 @@ class Upstream(UpstreamBase):
         self.idle: list[UpstreamConnection] = []  # oldest first; the newest is taken first
         self.open_count = 0
         self.is_removed = False
-        self._opening: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def open(self, exchange: Exchange) -> None:
         """Open a connection; then calls `exchange.on_connected` or `exchange.on_unreachable`."""
-        task = self.shard.loop.create_task(self._open(exchange))
-        self._opening.add(task)
-        task.add_done_callback(self._opening.discard)
+        self.keep(self.shard.loop.create_task(self._open(exchange)))
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Own a task until it is done."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def connect(self, make: Callable[[], P]) -> P:
+        """Connect one more protocol to the worker. Raises OSError, TimeoutError, ValueError (a host that is no name)."""
+        async with asyncio.timeout(self.shard.config.connect_timeout_secs):
+            loop: asyncio.AbstractEventLoop = self.shard.loop
+            tls = self.shard.worker_tls if self.is_tls else None
+            _, protocol = await loop.create_connection(make, self.host, self.port, ssl=tls)
+            return protocol
 
     async def _open(self, exchange: Exchange) -> None:
         shard = self.shard
         try:
-            async with asyncio.timeout(shard.config.connect_timeout_secs):
-                tls = shard.worker_tls if self.is_tls else None
-                _, connection = await shard.loop.create_connection(lambda: UpstreamConnection(self), self.host, self.port, ssl=tls)
-        except (OSError, TimeoutError, ValueError) as error:  # ValueError: a host that is no name; OSError: ssl.SSLError too
+            connection = await self.connect(lambda: UpstreamConnection(self))
+        except (OSError, TimeoutError, ValueError) as error:
             shard.column.add_worker(self.worker_idx, _counters.W_CONNECT_ERRORS)
             exchange.on_unreachable(error)
             return

@@ -1,7 +1,8 @@
 """How a simulated worker misbehaves on request: the switch, and the writers that damage an answer on its way out.
 
 Runs in: sim. Contract: POST /sim/fault sets one fault of MODES for a worker; it hits the next `count` requests of its scope
-    (null = until it is taken back) and every other request is served as usual. Requests to /sim/ are never hit.
+    (null = until it is taken back), each with the chance `share`, and every other request is served as usual. Requests to /sim/
+    are never hit.
 
     refuse        the connection is reset as soon as the request has arrived
     hang          the request is read and never answered
@@ -13,7 +14,8 @@ Runs in: sim. Contract: POST /sim/fault sets one fault of MODES for a worker; it
 """
 
 import asyncio
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 MODES = ("none", "refuse", "hang", "error_500", "busy_503", "cut_headers", "cut_body", "slow_headers")
@@ -37,16 +39,17 @@ class Writer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault as it was set. count: requests that are still to be hit, None = all."""
+    """One fault as it was set. count: requests that are still to be hit, None = all; share: of the requests that may be hit."""
 
     mode: str = "none"
     count: int | None = None
     after_bytes: int = DEFAULT_AFTER_BYTES
     scope: str = "inference"
+    share: float = 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON object that POST /sim/fault takes and answers with."""
-        return {"mode": self.mode, "count": self.count, "after_bytes": self.after_bytes, "scope": self.scope}
+        return {"mode": self.mode, "count": self.count, "after_bytes": self.after_bytes, "scope": self.scope, "share": self.share}
 
 
 NO_FAULT = Fault()
@@ -56,9 +59,9 @@ def parse_fault(body: Any) -> Fault:
     """Return the fault that a JSON body asks for. Raises ValueError with what would be right."""
     if not isinstance(body, dict):
         raise ValueError('the body must be a JSON object such as {"mode": "hang", "count": 1}')
-    unknown = sorted(body.keys() - {"mode", "count", "after_bytes", "scope"})
+    unknown = sorted(body.keys() - {"mode", "count", "after_bytes", "scope", "share"})
     if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}: there are mode, count, after_bytes, scope")
+        raise ValueError(f"unknown field {unknown[0]!r}: there are mode, count, after_bytes, scope, share")
     fault = Fault(**body)
     if fault.mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}")
@@ -68,6 +71,8 @@ def parse_fault(body: Any) -> Fault:
         raise ValueError("count must be null or an integer of at least 1")
     if not _is_count(fault.after_bytes, 0):
         raise ValueError("after_bytes must be an integer of at least 0")
+    if isinstance(fault.share, bool) or not isinstance(fault.share, int | float) or not 0 < fault.share <= 1:
+        raise ValueError("share must be a number above 0, at most 1")
     return fault
 
 
@@ -76,23 +81,26 @@ def _is_count(value: object, lowest: int) -> bool:
 
 
 class FaultSwitch:
-    """The fault of one worker. hits: requests that were hit so far."""
+    """The fault of one worker. hits: requests that were hit so far; seed: of the chance that `share` is."""
 
-    __slots__ = ("fault", "hits")
+    __slots__ = ("_chance", "fault", "hits")
 
-    def __init__(self) -> None:
+    def __init__(self, seed: int = 0) -> None:
         self.fault = NO_FAULT
         self.hits = 0
+        self._chance = random.Random(seed)
 
     def take(self, *, is_inference: bool) -> Fault:
         """Return what a request of this kind suffers, and count it."""
         fault = self.fault
         if fault is NO_FAULT or fault.mode == "none" or not (is_inference or fault.scope == "all"):
             return NO_FAULT
+        if fault.share < 1 and self._chance.random() >= fault.share:
+            return NO_FAULT
         self.hits += 1
         if fault.count is not None:
             left = fault.count - 1
-            self.fault = Fault(fault.mode, left, fault.after_bytes, fault.scope) if left else NO_FAULT
+            self.fault = replace(fault, count=left) if left else NO_FAULT
         return fault
 
 

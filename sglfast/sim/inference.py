@@ -6,6 +6,7 @@ Runs in: sim, on the event loop; long prompts are tokenized in a thread pool. Co
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from sglfast.sim.settings import SimSettings
 
 # Without a tokenizer run (--instant) a prompt is taken to have this many bytes of body a token.
 INSTANT_BYTES_PER_TOKEN = 4
+# An abort comes after the end of its request's connection, so the request may be gone by then.
+_PAST_IDS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +50,16 @@ class Rank:
 
 @dataclass(slots=True)
 class InferenceTotals:
-    """Requests let in, and those of them that were refused or aborted; the rest were or will be answered."""
+    """Requests let in, and those of them that were refused or aborted; the rest were or will be answered.
+
+    abort_calls: of /abort_request by id; abort_calls_known: those whose id a request here had, one that had just ended included.
+    """
 
     requests: int = 0
     refused: int = 0
     aborted: int = 0
+    abort_calls: int = 0
+    abort_calls_known: int = 0
 
 
 class _Job:
@@ -103,6 +111,7 @@ class Inference:
         self._settings = settings
         self._shared = shared
         self._jobs: dict[str, _Job] = {}
+        self._past_ids: deque[str] = deque(maxlen=_PAST_IDS)
         self._last_rank = -1
         self.ranks: list[Rank] = []
         self.totals = InferenceTotals()
@@ -137,6 +146,9 @@ class Inference:
 
     def abort(self, request_id: str, *, is_all: bool) -> None:
         """End one request, or all; an unknown id is no error."""
+        if not is_all:
+            self.totals.abort_calls += 1
+            self.totals.abort_calls_known += request_id in self._jobs or request_id in self._past_ids
         jobs = list(self._jobs.values()) if is_all else [job for key, job in self._jobs.items() if key == request_id]
         for job in jobs:
             job.cut()
@@ -151,6 +163,7 @@ class Inference:
     def forget(self, job: _Job) -> None:
         """Take a request out of the register."""
         self._jobs.pop(job.answer.asked.request_id, None)
+        self._past_ids.append(job.answer.asked.request_id)
         job.answer.connection.on_gone = None
 
     def _rank_of(self, asked: Asked) -> Rank:

@@ -3,7 +3,7 @@
 Runs in: sim, on the event loop. Contract: `open` makes it listen, `close` releases every socket and timer of it. Counters are
     the observer's: a restart empties caches and sequences, not them. Besides SGLang's routes, on the same port:
 
-    POST /sim/fault        {"mode", "count"?, "after_bytes"?, "scope"?}   see fault.py
+    POST /sim/fault        {"mode", "count"?, "after_bytes"?, "scope"?, "share"?}   see fault.py
     POST /sim/restart      {"down_s"?}   as an engine that was killed and started again: connections are reset, requests
                            lost, caches empty, sequences at 0 with AllBlocksCleared, another startup_time; for `down_s`
                            seconds nothing listens, on HTTP (connections are refused) and ZMQ alike. Answers when it is up.
@@ -61,7 +61,7 @@ class SimWorker:
         self._server: asyncio.Server | None = None
         self._restart: asyncio.Task[None] | None = None
         self._totals = [EngineTotals() for _ in range(settings.dp_size)]
-        self._faults = FaultSwitch()
+        self._faults = FaultSwitch(settings.seed + port)
         self._inference = Inference(settings, shared)
         self._startup_time = 0.0
         self._restarts = 0
@@ -305,6 +305,8 @@ class SimWorker:
             "requests": totals.requests,
             "refused": totals.refused,
             "streams_aborted": totals.aborted,
+            "abort_calls": totals.abort_calls,
+            "abort_calls_known": totals.abort_calls_known,
             "events_published": self.publisher.published_before + sum(rank.next_sequence for rank in live),
             "events_dropped": self.publisher.dropped_before + sum(rank.dropped for rank in live),
             "fault_hits": self._faults.hits,

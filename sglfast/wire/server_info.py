@@ -23,6 +23,7 @@ _PORT_LIMIT = 65_535
 # Versions of SGLang: block hashes are the SHA-256 chain; events name LoRA adapters.
 _FIRST_CHAINED = (0, 5, 6)
 _FIRST_ADAPTERS, _FIRST_ADAPTERS_DYNAMO = (0, 5, 23), (0, 5, 22)
+_FIRST_RID = (0, 5, 0)  # of SGLang: one `rid` also names a batch, and chats take it
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     """What we keep of `/server_info`. kv: None when the worker publishes no KV events over ZMQ; startup_time: unix seconds.
 
     key_route: whether the engine's block hashes can be recomputed ("sha256"), or keys are to be made of the events' tokens.
+    takes_rid: an SGLang whose requests may carry a `rid` in their body, and which has /abort_request to end them by it.
     kv_connects_out: the engine connects its event socket to whoever listens; nothing is heard by connecting to it.
     adapters: how LoRA adapters show in its events, see shm.Adapters.
     """
@@ -70,6 +72,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     key_route: Literal["sha256", "tokens"] = "sha256"
     kv_connects_out: bool = False
     adapters: Literal["named", "shared", "models"] = "named"
+    takes_rid: bool = False
 
 
 def zmq_endpoint(host: str, port: int) -> str | None:
@@ -91,20 +94,24 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
     version = _take(fields, "version", str) or None
     config = _load_config(_take(fields, "kv_events_config", str))
     is_dynamo = config is not None and config.format == "dynamo"
+    # vLLM answers this path, too, with its own version numbers.
+    sglang_version = None if "vllm_config" in fields else version
+    mode = _take(fields, "disaggregation_mode", str) or None
     return WorkerFacts(
         model=_take(fields, "served_model_name", str) or None,
         kv=kv,
         dp_size=dp_size,
-        disaggregation_mode=_take(fields, "disaggregation_mode", str) or None,
+        disaggregation_mode=mode,
         disaggregation_bootstrap_port=_port(fields, "disaggregation_bootstrap_port"),
         bigram=algorithm.upper() in _BIGRAM_ALGORITHMS,
         version=version,
         startup_time=_take(fields, "startup_time", float),
         page_size=_positive(fields, "page_size"),
-        # vLLM answers this path, too, with its own version numbers.
-        key_route=key_route_of(None if "vllm_config" in fields else version, is_dynamo=is_dynamo),
+        key_route=key_route_of(sglang_version, is_dynamo=is_dynamo),
         kv_connects_out=kv is not None and config is not None and not _binds(config),
         adapters="models" if "vllm_config" in fields else "named" if _tells_adapters(version, is_dynamo=is_dynamo) else "shared",
+        # Of a prefill and decode pair one leg alone must not be ended.
+        takes_rid=_numbers_of(sglang_version) >= _FIRST_RID and mode in (None, "null"),
     )
 
 

@@ -1,0 +1,33 @@
+from typing import Self, final
+
+from sglfast._segment import Segment
+
+CLOSED: int
+OPEN: int
+HALF_OPEN: int
+SAME: int
+BUSY: int
+CLAIMED: int
+NEEDLESS: int
+
+@final
+class Breakers:
+    def __new__(
+        cls,
+        segment: Segment,
+        shard: int = -1,
+        *,
+        failure_threshold: int = 10,
+        success_threshold: int = 3,
+        open_secs: float = 60.0,
+        window_secs: float = 120.0,
+    ) -> Self: ...
+    def version(self) -> int: ...
+    def state(self, worker_idx: int) -> int: ...
+    def is_selectable(self, worker_idx: int) -> bool: ...
+    def claim(self, worker_idx: int, generation: int) -> int: ...
+    def failed(self, worker_idx: int, generation: int, is_probe: bool, now_s: float) -> int: ...
+    def succeeded(self, worker_idx: int, generation: int, is_probe: bool, now_s: float) -> int: ...
+    def release(self, worker_idx: int) -> bool: ...
+    def wake(self, worker_idx: int, now_s: float) -> bool: ...
+    def release_shard(self, shard: int) -> None: ...

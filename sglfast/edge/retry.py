@@ -1,0 +1,201 @@
+"""When a failed attempt is followed by another: how many there may be, the pauses between them, and the answer kept meanwhile.
+
+Runs in: shards, event loop. Contract: an attempt may be followed by another as long as no byte of an answer has gone to the client. A
+    worker's answer of RETRYABLE is held back until a further attempt has done better; when none does, the client gets it as it was.
+    A request that a worker answered with 5xx, or whose connection broke, may have been executed there, in part or whole: it is sent
+    again all the same, as sgl-router does, because a completion that is computed twice costs time and nothing else. Who cannot
+    have that turns retries off.
+    429 and 503 mean "busy": another worker is asked, and nobody holds it against the one that said so.
+Defaults and meaning of the settings are sgl-router's (spec/gateway.md 1.3), but for the choice of the worker: one that has failed
+    this request is asked again only when no other is left.
+"""
+
+from __future__ import annotations
+
+import random
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from sglfast import _counters, errors
+from sglfast.edge.breaker import NO_PROBE
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from sglfast._httphead import ResponseHead
+    from sglfast.config import ServeConfig
+    from sglfast.edge.exchange import Exchange
+    from sglfast.edge.route import Route
+
+RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
+# Of an answer that is held back; a longer one is no error message, it goes to the client.
+HELD_BYTES = 65536
+
+
+class RetryPolicy:
+    """max_attempts: for one request, the first included."""
+
+    __slots__ = ("_first_s", "_jitter", "_longest_s", "_multiplier", "max_attempts")
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.max_attempts = 1 if config.disable_retries else max(1, config.retry_max_retries)
+        self._first_s = config.retry_initial_backoff_ms / 1000
+        self._longest_s = config.retry_max_backoff_ms / 1000
+        self._multiplier = config.retry_backoff_multiplier
+        self._jitter = config.retry_jitter_factor
+
+    def pause_s(self, failures: int) -> float:
+        """Seconds to wait after so many failed attempts (1 or more): growing, bounded, and spread by chance."""
+        try:
+            pause_s = min(self._longest_s, self._first_s * self._multiplier ** (failures - 1))
+        except OverflowError:
+            pause_s = self._longest_s
+        return pause_s * random.uniform(1 - self._jitter, 1 + self._jitter)
+
+
+class HeldAnswer:
+    """A worker's answer that may be dropped. body: as it came, framing included; is_complete: its end has come."""
+
+    __slots__ = ("_pieces", "head", "is_complete", "size_bytes")
+
+    def __init__(self, head: ResponseHead, payload: bytes) -> None:
+        self.head = head
+        self._pieces = [payload]
+        self.size_bytes = len(payload)
+        self.is_complete = False
+
+    def add(self, data: bytes) -> bool:
+        """Take more of the body; returns whether it may still be held."""
+        self._pieces.append(data)
+        self.size_bytes += len(data)
+        return self.size_bytes <= HELD_BYTES
+
+    @property
+    def body(self) -> bytes:
+        """What has come of it."""
+        return b"".join(self._pieces)
+
+
+class Attempts:
+    """The attempts of one exchange that came to nothing; made when the first does. tried: their workers, and those that were refused."""
+
+    __slots__ = ("_exchange", "_failures", "_has_retried", "_held", "_pause", "_tried")
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._failures = 0
+        self._has_retried = False
+        self._tried: tuple[int, ...] = ()
+        self._held: HeldAnswer | None = None
+        self._pause: asyncio.TimerHandle | None = None  # before the next attempt
+
+    @property
+    def tried(self) -> tuple[int, ...]:
+        """Rows of the workers that have failed, in order."""
+        return self._tried
+
+    def _has_more(self) -> bool:
+        return self._failures + 1 < self._exchange.shard.retry.max_attempts
+
+    def has_tried(self, route: Route) -> bool:
+        """Was this worker asked before."""
+        return route.upstream.worker_idx in self._tried
+
+    def has_other(self, route: Route) -> bool:
+        """Is there a worker to give the request to instead of this one, which is out of the pool, and may it be."""
+        return self._has_more() and self._exchange.shard.router.next_choice(route, (*self._tried, route.upstream.worker_idx)) is not None
+
+    def go_elsewhere(self, route: Route) -> None:
+        """The worker is half-open and has its probe: this attempt goes to another."""
+        self._tried += (route.upstream.worker_idx,)
+        following = self._exchange.shard.router.next_choice(route, self._tried)
+        if following is None or following.upstream is route.upstream:
+            self.give_up(errors.BREAKER_OPEN)
+        else:
+            self._exchange.dispatch(following)
+
+    def failed(self, route: Route, reason: errors.Reason, *, is_quick: bool = False) -> None:
+        """The attempt at this worker came to nothing: make another, maybe after a pause, or tell the client.
+
+        reason: told when there is no further attempt and no worker gave an answer; is_quick: a worker that was not tried yet may be
+        asked without a pause, because this one has done nothing with the request.
+        """
+        exchange = self._exchange
+        shard = exchange.shard
+        self._failures += 1
+        self._tried += (route.upstream.worker_idx,)
+        following = shard.router.next_choice(route, self._tried) if self._failures < shard.retry.max_attempts else None
+        pause_s = shard.retry.pause_s(self._failures)
+        if following is None or monotonic() + pause_s >= exchange.deadline_s:
+            self.give_up(reason)
+        elif is_quick and following.upstream.worker_idx not in self._tried:
+            self._next(following)
+        else:
+            self._pause = shard.loop.call_later(pause_s, self._go_on, route, reason)
+
+    def _go_on(self, route: Route, reason: errors.Reason) -> None:
+        """The pause is over."""
+        self._pause = None
+        following = self._exchange.shard.router.next_choice(route, self._tried)
+        if following is None:
+            self.give_up(reason)
+        else:
+            self._next(following)
+
+    def _next(self, following: Route) -> None:
+        exchange = self._exchange
+        self._has_retried = True
+        exchange.is_resent = exchange.decodes_chunks = False
+        exchange.probe = NO_PROBE
+        exchange.shard.column.add(_counters.S_RETRIES)
+        exchange.dispatch(following)
+
+    def give_up(self, reason: errors.Reason) -> None:
+        """No further attempt: the client gets the last answer that a worker gave, if one did, else our own."""
+        exchange = self._exchange
+        self._note_exhausted()
+        held = self._held
+        if held is not None and held.is_complete:
+            exchange.begin_answer(held.head, held.body)
+            if not exchange.is_over:  # writing can tell that the client is gone
+                exchange.finish()
+                exchange.client.on_exchange_end()
+        else:
+            exchange.refuse(reason)
+
+    def _note_exhausted(self) -> None:
+        if self._has_retried:
+            self._exchange.shard.column.add(_counters.S_RETRIES_EXHAUSTED)
+
+    # ---- an answer that may be dropped ----
+
+    def may_hold(self) -> bool:
+        """May there be an attempt after the present one, which has failed by its answer."""
+        if self._has_more():
+            return True
+        self._note_exhausted()
+        return False
+
+    def hold(self, head: ResponseHead, payload: bytes) -> None:
+        """Keep an answer from the client, because another attempt may better it."""
+        self._held = HeldAnswer(head, payload)
+
+    def hold_more(self, data: bytes) -> None:
+        """A further piece of its body."""
+        held = self._held
+        assert held is not None
+        if not held.add(data):
+            self._held = None
+            self._exchange.begin_answer(held.head, held.body)  # too long to be an error: it is the answer
+
+    def end_held(self, route: Route) -> None:
+        """It is complete, and has left its worker."""
+        assert self._held is not None
+        self._held.is_complete = True
+        self.failed(route, errors.UPSTREAM_UNREACHABLE)
+
+    def close(self) -> None:
+        """The exchange is over."""
+        if self._pause is not None:
+            self._pause.cancel()
+        self._held = None

@@ -78,7 +78,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.Path:
     for source, target in copied_sources():
         place = context / (Path(target) / source if target.endswith("/") else target)
         if (ROOT / source).is_dir():
-            shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("*.so", "*_pb2.py*", "__pycache__"))
         else:
             shutil.copy(ROOT / source, place)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."]
@@ -97,6 +97,13 @@ def test_wheel_holds_every_python_file_and_stub(wheel: zipfile.Path) -> None:
     wanted = {str(path.relative_to(ROOT)) for pattern in ("*.py", "*.pyi") for path in (ROOT / "sglfast").rglob(pattern)}
     assert wanted - names_in(wheel) == set(), "is a new folder missing in [tool.setuptools] packages?"
     assert "sglfast/py.typed" in names_in(wheel)
+
+
+def test_wheel_holds_the_schema_made_anew(wheel: zipfile.Path) -> None:
+    made = [f"sglfast/modelexpress/{name}_pb2.{kind}" for name in ("p2p", "health") for kind in ("py", "pyi")]
+    assert names_in(wheel).issuperset(made)
+    for path in made:
+        assert wheel.joinpath(path).read_text() == (ROOT / path).read_text(), f"{path} is older than its .proto: make build"
 
 
 def test_wheel_holds_the_demo_tokenizer(wheel: zipfile.Path) -> None:

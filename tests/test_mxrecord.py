@@ -14,12 +14,15 @@ from sglfast._mxrecord import retag, split
 p2p = pytest.importorskip("sglfast.modelexpress.schema").p2p
 TEXT = st.text(st.characters(codec="utf-8"), max_size=6)
 UINT64 = st.integers(0, 2**64 - 1)
-DESCRIPTORS = st.lists(
-    st.builds(
-        p2p.TensorDescriptor, name=TEXT, addr=UINT64, size=UINT64, device_id=st.integers(0, 7), dtype=st.sampled_from(["", "torch.bfloat16"])
-    ),
-    max_size=4,
-)  # fmt: skip
+TENSORS = st.builds(
+    p2p.TensorDescriptor,
+    name=TEXT,
+    addr=UINT64,
+    size=UINT64,
+    device_id=st.integers(0, 7),
+    dtype=st.sampled_from(["", "torch.bfloat16"]),
+)
+DESCRIPTORS = st.lists(TENSORS, max_size=4)
 
 
 @st.composite
@@ -67,16 +70,22 @@ def accepts(request: bytes) -> bool:
     return True
 
 
+def split_or_why(request: bytes) -> tuple[bytes | None, str]:
+    try:
+        return split(request)[0], ""
+    except ValueError as error:
+        return None, str(error)
+
+
 @given(publishes(), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=3), st.booleans())
 def test_damaged_bytes_are_refused_where_protobuf_refuses_them(request_: bytes, damage: list[tuple[int, int]], is_cut: bool) -> None:
     data = bytearray(request_)
     for at, byte in damage:
         data[at % len(data)] = byte
     damaged = bytes(data[: damage[0][0] % len(data)]) if is_cut else bytes(data)
-    try:
-        small, *_ = split(damaged)
-    except ValueError as error:
-        assert not accepts(damaged) or "group" in str(error)
+    small, why = split_or_why(damaged)
+    if small is None:
+        assert not accepts(damaged) or "group" in why
     else:
         assert accepts(small) == accepts(damaged), "what `split` does not look at is left to protobuf, whole"
 
@@ -127,7 +136,7 @@ def test_retag_turns_a_tensor_source_into_legacy_tensors(tensors: list[object]) 
 
 @pytest.mark.parametrize("records", [b"\x0a", b"\x0a\x02x", b"\x12\x00", b"\x0a\x00\x08\x01"])
 def test_retag_refuses_damaged_records(records: bytes) -> None:
-    with pytest.raises(ValueError, match="middle|wire type"):
+    with pytest.raises(ValueError, match=r"middle|wire type"):
         retag(records, 3)
 
 

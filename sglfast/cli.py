@@ -13,12 +13,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sim": ("sglfast.sim.main", "simulate SGLang workers: HTTP, KV cache, KV events, faults"),
     "explain": ("sglfast.load.explain", "ask a router which worker it would choose for a request, and why"),
     "replay": ("sglfast.load.replay", "replay a request trace against a router, or compare policies"),
+    "modelexpress": ("sglfast.modelexpress.main", "serve the metadata by which new workers load weights from running ones"),
 }
 
 
 def usage() -> str:
     """The text of `sglfast --help`."""
-    rows = "\n".join(f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<12} {text}" for name, (_, text) in COMMANDS.items())
     return (
         f"sglfast {__version__}: the front door of a pool of SGLang workers\n\n"
         f"usage: sglfast COMMAND [FLAGS]\n\ncommands:\n{rows}\n\n"

@@ -26,7 +26,7 @@ from sglfast.modelexpress.metrics import Meters, MetricsServer
 from sglfast.modelexpress.reaper import Reaper
 from sglfast.modelexpress.records import MalformedError
 from sglfast.modelexpress.schema import HEALTH_SERVICE, P2P_SERVICE, health
-from sglfast.modelexpress.service import P2pService
+from sglfast.modelexpress.service import P2pService, wall_clock_ms
 from sglfast.modelexpress.settings import ServeSettings
 from sglfast.modelexpress.storage import open_storage
 
@@ -39,10 +39,15 @@ _NOT_SERVING = standard_health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class Server:
-    """One metadata service. port, metrics_port: where it listens; metrics_port is None without."""
+    """One metadata service.
 
-    def __init__(self, settings: ServeSettings, log: Logger) -> None:
-        self._settings, self._log = settings, log
+    clock_ms: unix milliseconds. port, metrics_port: where it listens; metrics_port is None without. reaper: there after `start`.
+    """
+
+    reaper: Reaper
+
+    def __init__(self, settings: ServeSettings, log: Logger, *, clock_ms: Callable[[], int] = wall_clock_ms) -> None:
+        self._settings, self._log, self._clock_ms = settings, log, clock_ms
         self._limits = ClientLimits(settings.max_calls_per_client, settings.max_inflight_bytes_per_client)
         self._tasks: set[asyncio.Task[None]] = set()
         self.meters = Meters()
@@ -56,12 +61,12 @@ class Server:
             storage = open_storage(settings.storage, settings.redis_prefix)
             await storage.open()
             stack.push_async_callback(storage.close)
-            service = P2pService(storage, settings, self.meters, self._log, on_storage=self._on_storage)
+            service = P2pService(storage, settings, self.meters, self._log, on_storage=self._on_storage, clock_ms=self._clock_ms)
             stack.callback(service.close)
             if settings.metrics_port >= 0:
                 await self._start_metrics(stack, MetricsServer(self.meters, storage, settings.host, settings.metrics_port))
-            reaper = asyncio.create_task(Reaper(storage, service, settings, self.meters, self._log).run())
-            stack.push_async_callback(_cancel, reaper)
+            self.reaper = Reaper(storage, service, settings, self.meters, self._log, clock_ms=self._clock_ms)
+            stack.push_async_callback(_cancel, asyncio.create_task(self.reaper.run()))
             self._health = standard_health.aio.HealthServicer()
             for name in ("", P2P_SERVICE, HEALTH_SERVICE):
                 await self._health.set(name, _SERVING)

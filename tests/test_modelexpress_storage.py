@@ -201,7 +201,9 @@ def test_many_at_once(opener: Opener) -> None:
         keys = [KEY._replace(worker_id=f"w{i}", rank=i % 8) for i in range(300)]
         async with opener() as storage:
             await asyncio.gather(*(storage.publish(key, STATIC, PAYLOAD, UNKNOWN, NOW_MS) for key in keys))
-            await asyncio.gather(*(storage.update(key, READY, NOW_MS + 1, is_beat=True) for key in keys), *(states(storage) for _ in range(20)))
+            await asyncio.gather(
+                *(storage.update(key, READY, NOW_MS + 1, is_beat=True) for key in keys), *(states(storage) for _ in range(20))
+            )
             after = await states(storage)
             assert set(after) == set(keys)
             assert {state.status for state in after.values()} == {READY}

@@ -38,9 +38,11 @@ class RefusedError(Exception):
 class TokenReviewer:
     """Asks Kubernetes whose token it is. allowed: namespace:name; folder: where the pod's own token and the API's certificate are."""
 
-    def __init__(self, api_url: str, allowed: tuple[str, ...], audiences: tuple[str, ...], cache_secs: float, folder: Path = _POD) -> None:
+    def __init__(
+        self, api_url: str, allowed: tuple[str, ...], audiences: tuple[str, ...], cache_secs: float, folder: Path | None = None
+    ) -> None:
         self._url = f"{api_url.rstrip('/')}/apis/authentication.k8s.io/v1/tokenreviews"
-        self._allowed, self._audiences, self._cache_secs, self._folder = frozenset(allowed), audiences, cache_secs, folder
+        self._allowed, self._audiences, self._cache_secs, self._folder = frozenset(allowed), audiences, cache_secs, folder or _POD
         self._known: dict[bytes, tuple[float, str]] = {}  # digest of a token -> until when, account
 
     async def check(self, authorization: str | None) -> None:

@@ -3,6 +3,7 @@
 Everything listens on loopback at a free port and is ended by whoever started it.
 """
 
+import asyncio
 import contextlib
 import logging
 import re
@@ -83,6 +84,14 @@ def wait_until(is_true: Callable[[], bool], what: str, wait_s: float = WAIT_S) -
     while not is_true():
         assert time.monotonic() < deadline, f"not within {wait_s} s: {what}"
         time.sleep(0.02)
+
+
+async def until(is_true: Callable[[], bool], what: str, wait_s: float = WAIT_S) -> None:
+    """As `wait_until`, while the loop goes on."""
+    deadline = time.monotonic() + wait_s
+    while not is_true():  # noqa: ASYNC110  (what is waited for is another part's state, without an event)
+        assert time.monotonic() < deadline, f"not within {wait_s} s: {what}"
+        await asyncio.sleep(0.01)
 
 
 class Clock:

@@ -17,7 +17,7 @@ from kubernetes_standin import KubernetesStandin
 from mx_harness import NO_REDIS, REDIS, Client, Clock, RedisServer, publication, redis_server, serving, settings
 
 from sglfast.modelexpress import server as server_module
-from sglfast.modelexpress.roster import INITIALIZING, READY, STALE, UNKNOWN, Roster
+from sglfast.modelexpress.roster import INITIALIZING, READY, STALE, UNKNOWN
 from sglfast.modelexpress.schema import p2p
 from sglfast.modelexpress.server import Server
 from sglfast.modelexpress.storage import StorageError

@@ -89,7 +89,7 @@ def wait_until(is_true: Callable[[], bool], what: str, wait_s: float = WAIT_S) -
 async def until(is_true: Callable[[], bool], what: str, wait_s: float = WAIT_S) -> None:
     """As `wait_until`, while the loop goes on."""
     deadline = time.monotonic() + wait_s
-    while not is_true():  # noqa: ASYNC110  (what is waited for is another part's state, without an event)
+    while not is_true():
         assert time.monotonic() < deadline, f"not within {wait_s} s: {what}"
         await asyncio.sleep(0.01)
 

@@ -26,7 +26,7 @@ class Meters:
     """The counters. Every label value that can occur stands here, so that a rate is known from the first scrape on."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # a second series for each counter, which nobody asked for
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, which nobody asked for
         self.registry = CollectorRegistry(auto_describe=False)
         self.publishes = self._counter("publishes", "PublishMetadata calls, by result.", "result", ("ok", "refused", "error"))
         self.lists = self._counter(

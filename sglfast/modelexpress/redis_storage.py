@@ -25,6 +25,9 @@ from sglfast.modelexpress.storage import StorageError
 
 try:
     from redis.asyncio import BlockingConnectionPool, Redis
+    from redis.asyncio.retry import Retry
+    from redis.backoff import ExponentialBackoff
+    from redis.exceptions import ConnectionError as RedisConnectionError
     from redis.exceptions import RedisError
 except ImportError as error:
     raise ConfigError(f"storage in Redis needs redis-py ({error}); install it: pip install 'sglfast[modelexpress-redis]'") from error
@@ -40,7 +43,11 @@ class RedisStorage:
     """Storage in Redis. url: redis:// rediss:// or unix://, as redis-py reads it; prefix: what names of keys begin with."""
 
     def __init__(self, url: str, prefix: str) -> None:
-        options: dict[str, Any] = {"socket_timeout": _ANSWER_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S}
+        # After a restart of Redis every kept connection is dead, and shows it only when it is used.
+        retry = Retry(ExponentialBackoff(cap=0.2, base=0.02), retries=3, supported_errors=(RedisConnectionError,))
+        options: dict[str, Any] = {
+            "socket_timeout": _ANSWER_TIMEOUT_S, "socket_connect_timeout": CONNECT_TIMEOUT_S, "retry": retry,
+        }  # fmt: skip
         try:
             pool = BlockingConnectionPool.from_url(url, max_connections=_CONNECTIONS, timeout=_ANSWER_TIMEOUT_S, **options)
             self._redis = Redis.from_pool(pool)

@@ -29,9 +29,13 @@ there instead of from disk. Speaks the API of every `modelexpress` client since 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of both commands. Raises ConfigError when the extra is not installed."""
     try:
-        from sglfast.modelexpress import server, settings, sources  # noqa: F401  (the server: what it needs must be there too)
+        from sglfast.modelexpress import schema  # noqa: F401  (says itself what to install or build)
     except ImportError as error:
         raise ConfigError(str(error)) from error
+    try:
+        from sglfast.modelexpress import server, settings, sources  # noqa: F401  (the server: so that a lack shows at --help)
+    except ImportError as error:
+        raise ConfigError(f"a part of the extra is missing ({error}); install it: pip install 'sglfast[modelexpress]'") from error
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="sglfast modelexpress", description=DESCRIPTION, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

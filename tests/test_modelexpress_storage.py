@@ -1,11 +1,11 @@
 """What every storage does, run over each of them: SQLite in a file, Redis in a real server."""
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from conftest import SeededRandom
 from mx_harness import NO_REDIS, REDIS, RedisServer, redis_server
@@ -83,7 +83,7 @@ def test_publish_again_begins_anew(opener: Opener) -> None:
             await storage.publish(KEY, STATIC, PAYLOAD, UNKNOWN, NOW_MS)
             await storage.update(KEY, READY, NOW_MS + 5, source_load=0.5, is_beat=True)
             first = (await states(storage))[KEY]
-            other = dataclasses.replace(STATIC, accelerator="B200")
+            other = msgspec.structs.replace(STATIC, accelerator="B200")
             await storage.publish(KEY, other, Payload(b"", b"", False), UNKNOWN, NOW_MS + 9)
             (entry,) = await storage.roster()
             assert entry.static == other

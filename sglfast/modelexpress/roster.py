@@ -8,8 +8,9 @@ Keys: spec/modelexpress.md 2.2. A worker is one worker_id of one source; usually
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from sglfast.modelexpress.schema import p2p
 from sglfast.modelexpress.varint import varint
@@ -55,8 +56,7 @@ class State(NamedTuple):
         return self.status, self.updated_at_ms, self.order
 
 
-@dataclass(frozen=True, slots=True)
-class Static:
+class Static(msgspec.Struct, frozen=True, gc=False):
     """What a publish says and a listing needs. identity: a serialised SourceIdentity; peer_host: host to reach the worker at, or ""."""
 
     identity: bytes

@@ -127,6 +127,23 @@ def tree_store_and_remove_of_128_blocks() -> Call:
     return store_and_remove
 
 
+# ---- ModelExpress records ----
+
+
+@case
+def split_publish_of_1000_tensors() -> Call:
+    """Tensor descriptors taken out of a publish, as for one rank of a large model."""
+    from sglfast._mxrecord import split
+
+    def field(number: int, data: bytes) -> bytes:
+        return bytes((number << 3 | 2, len(data) & 127 | 128, len(data) >> 7 & 127 | 128, len(data) >> 14)) + data
+
+    tensors = [field(3, field(1, b"model.layers.%04d.weight" % i) + b"\x10\x80\x80\x80\x80\x20\x18\x80\x20") for i in range(1000)]
+    request = field(2, b"".join(tensors))
+    assert split(request)[2] == 1000
+    return partial(split, request)
+
+
 # ---- HTTP heads: request, response ----
 
 CHAT_BODY = b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % (b"hello world " * 160)

@@ -227,14 +227,15 @@ def test_make_target_resolves(target: str) -> None:
 
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_ci_ends_with_the_exit_code_of_make_test(tmp_path: Path, code: int) -> None:
-    fake = tmp_path / "make"
-    fake.write_text(f'#!/bin/sh\necho "fake make: $@"\nexit {code}\n')
-    fake.chmod(0o755)
+    for name in ("make", "redis-server"):  # the second is only looked for
+        fake = tmp_path / name
+        fake.write_text(f'#!/bin/sh\necho "fake {name}: $@"\nexit {code}\n')
+        fake.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
     done = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     assert f"fake make: test VENV={tmp_path}/" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["make"], "the virtual environment is removed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["make", "redis-server"], "the virtual environment is removed"
 
 
 def test_every_package_is_named_in_pyproject() -> None:

@@ -40,6 +40,10 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "sglfast.control.main": (
         "zmq", "matplotlib", "grpc", "sglfast.edge", "sglfast.index", "sglfast.sim", "sglfast.load", "sglfast.modelexpress",
     ),
+    "sglfast.modelexpress.server": (
+        "zmq", "tokenizers", "httptools", "matplotlib",
+        "sglfast.edge", "sglfast.index", "sglfast.control", "sglfast.sim", "sglfast.load",
+    ),
     "sglfast.cli": (
         "sglfast.edge", "sglfast.index", "sglfast.sim", "sglfast.load", "sglfast.modelexpress", "zmq", "matplotlib", "grpc",
     ),

@@ -33,7 +33,7 @@ A = TypeVar("A", bound=Message)
 
 
 class RedisServer:
-    """A redis-server with an append-only file in `folder`. It keeps its port when it is started again."""
+    """A redis-server with an append-only file in `folder`, written before it answers. It keeps its port when it is started again."""
 
     def __init__(self, folder: Path) -> None:
         if REDIS is None:
@@ -48,7 +48,15 @@ class RedisServer:
 
     def start(self) -> None:
         log = (self.folder / "log").open("ab")
-        flags = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "appendonly": "yes", "save": "", "daemonize": "no"}
+        flags = {
+            "port": self.port,
+            "bind": "127.0.0.1",
+            "dir": self.folder,
+            "appendonly": "yes",
+            "appendfsync": "always",
+            "save": "",
+            "daemonize": "no",
+        }
         command = [str(REDIS), *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
         self._process = subprocess.Popen(command, stdout=log, stderr=log)
         log.close()

@@ -201,6 +201,19 @@ def test_a_server_that_is_late_is_waited_for(redis: RedisServer) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("fsync", ["always", "everysec"])
+def test_a_server_that_may_forget_is_named_in_the_log(redis: RedisServer, caplog: pytest.LogCaptureFixture, fsync: str) -> None:
+    async def main() -> None:
+        storage = await opened(redis)
+        await storage._redis.config_set("appendfsync", fsync)
+        await storage.close()
+        await (await opened(redis)).close()
+
+    asyncio.run(main())
+    told = [record.getMessage() for record in caplog.records if record.name == "modelexpress"]
+    assert [text.startswith("Redis may lose acknowledged records") for text in told] == [True] * (fsync == "everysec")
+
+
 def test_without_redis_py_it_says_what_to_install() -> None:
     code = "import sys; sys.modules['redis'] = sys.modules['redis.asyncio'] = None\nimport sglfast.modelexpress.redis_storage"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

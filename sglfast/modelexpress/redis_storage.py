@@ -3,13 +3,15 @@
 Runs in: the metadata service. Contract: as `Storage`. Every change is one Lua script (`redis_scripts`); a large payload is put down
     first under a name that nobody knows and expires, and the script makes it the record's: a reader finds the old record or the new one.
     The roster is a mirror: each call of `roster` asks for what has changed since the last one.
-Durability: that of the server. With `appendonly yes` a killed Redis loses nothing that was acknowledged, since it writes its log before it
-    answers; what a power failure costs is its `appendfsync`'s matter.
+Durability: that of the server. With `appendonly yes` and `appendfsync always` a killed Redis loses nothing that was acknowledged. With
+    `everysec` it may answer up to two seconds before it writes (Redis docs, "Redis persistence"): then workers whose last words
+    were lost publish again, or say them again with their next heartbeat. `open` says so in the log.
 Mirror and server are compared by number only, so a new connection, behind which may be another server or older data, begins anew.
 """
 
 import asyncio
 import contextlib
+import logging
 import uuid
 from collections.abc import Awaitable
 from typing import Any
@@ -31,6 +33,8 @@ try:
     from redis.exceptions import RedisError
 except ImportError as error:
     raise ConfigError(f"storage in Redis needs redis-py ({error}); install it: pip install 'sglfast[modelexpress-redis]'") from error
+
+_log = logging.getLogger("modelexpress")
 
 CONNECT_TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 10.0
@@ -75,12 +79,21 @@ class RedisStorage:
         while True:
             try:
                 await self.roster()
+                await self._look_at_durability()
                 return
             except StorageError:
                 if asyncio.get_running_loop().time() >= deadline:
                     await self.close()
                     raise
             await asyncio.sleep(0.3)
+
+    async def _look_at_durability(self) -> None:
+        try:
+            answers = [await self._do(self._redis.config_get(name)) for name in ("appendonly", "appendfsync")]
+        except StorageError:  # a hosted Redis does not tell
+            return
+        if [list(answer.values()) for answer in answers] not in ([["yes"], ["always"]], [[b"yes"], [b"always"]]):
+            _log.warning("Redis may lose acknowledged records when it is killed: it has not `appendonly yes` and `appendfsync always`")
 
     async def close(self) -> None:
         """Close the connections."""

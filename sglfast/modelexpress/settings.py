@@ -36,7 +36,8 @@ class ServeSettings:
     shutdown_grace_secs: float = _setting(10.0, "at SIGTERM, time for calls in flight to finish", group="server", low=0.0, high=3600.0)
     storage: str = _setting(
         DEFAULT_STORAGE, "where records live: the path of an SQLite file of this service's own, or redis://host:6379/0 (also rediss://, "
-        "unix://) for several services that share one Redis or Valkey", group="storage",
+        "unix://) for several services that share one Redis or Valkey, which loses nothing with `appendonly yes` and "
+        "`appendfsync always`", group="storage",
     )  # fmt: skip
     redis_prefix: str = _setting(
         "sglfast-mx", "what names of keys in Redis begin with; services with the same one are one", group="storage"

@@ -1,9 +1,9 @@
 """Where records live: the interface that both storages have, and how one is chosen.
 
-Runs in: the metadata service. Contract: what a method has returned from is kept, whatever is killed afterwards (the process; with Redis and
-    appendonly, Redis too); what it has not returned from is there whole or not at all. A method that cannot do its work raises
-    StorageError with a sentence that the client may read; the storage goes on and works again when its store does.
-    Every method is called from one event loop and may be called many times at once.
+Runs in: the metadata service. Contract: what a method has returned from is kept, whatever is killed afterwards (the process; and Redis,
+    when it has `appendonly yes` and `appendfsync always`); what it has not returned from is there whole or not at all.
+    A method that cannot do its work raises StorageError with a sentence that the client may read; the storage goes on and works
+    again when its store does. Every method is called from one event loop and may be called many times at once.
 """
 
 from typing import Protocol

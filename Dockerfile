@@ -13,7 +13,7 @@ COPY sglfast sglfast
 ARG MARCH=-march=x86-64-v3
 RUN SGLFAST_CFLAGS="${MARCH}" make wheel
 RUN python -m venv /opt/sglfast \
- && /opt/sglfast/bin/pip install --no-cache-dir dist/sglfast-*.whl
+ && /opt/sglfast/bin/pip install --no-cache-dir "$(echo dist/sglfast-*.whl)[modelexpress-redis]"
 
 # Run stage: no compiler, no sources, no root.
 FROM python:3.11-slim-bookworm

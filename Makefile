@@ -16,6 +16,8 @@ PYTHON = $(shell for name in python3 python3.14 python3.13 python3.12 python3.11
 PYX := $(wildcard cext/*.pyx)
 MODULES := $(PYX:cext/%.pyx=%)
 MISSING := $(foreach module,$(MODULES),$(if $(wildcard sglfast/_$(module).*.so),,$(module)))
+PROTOS := $(wildcard sglfast/modelexpress/*.proto)
+MISSING_PROTOS := $(foreach stem,$(PROTOS:.proto=),$(if $(and $(wildcard $(stem)_pb2.py),$(wildcard $(stem)_pb2.pyi)),,$(stem)))
 # What changes the compiled code besides the sources.
 BUILD_FLAGS := $(SGLFAST_DEBUG) $(SGLFAST_SANITIZE) $(SGLFAST_CFLAGS)
 ARGS :=
@@ -87,7 +89,8 @@ wheel: $(VENV)/.created ## dist/sglfast-*.whl, as the Dockerfile builds it
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean: ## remove what was built (to begin from nothing, remove .venv too)
-	rm -rf build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks sglfast/_*.so sglfast/_*.c
+	rm -rf build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks sglfast/_*.so sglfast/_*.c \
+		sglfast/modelexpress/*_pb2.py sglfast/modelexpress/*_pb2.pyi
 	find sglfast tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # ---- steps behind the targets; each leaves a stamp, so that it runs again only when what it depends on changed ----
@@ -112,12 +115,12 @@ endef
 export REQUIREMENTS
 
 $(VENV)/.installed-run: pyproject.toml $(VENV)/.created
-	@$(PY) -c "$$REQUIREMENTS" build run plot > $(VENV)/requirements.txt
+	@$(PY) -c "$$REQUIREMENTS" build run plot modelexpress modelexpress-redis > $(VENV)/requirements.txt
 	$(PIP) install --requirement $(VENV)/requirements.txt
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-run
-	@$(PY) -c "$$REQUIREMENTS" build run plot dev > $(VENV)/requirements-dev.txt
+	@$(PY) -c "$$REQUIREMENTS" build run plot modelexpress modelexpress-redis dev > $(VENV)/requirements-dev.txt
 	$(PIP) install --requirement $(VENV)/requirements-dev.txt
 	@touch $@
 
@@ -131,8 +134,14 @@ build/.built: $(wildcard cext/*) setup.py build/.flags $(VENV)/.installed-run $(
 	$(PY) setup.py build_ext --inplace -j2 $(if $(filter build/.flags setup.py,$?),--force)
 	@touch $@
 
+# The modules of the ModelExpress schema, in the source tree beside it.
+build/.proto: $(PROTOS) setup.py $(VENV)/.installed-run $(if $(MISSING_PROTOS),FORCE)
+	@mkdir -p build
+	SGLFAST_ONLY=none $(PY) setup.py -q build_proto
+	@touch $@
+
 # pip would compile every module once more, in silence: SGLFAST_ONLY names none of them.
-$(VENV)/.editable: pyproject.toml setup.py $(VENV)/.installed-run | build/.built
+$(VENV)/.editable: pyproject.toml setup.py $(VENV)/.installed-run | build/.built build/.proto
 	SGLFAST_ONLY=none $(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@
 

@@ -1,5 +1,8 @@
 """Build of the compiled modules: every `cext/<name>.pyx` becomes `sglfast._<name>`.
 
+And of the ModelExpress schema: `setup.py build_proto` makes a module and its stub from every `sglfast/modelexpress/*.proto`,
+into the source tree; whatever packs or installs the Python files does it first.
+
 Environment flags, and no others:
     SGLFAST_DEBUG=1      bounds checks, -O0, asserts
     SGLFAST_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
@@ -8,11 +11,14 @@ Environment flags, and no others:
 """
 
 import os
+import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 from Cython.Build import cythonize
 from Cython.Compiler import Options
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build_py import build_py
 
 DEBUG = os.environ.get("SGLFAST_DEBUG") == "1"
 SANITIZE = os.environ.get("SGLFAST_SANITIZE") == "1"
@@ -48,4 +54,46 @@ directives = {
     "boundscheck": DEBUG, "wraparound": False, "initializedcheck": False,
     "auto_pickle": False, "autotestdict": False,
 }  # fmt: skip
-setup(ext_modules=cythonize(extensions, include_path=["cext", "."], build_dir="build/cython", compiler_directives=directives, nthreads=0))
+
+
+class BuildProto(Command):
+    """`<name>.proto` -> `<name>_pb2.py`, which holds the compiled schema and loads it into our own pool, and its stub `<name>_pb2.pyi`."""
+
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
+
+    def initialize_options(self) -> None:
+        pass
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        from google.protobuf.descriptor_pb2 import FileDescriptorSet
+        from grpc_tools import protoc
+
+        for proto in sorted(Path("sglfast/modelexpress").glob("*.proto")):
+            with tempfile.TemporaryDirectory() as folder:
+                compiled = Path(folder, "set.binpb")
+                arguments = ["protoc", f"-I{proto.parent}", f"--descriptor_set_out={compiled}", f"--pyi_out={folder}", proto.name]
+                if protoc.main(arguments):
+                    raise SystemExit(f"{proto}: protoc refuses it, see above")
+                (file,) = FileDescriptorSet.FromString(compiled.read_bytes()).file
+                module = proto.with_name(f"{proto.stem}_pb2.py")
+                module.write_text(
+                    f'"""Made from {proto.name} by `setup.py build_proto`; not to be edited."""\n\n'
+                    "from sglfast.modelexpress.pool import define\n\n"
+                    f"define({file.SerializeToString()!r}, globals())\n"
+                )
+                module.with_suffix(".pyi").write_text(Path(folder, f"{module.stem}.pyi").read_text())
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        self.run_command("build_proto")
+        super().run()
+
+
+setup(
+    ext_modules=cythonize(extensions, include_path=["cext", "."], build_dir="build/cython", compiler_directives=directives, nthreads=0),
+    cmdclass={"build_proto": BuildProto, "build_py": BuildPy},
+)

@@ -235,7 +235,7 @@ def choice_for_a_32_kb_chat_that_nobody_owns_with_predictions() -> Call:
     from sglfast.config import ServeConfig
     from sglfast.edge.request import Facts
     from sglfast.edge.shard import Shard
-    from sglfast.shm import WorkerRecord, WorkerView, put_worker
+    from sglfast.shm import Variant, WorkerRecord, WorkerView, put_worker
 
     _, segment = small_segment()
     table, writer = WorkerTable(segment), PredictionWriter(segment)
@@ -248,7 +248,7 @@ def choice_for_a_32_kb_chat_that_nobody_owns_with_predictions() -> Call:
     boot = Boot(config=config, segment=segment, control=None, shard=0, listener=None, control_address="")  # type: ignore[arg-type]
     router = Shard(boot, asyncio.new_event_loop(), None, logging.getLogger("icount")).router
     router.refresh()
-    pool, facts, body = router.pools["m"], Facts(8000, {(64, False): bytes(range(8))}, is_estimated=True), chat_of_32_kb()
+    pool, facts, body = router.pools["m"], Facts(8000, {Variant(64): bytes(range(8))}, is_estimated=True), chat_of_32_kb()
 
     def choose() -> None:
         router._choose_keyed(pool, facts, body)
@@ -264,6 +264,23 @@ def chat_of_32_kb() -> bytes:
     text = "for every word that was said before there is a block of tokens " * 25
     messages = [{"role": ("user", "assistant")[n % 2], "content": f"{n} {text}"} for n in range(20)]
     return orjson.dumps({"model": "m", "messages": messages, "stream": True, "max_tokens": 100})
+
+
+# ---- ModelExpress records ----
+
+
+@case
+def split_publish_of_1000_tensors() -> Call:
+    """Tensor descriptors taken out of a publish, as for one rank of a large model."""
+    from sglfast._mxrecord import split
+
+    def field(number: int, data: bytes) -> bytes:
+        return bytes((number << 3 | 2, len(data) & 127 | 128, len(data) >> 7 & 127 | 128, len(data) >> 14)) + data
+
+    tensors = [field(3, field(1, b"model.layers.%04d.weight" % i) + b"\x10\x80\x80\x80\x80\x20\x18\x80\x20") for i in range(1000)]
+    request = field(2, b"".join(tensors))
+    assert split(request)[2] == 1000
+    return partial(split, request)
 
 
 # ---- HTTP heads: request, response ----

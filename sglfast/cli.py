@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sim": ("sglfast.sim.main", "simulate SGLang workers: HTTP, KV cache, KV events, faults"),
     "explain": ("sglfast.load.explain", "ask a router which worker it would choose for a request, and why"),
     "replay": ("sglfast.load.replay", "replay a request trace against a router, or compare policies"),
+    "modelexpress": ("sglfast.modelexpress.main", "serve the metadata by which new workers load weights from running ones"),
 }
 
 

@@ -78,7 +78,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.Path:
     for source, target in copied_sources():
         place = context / (Path(target) / source if target.endswith("/") else target)
         if (ROOT / source).is_dir():
-            shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+            shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("*.so", "*_pb2.py*", "__pycache__"))
         else:
             shutil.copy(ROOT / source, place)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", "."]
@@ -97,6 +97,13 @@ def test_wheel_holds_every_python_file_and_stub(wheel: zipfile.Path) -> None:
     wanted = {str(path.relative_to(ROOT)) for pattern in ("*.py", "*.pyi") for path in (ROOT / "sglfast").rglob(pattern)}
     assert wanted - names_in(wheel) == set(), "is a new folder missing in [tool.setuptools] packages?"
     assert "sglfast/py.typed" in names_in(wheel)
+
+
+def test_wheel_holds_the_schema_made_anew(wheel: zipfile.Path) -> None:
+    made = [f"sglfast/modelexpress/{name}_pb2.{kind}" for name in ("p2p", "health") for kind in ("py", "pyi")]
+    assert names_in(wheel).issuperset(made)
+    for path in made:
+        assert wheel.joinpath(path).read_text() == (ROOT / path).read_text(), f"{path} is older than its .proto: make build"
 
 
 def test_wheel_holds_the_demo_tokenizer(wheel: zipfile.Path) -> None:
@@ -220,14 +227,15 @@ def test_make_target_resolves(target: str) -> None:
 
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_ci_ends_with_the_exit_code_of_make_test(tmp_path: Path, code: int) -> None:
-    fake = tmp_path / "make"
-    fake.write_text(f'#!/bin/sh\necho "fake make: $@"\nexit {code}\n')
-    fake.chmod(0o755)
+    for name in ("make", "redis-server"):  # the second is only looked for
+        fake = tmp_path / name
+        fake.write_text(f'#!/bin/sh\necho "fake {name}: $@"\nexit {code}\n')
+        fake.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
     done = subprocess.run([ROOT / ".ci" / "run"], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     assert f"fake make: test VENV={tmp_path}/" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["make"], "the virtual environment is removed"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["make", "redis-server"], "the virtual environment is removed"
 
 
 def test_every_package_is_named_in_pyproject() -> None:

@@ -11,7 +11,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("sglfast.control.main", "start the router in front of a pool of workers"),
     "check-config": ("sglfast.control.check_config", "say what `serve` with the same flags would run"),
     "demo": ("sglfast.load.demo", "start simulated workers and the router, and show what to try"),
-    "sim": ("sglfast.sim.main", "simulate SGLang workers: HTTP, KV cache, KV events, faults"),
+    "sim": ("sglfast.cli_sim", "simulate SGLang workers: HTTP, KV cache, KV events, faults"),
     "explain": ("sglfast.load.explain", "ask a router which worker it would choose for a request, and why"),
     "replay": ("sglfast.load.replay", "replay a request trace against a router, or compare policies"),
     "modelexpress": ("sglfast.modelexpress.main", "serve the metadata by which new workers load weights from running ones"),

@@ -1,5 +1,6 @@
 """The documents tell the truth: flags, links, paths and make targets that they name exist."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -8,7 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", "docs/flags.md", "docs/sglang-router.md"]
+DOCUMENTS = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "bench/README.md",
+    "docs/flags.md",
+    "docs/modelexpress.md",
+    "docs/sglang-router.md",
+]
 
 
 def text_of(document: str) -> str:
@@ -58,6 +68,23 @@ def test_readme_names_every_policy(serve_help: str) -> None:
     assert choices, serve_help
     row = next(line for line in text_of("README.md").splitlines() if "`--policy" in line)
     assert set(choices[1].split(",")) == set(re.findall(r"`([a-z_]+)`", row))
+
+
+def test_modelexpress_flags_exist() -> None:
+    text = text_of("docs/modelexpress.md")
+    section = text[text.index("## Flags of") : text.index("## A client")]
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", section)) - {"--help"}
+    command = [sys.executable, "-m", "sglfast", "modelexpress", "serve", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert len(named) >= 9
+    assert named <= set(re.findall(r"(?<![\w-])--[a-z-]+", done.stdout)), done.stderr
+
+
+def test_modelexpress_example_is_python() -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", text_of("docs/modelexpress.md"), re.MULTILINE | re.DOTALL)
+    names = {name.name for node in ast.walk(ast.parse(example)) if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert names == {"BlockingSeed", "blocking_candidates", "ServerArguments", "arguments_identity", "p2p"}
+    exec("\n".join(line for line in example.splitlines() if line.startswith(("from ", "identity = ", "worker"))), {})
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

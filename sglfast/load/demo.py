@@ -21,6 +21,7 @@ from rich.table import Table
 from sglfast.errors import ConfigError
 from sglfast.load.client import LoadClient
 from sglfast.load.openloop import OpenLoop
+from sglfast.load.scale_out import BANDWIDTH_BYTES_PER_S, MODEL_BYTES, ScaleOut, play
 from sglfast.load.stack import SimSettings, Stack, check_port, sigterm_as_interrupt
 from sglfast.load.text import PromptWriter, RequestWriter
 from sglfast.load.trace import SyntheticShape, synthetic_trace
@@ -162,6 +163,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Start simulated SGLang workers and the router on this machine, print what to try, and show what the workers do.",
     )
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="simulated workers (default: 4)")
+    parser.add_argument(
+        "--scale-out",
+        action="store_true",
+        help="one worker; a second one copies its weights from it (ModelExpress metadata service) and joins by POST /workers",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address the router listens on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=30000, metavar="P", help="port the router listens on, 0 = a free one (default: 30000)")
     parser.add_argument("--tokenizer-path", default=DEMO_TOKENIZER_PATH, metavar="PATH", help="tokenizer (default: the demo's own)")
@@ -170,6 +176,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="stop after this time (default: at Ctrl-C)")
     parser.add_argument("--once", action="store_true", help="show the view once and stop")
     return parser
+
+
+def _stack(args: argparse.Namespace) -> Stack:
+    if args.scale_out:
+        rates = {"model_bytes": MODEL_BYTES, "bandwidth_bytes_per_s": BANDWIDTH_BYTES_PER_S}
+        return ScaleOut(DEMO_PAGE_TOKENS, args.tokenizer_path, host=args.host, port=args.port, **rates)
+    sim = SimSettings(page_tokens=DEMO_PAGE_TOKENS, workers=args.workers, tokenizer_path=args.tokenizer_path)
+    return Stack(sim, host=args.host, port=args.port)
 
 
 def main(argv: list[str]) -> int:
@@ -181,19 +195,21 @@ def main(argv: list[str]) -> int:
     if args.port:
         check_port(args.host, args.port)
     console = Console(highlight=False)
-    print(f"Starting {args.workers} simulated workers and the router ...", flush=True)
+    parts = "a metadata service, a simulated worker" if args.scale_out else f"{args.workers} simulated workers"
+    print(f"Starting {parts} and the router ...", flush=True)
     try:
-        with sigterm_as_interrupt():
-            sim = SimSettings(page_tokens=DEMO_PAGE_TOKENS, workers=args.workers, tokenizer_path=args.tokenizer_path)
-            with Stack(sim, host=args.host, port=args.port) as stack:
-                try:
-                    print(what_to_try(stack.url), flush=True)
-                    if not args.seconds and not args.once:
-                        print("Ctrl-C stops everything.\n", flush=True)
-                    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                        runner.run(_watch(stack, args, console))
-                finally:
-                    print("Stopping.", flush=True)
+        with sigterm_as_interrupt(), _stack(args) as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            try:
+                if isinstance(stack, ScaleOut):
+                    play(stack, MODEL, console, runner.run)
+                print(what_to_try(stack.url), flush=True)
+                if isinstance(stack, ScaleOut):
+                    print(f"  who has which weights:\n    sglfast modelexpress sources --url {stack.service}\n", flush=True)
+                if not args.seconds and not args.once:
+                    print("Ctrl-C stops everything.\n", flush=True)
+                runner.run(_watch(stack, args, console))
+            finally:
+                print("Stopping.", flush=True)
     except KeyboardInterrupt:
         pass
     return 0

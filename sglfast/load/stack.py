@@ -20,10 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from sglfast.boot import die_with_parent
 from sglfast.errors import ConfigError, SglfastError
@@ -51,6 +51,10 @@ class SimSettings:
     decode_tokens_per_s: float | None = None
     kv_events: bool = True
     tokenizer_path: str = DEMO_TOKENIZER_PATH
+    mx_server: str | None = None
+    mx_role: Literal["seed", "target"] | None = None
+    mx_model_bytes: int | None = None
+    mx_bandwidth_bytes_per_s: float | None = None
 
     def flags(self) -> list[str]:
         """The flags of `sglfast sim`, on free ports."""
@@ -59,6 +63,10 @@ class SimSettings:
             "--page-size": self.page_tokens,
             "--prefill-tokens-per-s": self.prefill_tokens_per_s,
             "--decode-tokens-per-s-per-request": self.decode_tokens_per_s,
+            "--mx-server": self.mx_server,
+            "--mx-role": self.mx_role,
+            "--mx-model-bytes": self.mx_model_bytes,
+            "--mx-bandwidth-bytes-per-s": self.mx_bandwidth_bytes_per_s,
         }
         flags = ["--workers", str(self.workers), "--base-port", "0", "--tokenizer-path", self.tokenizer_path]
         if not self.kv_events:
@@ -166,10 +174,17 @@ class Stack:
     def _start(self) -> None:
         if self._port:
             check_port(self._host, self._port)
+        self.worker_urls += self.start_workers("simulator", self._sim)
+        self._start_router()
+
+    def start_workers(self, name: str, sim: SimSettings, *, each_poll: Callable[[Child], None] = lambda child: None) -> list[str]:
+        """Start simulated workers and wait until they listen; returns their URLs. each_poll: called again and again meanwhile."""
         with tempfile.TemporaryFile() as announce:
             fd = announce.fileno()
-            sim = self._run("simulator", [*SGLFAST, "sim", *self._sim.flags(), "--announce-fd", str(fd)], [fd])
-            self.worker_urls = wait_announced(fd, sim)
+            child = self._run(name, [*SGLFAST, "sim", *sim.flags(), "--announce-fd", str(fd)], [fd])
+            return wait_announced(fd, child, each_poll=each_poll)
+
+    def _start_router(self) -> None:
         serve = [*SGLFAST, "serve", "--worker-urls", *self.worker_urls, "--host", self._host, "--port", str(self._port)]
         serve += ["--policy", self._policy]
         if self._has_tokenizer:
@@ -213,10 +228,13 @@ def read_all(fd: int) -> bytes:
     return os.pread(fd, os.fstat(fd).st_size, 0)
 
 
-def wait_announced(fd: int, child: Child, timeout_s: float = READY_TIMEOUT_S) -> list[str]:
+def wait_announced(
+    fd: int, child: Child, timeout_s: float = READY_TIMEOUT_S, each_poll: Callable[[Child], None] = lambda child: None
+) -> list[str]:
     """Wait until a file has the simulator's line {"workers": [{"url": ...}, ...]}; returns the URLs. Raises StackError."""
     end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s:
+        each_poll(child)
         line, end, _ = read_all(fd).partition(b"\n")
         if end:
             return [worker["url"] for worker in json.loads(line)["workers"]]
@@ -225,16 +243,16 @@ def wait_announced(fd: int, child: Child, timeout_s: float = READY_TIMEOUT_S) ->
     raise StackError(f"the {child.name} was not ready within {timeout_s:.0f} s; its last lines:\n{child.log_tail()}")
 
 
-def wait_listening(router: Child, timeout_s: float = READY_TIMEOUT_S) -> int:
-    """Wait for the router's line `listening on http://host:port`; returns the port. Raises StackError."""
+def wait_listening(child: Child, pattern: str = r"^listening on http://\S+:(\d+)\b", timeout_s: float = READY_TIMEOUT_S) -> int:
+    """Wait for the line in which a child, the router unless told otherwise, says its port; returns it. Raises StackError."""
     end_s = time.monotonic() + timeout_s
     while time.monotonic() < end_s:
-        found = re.search(r"^listening on http://\S+:(\d+)\b", router.output(), re.MULTILINE)
+        found = re.search(pattern, child.output(), re.MULTILINE)
         if found is not None:
             return int(found[1])
-        router.check_alive()
+        child.check_alive()
         time.sleep(POLL_S)
-    raise StackError(f"the {router.name} did not listen within {timeout_s:.0f} s; its last lines:\n{router.log_tail()}")
+    raise StackError(f"the {child.name} did not listen within {timeout_s:.0f} s; its last lines:\n{child.log_tail()}")
 
 
 def wait_ready(host: str, port: int, child: Child, timeout_s: float = READY_TIMEOUT_S) -> None:

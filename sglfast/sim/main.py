@@ -14,15 +14,17 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
 import uvloop
 
-from sglfast.errors import ConfigError
+from sglfast.errors import ConfigError, SglfastError
 from sglfast.logs import setup_logs
 from sglfast.sim.settings import SimSettings
 from sglfast.sim.simulator import Simulator
+from sglfast.sim.weights import WeightDirectory
 
 DESCRIPTION = """\
 Play N SGLang workers in one process: HTTP, KV events over ZMQ, a radix cache, chunked prefill and continuous batching at
@@ -36,6 +38,12 @@ the rates you choose. No GPU, no model; the answers are words.
 """
 
 EPILOG = """\
+weights, with a metadata service (sglfast modelexpress serve)
+  sglfast sim --workers 1 --mx-server 127.0.0.1:8001
+      offers 64 MiB of made-up weights to peers
+  sglfast sim --workers 1 --base-port 0 --mx-server 127.0.0.1:8001 --mx-role target --mx-bandwidth-bytes-per-s 16e6
+      copies them from the freshest peer, then listens and offers them too; real bytes over a socket, checked
+
 what a request costs
   Prompt tokens that are not cached take 1/--prefill-tokens-per-s each, first come first served, at most
   --chunked-prefill-tokens a step; then every token takes 1/--decode-tokens-per-s-per-request, whatever the batch, while a
@@ -69,6 +77,9 @@ _TEXTS = {
     "kv_base_port": "first port for KV events: 2 x dp-size ports a worker, live ones, then replay; 0 = free ports",
     "dp_size": "data-parallel ranks of a worker, each with its own cache and event ports",
     "seed": "chooses the text of the answers",
+    "mx_server": "HOST:PORT of a ModelExpress metadata service: play weights (default: no weights)",
+    "mx_model_bytes": "bytes of the model's weights",
+    "mx_bandwidth_bytes_per_s": "most that a target copies in a second",
 }
 
 
@@ -83,7 +94,13 @@ def build_parser() -> argparse.ArgumentParser:
     defaults = {field.name: field.default for field in dataclasses.fields(SimSettings)}
     for name, text in _TEXTS.items():
         default = defaults[name]
-        shown = "" if name == "tokenizer_path" else f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+        shown = (
+            ""
+            if name in ("tokenizer_path", "mx_server")
+            else f" (default: {default:g})"
+            if isinstance(default, float)
+            else f" (default: {default})"
+        )
         kind = type(default)
         metavar = {int: "N", float: "RATE", str: "TEXT"}[kind]
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, metavar=metavar, help=text + shown)
@@ -92,6 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--replay", action=argparse.BooleanOptionalAction, default=True, help="answer KV event replays (default: yes)")
     parser.add_argument("--event-shape", choices=("map", "array"), default="map", help="events as sglang 0.5.20+ or 0.5.18 (default: map)")
+    parser.add_argument(
+        "--mx-role", choices=("seed", "target"), default="seed", help="have the weights, or copy them from a peer first (default: seed)"
+    )
     parser.add_argument("--instant", action="store_true", help="answer at once: no tokenizer run, no engine, no cache, no events")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="stop after this time")
     parser.add_argument("--announce", type=Path, metavar="FILE", help="write the announcement to this file")
@@ -99,27 +119,48 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str]) -> int:
-    """Run until a signal or --max-seconds; return the exit code."""
+def main(argv: list[str], open_directory: Callable[[SimSettings], WeightDirectory] | None = None) -> int:
+    """Run until a signal or --max-seconds; return the exit code.
+
+    open_directory: called in the loop when --mx-server is given; its type is what a caller above this room must bring.
+    """
     arguments = vars(build_parser().parse_args(argv))
     max_seconds, file, descriptor = (arguments.pop(name) for name in ("max_seconds", "announce", "announce_fd"))
     setup_logs("sim", "info", "text")
     _raise_file_limit()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_run(SimSettings(**arguments), max_seconds, file, descriptor))
-    except ConfigError as error:
+            runner.run(_run(SimSettings(**arguments), open_directory, max_seconds, file, descriptor))
+    except SglfastError as error:
         print(f"sglfast sim: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-async def _run(settings: SimSettings, max_seconds: float | None, file: Path | None, descriptor: int | None) -> None:
+async def _run(
+    settings: SimSettings,
+    open_directory: Callable[[SimSettings], WeightDirectory] | None,
+    max_seconds: float | None,
+    file: Path | None,
+    descriptor: int | None,
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    async with Simulator(settings) as simulator:
+    directory = open_directory(settings) if open_directory is not None and settings.mx_server else None
+    async with contextlib.AsyncExitStack() as owned:
+        simulator = Simulator(settings, directory, _ProgressLines())
+        opening = loop.create_task(owned.enter_async_context(simulator))
+
+        def end() -> None:
+            stop.set()
+            opening.cancel()  # a target may be in the middle of its weights
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, end)
+        with contextlib.suppress(asyncio.CancelledError):
+            await opening
+        if stop.is_set():
+            return
         # What is loaded by now stays; the collector need not look at it again.
         gc.collect()
         gc.freeze()
@@ -128,6 +169,19 @@ async def _run(settings: SimSettings, max_seconds: float | None, file: Path | No
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max_seconds):
                 await stop.wait()
+
+
+class _ProgressLines:
+    """A line of text for every further percent of the weights."""
+
+    def __init__(self) -> None:
+        self._percent = -1
+
+    def __call__(self, done_bytes: int, size_bytes: int, source: str) -> None:
+        percent = 100 * done_bytes // size_bytes
+        if percent > self._percent:
+            print(f"weights: {percent} %, {done_bytes} of {size_bytes} bytes from {source}", flush=True)
+        self._percent = percent
 
 
 def _announce(line: bytes, file: Path | None, descriptor: int | None) -> None:

@@ -11,6 +11,7 @@ from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 
 PORT_LIMIT = 65_535
 RATE_LIMIT = 1e12
+MODEL_BYTES_LIMIT = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,8 @@ class SimSettings:
     base_port: worker i listens on base_port + i, 0 = free ports; kv_base_port: worker i's rank r publishes KV events on
     kv_base_port + i * 2 * dp_size + r and answers replays dp_size ports higher, 0 = free ports.
     kv_events: whether /server_info tells of them. cache_tokens: KV cache of one rank. seed: chooses the answers' text.
+    mx_server: host:port of a ModelExpress metadata service, "" = no weights are played; mx_role: `seed` has them and offers them,
+    `target` copies mx_model_bytes of them from a peer, at most mx_bandwidth_bytes_per_s, before it listens, then offers them too.
     """
 
     workers: int = 4
@@ -40,6 +43,10 @@ class SimSettings:
     dp_size: int = 1
     instant: bool = False
     seed: int = 0
+    mx_server: str = ""
+    mx_role: Literal["seed", "target"] = "seed"
+    mx_model_bytes: int = 64 << 20
+    mx_bandwidth_bytes_per_s: float = float(64 << 20)
 
     @property
     def cache_blocks(self) -> int:
@@ -54,11 +61,11 @@ class SimSettings:
 
 def check(settings: SimSettings) -> SimSettings:
     """Return the settings. Raises ConfigError for a value that cannot work."""
-    at_least_one = ("workers", "page_size", "max_running_requests", "chunked_prefill_tokens", "dp_size")
+    at_least_one = ("workers", "page_size", "max_running_requests", "chunked_prefill_tokens", "dp_size", "mx_model_bytes")
     for name in at_least_one:
         if getattr(settings, name) < 1:
             raise ConfigError(f"{_flag(name)} {getattr(settings, name)}: must be at least 1")
-    for name in ("prefill_tokens_per_s", "decode_tokens_per_s_per_request"):
+    for name in ("prefill_tokens_per_s", "decode_tokens_per_s_per_request", "mx_bandwidth_bytes_per_s"):
         if not 0 < getattr(settings, name) <= RATE_LIMIT:
             raise ConfigError(f"{_flag(name)} {getattr(settings, name)}: must be above 0 and at most {RATE_LIMIT:g}")
     if settings.chunked_prefill_tokens < settings.page_size:
@@ -68,6 +75,8 @@ def check(settings: SimSettings) -> SimSettings:
         )
     if settings.cache_tokens < settings.page_size:
         raise ConfigError(f"--cache-tokens {settings.cache_tokens}: must hold at least one page (--page-size {settings.page_size})")
+    if settings.mx_model_bytes > MODEL_BYTES_LIMIT:
+        raise ConfigError(f"--mx-model-bytes {settings.mx_model_bytes}: must be at most {MODEL_BYTES_LIMIT}")
     _check_ports("base_port", settings.base_port, settings.workers)
     _check_ports("kv_base_port", settings.kv_base_port, 2 * settings.workers * settings.dp_size)
     if settings.base_port and settings.kv_base_port:

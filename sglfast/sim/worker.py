@@ -34,6 +34,7 @@ from sglfast.sim.pacer import Pacer
 from sglfast.sim.publisher import KvPublisher
 from sglfast.sim.requests import INFERENCE_PATHS
 from sglfast.sim.settings import SimSettings
+from sglfast.sim.weights import Weights
 
 BACKLOG = 2048
 REBIND_TRIES = 500
@@ -53,11 +54,23 @@ Handler = Callable[[Request, Connection], None]
 
 
 class SimWorker:
-    """See the module. port: of HTTP, 0 until `open` when it is to be a free one; kv_port: of rank 0, likewise."""
+    """See the module. port: of HTTP, 0 until `open` when it is to be a free one; kv_port: of rank 0, likewise.
 
-    def __init__(self, settings: SimSettings, shared: Shared, context: zmq.Context[zmq.Socket[bytes]], port: int, kv_port: int) -> None:
+    weights: those it holds, if any are played; a restart does not lose them.
+    """
+
+    def __init__(
+        self,
+        settings: SimSettings,
+        shared: Shared,
+        context: zmq.Context[zmq.Socket[bytes]],
+        port: int,
+        kv_port: int,
+        weights: Weights | None = None,
+    ) -> None:
         self._settings = settings
         self._shared = shared
+        self._weights = weights
         self._server: asyncio.Server | None = None
         self._restart: asyncio.Task[None] | None = None
         self._totals = [EngineTotals() for _ in range(settings.dp_size)]
@@ -314,6 +327,7 @@ class SimWorker:
             "restarts": self._restarts,
             "startup_time": self._startup_time,
             "connections": len(self.connections),
+            "weights": self._weights and self._weights.stats(),
             "ranks": ranks,
         }
         connection.respond_json(200, stats)

@@ -30,8 +30,8 @@ COMPILED_FLOOR = 0
 # What the process that runs this module must not have loaded.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "sglfast.edge.main": (
-        "zmq", "aiohttp", "rich", "matplotlib", "yaml", "grpc", "sglfast.modelexpress", "sglfast.config.sources", "sglfast.index", "sglfast.control", "sglfast.sim",
-        "sglfast.load",
+        "zmq", "aiohttp", "rich", "matplotlib", "yaml", "grpc", "sglfast.modelexpress", "sglfast.config.sources",
+        "sglfast.index", "sglfast.control", "sglfast.sim", "sglfast.load",
     ),
     "sglfast.index.main": (
         "httptools", "tokenizers", "aiohttp", "rich", "matplotlib", "yaml", "grpc", "sglfast.modelexpress", "sglfast.config.sources",

@@ -40,12 +40,14 @@ class Answer:
 
 
 class Fetcher:
-    """The only HTTP client of control. Use it as an async context manager, inside the event loop. tls: for workers whose URL is https."""
+    """The only HTTP client of control. Use it as an async context manager, inside the event loop. tls: for workers whose URL is https;
+    may be replaced."""
 
     def __init__(self, tls: ssl.SSLContext | bool = True) -> None:
+        self.tls = tls
         self._places = asyncio.Semaphore(_AT_ONCE)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True, ssl=tls),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"user-agent": f"sglfast/{__version__}", "accept-encoding": "identity"},
@@ -72,7 +74,7 @@ class Fetcher:
             try:
                 async with (
                     asyncio.timeout(timeout_s),
-                    self._session.request(method, url, headers=headers, allow_redirects=False) as response,
+                    self._session.request(method, url, headers=headers, allow_redirects=False, ssl=self.tls) as response,
                 ):
                     body = bytearray()
                     if limit_bytes:

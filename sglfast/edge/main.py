@@ -21,7 +21,6 @@ from sglfast.edge.request import PromptKeyer
 from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
 from sglfast.logs import setup_logs
-from sglfast.tls import server_context
 
 
 def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | None:
@@ -75,7 +74,7 @@ async def serve(boot: Boot) -> None:
     assert boot.listener is not None
     boot.segment.process_start(boot.process_slot, os.getpid(), int(time.time() * 1000))
     shard.router.refresh()
-    server = await loop.create_server(lambda: ClientConnection(shard), sock=boot.listener, backlog=4096, ssl=server_context(boot.config))
+    server = await loop.create_server(lambda: ClientConnection(shard), sock=boot.listener, backlog=4096, ssl=shard.client_tls)
     # What is here now stays; what comes is freed by reference count. A full collection over thousands of connections would stall all.
     gc.collect()
     gc.freeze()

@@ -87,6 +87,11 @@ class Fetcher:
                 raise FetchError(f"no answer within {timeout_s:g} s") from None
             except aiohttp.ClientConnectorDNSError:
                 raise FetchError("the host name cannot be resolved") from None
+            except aiohttp.ClientConnectorCertificateError as error:
+                why = getattr(error.certificate_error, "verify_message", "") or "it is not for this host name"
+                raise FetchError(f"the certificate is not trusted ({why}); --ca-cert-paths says whose are") from None
+            except aiohttp.ClientSSLError as error:
+                raise FetchError(f"no TLS connection ({type(error.os_error).__name__})") from None
             except aiohttp.ClientConnectorError as error:
                 raise FetchError(os.strerror(error.errno).lower() if error.errno else "no connection") from None
             except aiohttp.ClientPayloadError:

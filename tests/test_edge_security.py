@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trustme
 from edge_harness import Edge, settled
-from raw_client import Client, post, request
+from raw_client import Client, chunk, post, request
 from scripted_worker import Worker, answer, echoes, says
 
 from sglfast import _counters as c
@@ -74,6 +74,43 @@ def test_a_worker_is_shown_its_own_key(worker: Worker) -> None:
         assert edge.ask(post(b"1", "authorization: Bearer of-the-client", "x-other: 1")).status == 200
         assert worker.calls[-1].header("authorization") == [b"Bearer of-the-worker"]
         assert worker.calls[-1].header("x-other") == [b"1"]
+
+
+# ---- refused by the head alone: the body is neither asked for nor kept ----
+
+ASKS_FIRST = ("expect: 100-continue", "content-length: 50000000")
+KEY = "authorization: Bearer main-key"
+
+
+def begun(target: str, *headers: str, method: str = "POST") -> bytes:
+    return f"{method} {target} HTTP/1.1\r\n".encode() + b"".join(line.encode() + b"\r\n" for line in ("host: a", *headers)) + b"\r\n"
+
+
+@pytest.mark.parametrize("framing", [("content-length: 50000000",), ASKS_FIRST, ("transfer-encoding: chunked",)])
+@pytest.mark.parametrize("target", ["/v1/completions", "http://a/v1/completions", "/explain/generate?a=1", "/v1/tokenize"])
+def test_a_body_without_a_key_is_not_waited_for(target: str, framing: tuple[str, ...], locked: Edge) -> None:
+    with locked.client() as client:
+        refused = client.ask(begun(target, *framing))
+        assert (refused.status, refused.code, refused.closes, refused.interim) == (401, "invalid_api_key", True, [])
+        client.send_what_fits(b"x" * 10000 + request("GET", "/health"))
+        assert client.has_ended()
+
+
+@pytest.mark.parametrize("target", ["/v1/completions", "http://a/v1/completions"])
+def test_with_a_key_it_is(target: str, locked: Edge) -> None:
+    with locked.client() as client:
+        client.send(begun(target, KEY, "expect: 100-continue", "content-length: 3"))
+        assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert client.ask(b"abc").body == b"abc"
+
+
+@pytest.mark.parametrize(("target", "status"), [("/workers", 413), ("/health", 413), ("/v1/files", 404), ("http://a/workers", 413)])
+def test_other_paths_take_small_bodies_only(target: str, status: int, locked: Edge) -> None:
+    assert locked.ask(begun(target, *ASKS_FIRST)).status == status
+    with locked.client() as client:
+        client.send(begun(target, "transfer-encoding: chunked"))
+        client.send_what_fits(chunk(b"x" * 70_000))
+        assert client.read_answer().status == 413
 
 
 # ---- request ids ----

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
     from sglfast.edge.tokenize import Answer
 
+_SMALL_BYTES = 64 << 10  # bodies of all paths but those of the data plane
 _LINGER_SECS = 2.0  # after a refusal, what the client still sends is read and dropped for so long
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -103,6 +104,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
 
     def begin_body(self, head: RequestHead, data: bytes) -> bytes:
         """A head whose body has not come at once."""
+        if self._refuses_body(head):
+            return b""
         self.head = head
         self.pieces = []
         if head.expects_continue and not data:
@@ -119,6 +122,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
     def read_chunks(self, data: bytes) -> bytes:
         """Take bytes of a chunked body."""
         assert self.chunks is not None
+        assert self.head is not None
         pieces: list[bytes] = []
         end = self.chunks.decode(data, 0, pieces)
         piece = b"".join(pieces)  # one object for many small chunks, else they cost many times their size
@@ -126,8 +130,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         self.body_size += len(piece)
         if end == -2:
             self._refuse(errors.BAD_REQUEST)
-        elif self.body_size > self.shard.config.max_payload_size:
-            self._refuse(errors.PAYLOAD_TOO_LARGE)
+        elif self.body_size > self._body_limit(self.head):
+            self._refuse(errors.PAYLOAD_TOO_LARGE, self.head.request_id)
         elif end >= 0:
             self.end_body()
             return data[end:]
@@ -149,9 +153,42 @@ class ClientConnection(ClientBase, asyncio.Protocol):
                 self._refuse(errors.EXPECTATION_FAILED)
             else:
                 self.dispatch(head, body)
-        elif self.unusual.wants_continue:
-            self.unusual.wants_continue = False
-            self.write(_CONTINUE)
+        elif self.unusual.has_head and self.head is None:
+            head_found = self.unusual.head()
+            if isinstance(head_found, errors.Reason):
+                self._refuse(head_found)
+            elif not self._refuses_body(head_found):
+                self.head = head_found
+                self.unusual.limit_body_bytes = self._body_limit(head_found)
+                if self.unusual.wants_continue:
+                    self.write(_CONTINUE)
+
+    # What can be refused without the body is refused before it: nobody sends megabytes for nothing, or holds them here without a key.
+
+    def _is_data_plane(self, head: RequestHead) -> bool:
+        path = head.target.partition(b"?")[0]
+        is_other = self.shard.config.passthrough and head.method == b"POST" and path.startswith(OTHERS_UNDER)
+        return path in ENDPOINTS or path in LATER or is_other
+
+    def _body_limit(self, head: RequestHead) -> int:
+        limit_bytes: int = self.shard.config.max_payload_size
+        return limit_bytes if self._is_data_plane(head) else min(limit_bytes, _SMALL_BYTES)
+
+    def _refuses_body(self, head: RequestHead) -> bool:
+        """Whether the request was refused by its head alone; the connection ends then, because the body may be on its way."""
+        reason: errors.Reason | None = None
+        if self._is_data_plane(head):
+            if self.shard.guard and not self.shard.guard.lets_in(head):
+                reason = errors.INVALID_API_KEY
+        elif head.content_length > _SMALL_BYTES:
+            path = head.target.partition(b"?")[0]
+            reason = errors.PAYLOAD_TOO_LARGE if path in answers.LOCAL or relayed(path) else errors.NOT_FOUND
+        if reason is None:
+            return False
+        if self.shard.cors:
+            self.cors = self.shard.cors.lines_for(head)
+        self._refuse(reason, head.request_id)
+        return True
 
     # ---- answering ----
 
@@ -217,7 +254,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             self.answer_error(found[0], request_id, found[1])
         self.on_exchange_end()
 
-    def _refuse(self, reason: errors.Reason) -> None:
+    def _refuse(self, reason: errors.Reason, request_id: bytes | None = None) -> None:
         """The request cannot be read: answer and close, because nobody knows where the next one would begin.
 
         Only our side is closed at first: a client that is still sending would lose the answer to a reset (RFC 9112 9.6).
@@ -225,7 +262,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         self.closes = True
         self.lingers = True
         self.pieces = []
-        self.answer_error(reason, None)
+        self.answer_error(reason, request_id)
         self.close_after_write()
 
     def answer_error(self, reason: errors.Reason, request_id: bytes | None, message: str | None = None, is_head: bool = False) -> None:

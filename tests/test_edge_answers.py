@@ -25,7 +25,8 @@ def test_every_reason_has_an_answer() -> None:
         status_line, *lines = opening.decode().split("\r\n")
         assert status_line.startswith(f"HTTP/1.1 {reason.status} "), reason.code
         fields = dict(line.split(": ", 1) for line in lines[:-1])
-        assert fields.pop("retry-after", None) == ("1" if reason.status == 503 else None)
+        assert fields.pop("retry-after", None) == ("1" if reason.status in (429, 503) else None)
+        assert fields.pop("www-authenticate", None) == ("Bearer" if reason.status == 401 else None)
         assert fields == {
             "content-type": "application/json", "content-length": str(len(body)), "x-router-error-code": reason.code,
         }  # fmt: skip

@@ -17,7 +17,7 @@ from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
 from sglfast.edge.later import LATER
 from sglfast.edge.relay import relay, relayed
-from sglfast.edge.request import ENDPOINTS, OTHER_KIND, OTHERS_UNDER, Endpoint
+from sglfast.edge.request import ENDPOINTS, OTHER_KIND, Endpoint, is_under_v1
 from sglfast.edge.unusual import UnusualRequest
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
 
     def _is_data_plane(self, head: RequestHead) -> bool:
         path = head.target.partition(b"?")[0]
-        is_other = self.shard.config.passthrough and head.method == b"POST" and path.startswith(OTHERS_UNDER)
+        is_other = self.shard.config.passthrough and head.method == b"POST" and is_under_v1(path)
         return path in ENDPOINTS or path in LATER or is_other
 
     def _body_limit(self, head: RequestHead) -> int:
@@ -206,7 +206,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             path = target.partition(b"?")[0]
             endpoint = ENDPOINTS.get(path)
             if endpoint is None and path not in LATER:
-                if head.method != b"POST" or not self.shard.config.passthrough or not path.startswith(OTHERS_UNDER):
+                if head.method != b"POST" or not self.shard.config.passthrough or not is_under_v1(path):
                     self._answer_locally(head, path, body)
                     return
                 endpoint = Endpoint(path, OTHER_KIND)
@@ -234,8 +234,14 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, head.request_id)
         elif local is not None:
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only GET")
+        elif (is_head or head.method == b"GET") and path.startswith(answers.MODELS_UNDER):
+            found = answers.one_model(self.shard, path)
+            if found is None:
+                self.answer_error(errors.MODEL_NOT_FOUND, head.request_id, None, is_head)
+            else:
+                self._answer(answers.head(found[0], found[1], len(found[2])), b"" if is_head else found[2], head.request_id)
         elif from_control is None or (from_control.is_admin and self.shard.config.admin_port is not None):
-            may_pass = head.method == b"POST" and path.startswith(OTHERS_UNDER)
+            may_pass = head.method == b"POST" and is_under_v1(path) and not self.shard.config.passthrough
             hint = "no such path here; the router relays unknown paths under /v1/ when it is started with --passthrough"
             self.answer_error(errors.NOT_FOUND, head.request_id, hint if may_pass else None, is_head)
         elif not from_control.takes(head.method):

@@ -192,6 +192,11 @@ class ServeConfig:
         None, "port for /metrics alone (default: 29000, with --prometheus-host); the main port has it too", "logs", low=0, high=65535)
     # fmt: on
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether a request may have to wait for its turn."""
+        return self.max_concurrent_requests > 0 or self.rate_limit_tokens_per_second is not None or self.worker_max_in_flight > 0
+
 
 def to_json(config: ServeConfig) -> bytes:
     """The settings as JSON, secrets included, for a child process."""

@@ -23,7 +23,6 @@ from sglfast._admission import Limits
 from sglfast.edge.header_lines import value_of
 
 if TYPE_CHECKING:
-    from sglfast.config import ServeConfig
     from sglfast.edge.exchange import Exchange
     from sglfast.edge.route import Route
     from sglfast.edge.shard import Shard
@@ -33,11 +32,6 @@ _DEFER_SECS = 0.02
 _TRIES = 4  # two shards that take the last place at once both step back
 _PRIORITY_MAX = 1000
 _TIME_BITS = 52  # microseconds of the monotonic clock: 142 years
-
-
-def is_limited(config: ServeConfig) -> bool:
-    """Whether the settings limit anything."""
-    return config.max_concurrent_requests > 0 or config.rate_limit_tokens_per_second is not None or config.worker_max_in_flight > 0
 
 
 class Ticket:
@@ -91,7 +85,7 @@ class Admission:
             rate_per_s=rate,
             burst=in_flight or rate,
         )
-        self.is_limiting = is_limited(config)
+        self.is_limiting: bool = config.is_limited
 
     def count_running(self, exchanges: Iterable[Exchange | None]) -> None:
         """Requests that began while nothing was limited count from now on, so that the bound holds at once."""

@@ -17,7 +17,7 @@ from sglfast._hashtree import TreeReader
 from sglfast._relay import ShardBase
 from sglfast._workers import WorkerTable
 from sglfast.config import REQUEST_ID_HEADERS
-from sglfast.edge.admission import Admission, is_limited
+from sglfast.edge.admission import Admission
 from sglfast.edge.cors import Cors
 from sglfast.edge.guard import Guard
 from sglfast.edge.header_lines import value_of
@@ -71,7 +71,7 @@ class Shard(ShardBase):
         self._log_fd = boot.log_fd
         self.request_log = self._open_request_log()
         self.router = Router(self, keyer)
-        self.admission = Admission(self) if is_limited(boot.config) else None
+        self.admission = Admission(self) if boot.config.is_limited else None
         self._gate()
 
     def apply(self, config: ServeConfig) -> None:
@@ -88,7 +88,7 @@ class Shard(ShardBase):
             self.request_log = self._open_request_log()
         if self.admission is not None:
             self.admission.apply()
-        elif is_limited(config):
+        elif config.is_limited:
             self.admission = Admission(self)
         if self.admission is not None and self.admission.is_limiting:
             self.admission.count_running(client.exchange for client in self.clients)

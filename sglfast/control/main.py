@@ -26,7 +26,7 @@ from sglfast._counters import S_INFLIGHT, Totals
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig, to_json
-from sglfast.config.flags import add_flags, given_in
+from sglfast.config.flags import SettingsParser, given_in
 from sglfast.config.sources import Loaded, load
 from sglfast.control.admin import AdminServer
 from sglfast.control.admin_keys import AdminKeys
@@ -83,11 +83,7 @@ exit codes: 0 drained, 1 a process could not be kept alive, 2 a flag cannot work
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `sglfast serve`; its flags are the fields of ServeConfig."""
-    parser = argparse.ArgumentParser(
-        prog="sglfast serve", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flags(parser)
-    return parser
+    return SettingsParser("sglfast serve", _DESCRIPTION, _EPILOG)
 
 
 def main(argv: list[str]) -> int:

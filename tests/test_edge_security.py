@@ -338,6 +338,14 @@ def test_tls_on_both_sides(ca: trustme.CA, certificates: dict[str, str]) -> None
         worker.close()
 
 
+def test_a_handshake_has_as_long_as_a_head(worker: Worker, certificates: dict[str, str]) -> None:
+    tls = {"tls_cert_path": certificates["cert"], "tls_key_path": certificates["key"]}
+    with Edge([worker], header_timeout_secs=0.3, **tls) as edge, settled(edge):  # type: ignore[arg-type]
+        with socket.create_connection(("127.0.0.1", edge.port), 5) as silent:
+            silent.settimeout(5)
+            assert silent.recv(100) == b""
+
+
 def test_a_worker_of_another_ca_is_not_trusted(ca: trustme.CA, certificates: dict[str, str]) -> None:
     worker = SecureWorker(trustme.CA())
     try:

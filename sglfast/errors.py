@@ -91,6 +91,9 @@ QUEUE_FULL = Reason("queue_full", 429, "client", "too many requests: the router 
 QUEUE_TIMEOUT = Reason("queue_timeout", 408, "client", "the request waited too long for its turn", True)
 INVALID_API_KEY = Reason("invalid_api_key", 401, "client", "a valid API key is needed: `authorization: Bearer KEY`")
 TOO_MANY_CONNECTIONS = Reason("too_many_connections", 503, "router", "too many connections, try again later", True)
+MISSING_MODEL = Reason(
+    "missing_model", 400, "client", "the workers serve several models: the JSON body must have a `model`, one of those of /v1/models"
+)
 
 # Position = word in each shard's column of shared memory: append only.
 REASONS: tuple[Reason, ...] = (
@@ -119,5 +122,6 @@ REASONS: tuple[Reason, ...] = (
     QUEUE_TIMEOUT,
     INVALID_API_KEY,
     TOO_MANY_CONNECTIONS,
+    MISSING_MODEL,
 )
 REASON_INDEX: dict[str, int] = {reason.code: position for position, reason in enumerate(REASONS)}

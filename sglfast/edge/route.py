@@ -171,7 +171,9 @@ class Router(RouterBase):
             pool = self.pools.get(model)
         if pool is not None:
             return pool
-        return errors.NO_HEALTHY_WORKERS if model in self.models or not self.pools else errors.MODEL_NOT_FOUND
+        if model in self.models or not self.pools:
+            return errors.NO_HEALTHY_WORKERS
+        return errors.MODEL_NOT_FOUND if model else errors.MISSING_MODEL
 
     def choose(self, endpoint: Endpoint, body: bytes, then: Callable[[Route | errors.Reason], None]) -> None:
         """Find a worker for a request and call `then`, at once unless a long prompt is being tokenized."""

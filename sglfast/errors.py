@@ -94,6 +94,9 @@ TOO_MANY_CONNECTIONS = Reason("too_many_connections", 503, "router", "too many c
 MISSING_MODEL = Reason(
     "missing_model", 400, "client", "the workers serve several models: the JSON body must have a `model`, one of those of /v1/models"
 )
+ORIGIN_NOT_ALLOWED = Reason(
+    "origin_not_allowed", 403, "client", "a page of this origin may not administer: --cors-allowed-origins names those that may"
+)
 
 # Position = word in each shard's column of shared memory: append only.
 REASONS: tuple[Reason, ...] = (
@@ -123,5 +126,6 @@ REASONS: tuple[Reason, ...] = (
     INVALID_API_KEY,
     TOO_MANY_CONNECTIONS,
     MISSING_MODEL,
+    ORIGIN_NOT_ALLOWED,
 )
 REASON_INDEX: dict[str, int] = {reason.code: position for position, reason in enumerate(REASONS)}

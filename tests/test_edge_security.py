@@ -175,6 +175,15 @@ def test_listed_origins(worker: Worker) -> None:
         assert client.ask(request("OPTIONS", "/health", "origin: http://evil", "access-control-request-method: GET")).status == 405
 
 
+def test_pages_of_other_origins_do_not_administer(locked: Edge) -> None:
+    for method, path in (("POST", "/workers"), ("DELETE", "/workers/1"), ("POST", "/flush_cache"), ("POST", "/add_worker?url=http://a:1")):
+        refused = locked.ask(request(method, path, "origin: http://evil", "content-type: text/plain"))
+        assert (refused.status, refused.code) == (403, "origin_not_allowed")
+    # What control would be asked: nobody plays control here.
+    assert locked.ask(request("GET", "/workers", "origin: http://evil")).code == "control_unavailable"
+    assert locked.ask(request("POST", "/workers")).code == "control_unavailable"
+
+
 def test_any_origin(worker: Worker) -> None:
     worker.plan(says(answer()))
     with Edge([worker], cors_allowed_origins=("*",)) as edge, settled(edge):
@@ -341,9 +350,10 @@ def test_tls_on_both_sides(ca: trustme.CA, certificates: dict[str, str]) -> None
 def test_a_handshake_has_as_long_as_a_head(worker: Worker, certificates: dict[str, str]) -> None:
     tls = {"tls_cert_path": certificates["cert"], "tls_key_path": certificates["key"]}
     with Edge([worker], header_timeout_secs=0.3, **tls) as edge, settled(edge):  # type: ignore[arg-type]
-        with socket.create_connection(("127.0.0.1", edge.port), 5) as silent:
-            silent.settimeout(5)
-            assert silent.recv(100) == b""
+        silent = socket.create_connection(("127.0.0.1", edge.port), 5)
+        silent.settimeout(5)
+        assert silent.recv(100) == b""
+        silent.close()
 
 
 def test_a_worker_of_another_ca_is_not_trusted(ca: trustme.CA, certificates: dict[str, str]) -> None:

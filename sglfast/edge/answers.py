@@ -24,6 +24,7 @@ _STATUS_LINES = {
         204: "No Content",
         400: "Bad Request",
         401: "Unauthorized",
+        403: "Forbidden",
         404: "Not Found",
         405: "Method Not Allowed",
         408: "Request Timeout",

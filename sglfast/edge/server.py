@@ -159,8 +159,10 @@ class ClientConnection(ClientBase, asyncio.Protocol):
                 self._refuse(head_found)
             elif not self._refuses_body(head_found):
                 self.head = head_found
-                self.unusual.limit_body_bytes = self._body_limit(head_found)
-                if self.unusual.wants_continue:
+                too_large = self.unusual.limit(self._body_limit(head_found))
+                if too_large is not None:
+                    self._refuse(too_large, head_found.request_id)
+                elif self.unusual.wants_continue:
                     self.write(_CONTINUE)
 
     # What can be refused without the body is refused before it: nobody sends megabytes for nothing, or holds them here without a key.
@@ -247,6 +249,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         elif not from_control.takes(head.method):
             methods = b", ".join(from_control.methods).decode()
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, f"this path takes only {methods}")
+        elif not is_head and head.method != b"GET" and head.origin is not None and not self.shard.cors.allows(head.origin):
+            self.answer_error(errors.ORIGIN_NOT_ALLOWED, head.request_id)
         else:
             self.state = BUSY
             self.task = self.shard.loop.create_task(relay(self, from_control, head, body))

@@ -20,7 +20,7 @@ class UnusualRequest:
     def __init__(self, limit_head_bytes: int, limit_body_bytes: int) -> None:
         self._parser = httptools.HttpRequestParser(self)
         self._limit_head_bytes = limit_head_bytes
-        self.limit_body_bytes = limit_body_bytes  # may be lowered when the head is known
+        self._limit_body_bytes = limit_body_bytes
         self._method = b""
         self._version = b""
         self._target = b""
@@ -51,9 +51,12 @@ class UnusualRequest:
             body = b"".join(self._pieces)
             head = self.head(b"%d" % len(body))
             return (head, body) if isinstance(head, RequestHead) else head
-        if self._body_bytes > self.limit_body_bytes:
-            return errors.PAYLOAD_TOO_LARGE
-        return None
+        return self.limit(self._limit_body_bytes)
+
+    def limit(self, body_bytes: int) -> errors.Reason | None:
+        """Take no larger body than this from now on; the reason of a refusal when there is more already."""
+        self._limit_body_bytes = body_bytes
+        return errors.PAYLOAD_TOO_LARGE if self._body_bytes > body_bytes else None
 
     # ---- llhttp's calls ----
 

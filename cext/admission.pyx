@@ -8,6 +8,7 @@ Runs in: shards. Theory: a shard announces first and counts then. It adds to its
     dies leaves nothing behind.
 """
 
+from libc.math cimport ceil
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
@@ -69,7 +70,7 @@ cdef class Limits:
         self.stride_words = sf_header(self.base).column_stride // 8
         self.max_in_flight = max_in_flight
         self.max_waiting = max_waiting
-        self.step_us = <uint64_t>(1e6 / rate_per_s) if rate_per_s else 0
+        self.step_us = <uint64_t>ceil(1e6 / rate_per_s) if rate_per_s else 0  # rounded so that the rate is never exceeded
         self.burst_us = <uint64_t>(self.step_us * max(burst, 1.0))
 
     cdef int64_t sum_of(self, int word) noexcept nogil:
@@ -90,7 +91,9 @@ cdef class Limits:
 
     def take(self):
         """Begin a request; whether it may. What was taken is given back once."""
-        if self.max_in_flight and not self.announce(c_S_PERMITS, self.max_in_flight):
+        if not self.max_in_flight:
+            self.hold()  # counted all the same: a limit may come while it runs
+        elif not self.announce(c_S_PERMITS, self.max_in_flight):
             return False
         if self.step_us and not self.spend():
             self.give_back()
@@ -105,14 +108,22 @@ cdef class Limits:
             due = _sf_load(word)
             after = (due if due > now else now) + self.step_us
             if after > now + self.burst_us:
-                return False
+                # A debt that a whole burst does not pay was run up under other settings.
+                if due <= now + self.burst_us or not sf_swap(word, due, now + self.burst_us):
+                    return False
+                continue
             if sf_swap(word, due, after):
                 return True
 
-    def give_back(self):
+    cpdef hold(self):
+        """Count a request that runs already, whatever the limit."""
+        cdef uint64_t *mine = self.own + c_S_PERMITS
+        _sf_store(mine, _sf_load(mine) + 1)
+
+    cpdef give_back(self):
         """A request that was begun is over."""
         cdef uint64_t *mine = self.own + c_S_PERMITS
-        if self.max_in_flight and <int64_t>_sf_load(mine) > 0:
+        if <int64_t>_sf_load(mine) > 0:
             _sf_store(mine, _sf_load(mine) - 1)
 
     def line_up(self):

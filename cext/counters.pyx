@@ -67,6 +67,7 @@ S_WAITING = 49            # requests that wait in this shard
 S_WAITING_HEAD = 50       # order of the first of them; 0 = nobody waits
 S_QUEUED = 51
 S_QUEUE_WAIT_US = 52
+S_LOG_LINES_LOST = 53     # request lines that nobody will read
 S_REASONS = 64            # 64 words, one per row of errors.REASONS
 S_TTFT = 128              # histogram: buckets, then count and sum in microseconds
 S_DURATION = 160

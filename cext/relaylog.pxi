@@ -4,7 +4,6 @@ cdef enum:
     ID_BYTES = 256     # a longer request id or path is written by the slow way
     LABEL_BYTES = 1400
     LINE_BYTES = 3072  # more than all parts of a line at their longest
-    WAITING_BYTES = 4 << 20
     BATCH_BYTES = 64 << 10
 
     c_W_CANCELLED = 8
@@ -23,7 +22,6 @@ cdef class RequestLogBase:
     cdef tuple decisions
     cdef public list lines
     cdef public long long size_bytes
-    cdef public long long dropped
     cdef long long second
     cdef char stamp[16]
 
@@ -40,9 +38,6 @@ cdef class RequestLogBase:
         cdef const char *outcome = self.outcome_of(exchange)
         cdef bytes line
         if self.only_errors and outcome[0] == c"o":
-            return
-        if self.size_bytes > WAITING_BYTES:
-            self.dropped += 1
             return
         line = self.line_of(exchange, outcome)
         if line is None:

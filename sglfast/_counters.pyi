@@ -50,6 +50,7 @@ S_WAITING: int
 S_WAITING_HEAD: int
 S_QUEUED: int
 S_QUEUE_WAIT_US: int
+S_LOG_LINES_LOST: int
 S_REASONS: int
 S_TTFT: int
 S_DURATION: int

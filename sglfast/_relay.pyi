@@ -158,6 +158,5 @@ class RequestLogBase:
     only_errors: bool
     lines: list[bytes]
     size_bytes: int
-    dropped: int
     def __init__(self, is_json: bool, only_errors: bool, opening: bytes, decisions: tuple[bytes, ...]) -> None: ...
     def note(self, exchange: ExchangeBase) -> None: ...

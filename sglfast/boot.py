@@ -23,7 +23,8 @@ STOP, SETTINGS = b"q", b"c"
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """What a child got from control. `control` reads EOF when control is gone; `shard` is -1 in index."""
+    """What a child got from control. `control` reads EOF when control is gone; `shard` is -1 in index; log_fd: control's own standard
+    error, for what must not burden control (the request log)."""
 
     config: ServeConfig
     segment: Segment
@@ -31,6 +32,7 @@ class Boot:
     shard: int
     listener: socket.socket | None
     control_address: str
+    log_fd: int = 2
 
     @property
     def process_slot(self) -> int:
@@ -46,6 +48,7 @@ def boot_child(argv: list[str]) -> Boot:
     parser.add_argument("--shard", type=int, default=-1)
     parser.add_argument("--listen-fd", type=int, default=-1)
     parser.add_argument("--control-address", default="")
+    parser.add_argument("--log-fd", type=int, default=2)
     args = parser.parse_args(argv)
 
     die_with_parent(args.parent_pid)
@@ -66,6 +69,7 @@ def boot_child(argv: list[str]) -> Boot:
         shard=args.shard,
         listener=listener,
         control_address=args.control_address,
+        log_fd=args.log_fd,
     )
 
 

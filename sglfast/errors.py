@@ -93,6 +93,12 @@ INVALID_API_KEY = Reason("invalid_api_key", 401, "client", "a valid API key is n
 TOO_MANY_CONNECTIONS = Reason("too_many_connections", 503, "router", "too many connections, try again later", True)
 BREAKER_OPEN = Reason("breaker_open", 503, "worker", "every worker of the requested model has failed lately", True)
 STALE_REQUEST_EXPIRED = Reason("stale_request_expired", 504, "router", "request expired before completion", True)
+MISSING_MODEL = Reason(
+    "missing_model", 400, "client", "the workers serve several models: the JSON body must have a `model`, one of those of /v1/models"
+)
+ORIGIN_NOT_ALLOWED = Reason(
+    "origin_not_allowed", 403, "client", "a page of this origin may not administer: --cors-allowed-origins names those that may"
+)
 
 # Position = word in each shard's column of shared memory: append only.
 REASONS: tuple[Reason, ...] = (
@@ -123,5 +129,7 @@ REASONS: tuple[Reason, ...] = (
     TOO_MANY_CONNECTIONS,
     BREAKER_OPEN,
     STALE_REQUEST_EXPIRED,
+    MISSING_MODEL,
+    ORIGIN_NOT_ALLOWED,
 )
 REASON_INDEX: dict[str, int] = {reason.code: position for position, reason in enumerate(REASONS)}

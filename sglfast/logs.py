@@ -1,7 +1,8 @@
 """Logs of every process: one line an event on standard error, as text or JSON.
 
-Runs in: all processes. Contract: fields after the message are given as `extra={"fields": {...}}`; no prompt text and no secret ever
-    goes into a log line. On the request path nothing is logged above DEBUG, and DEBUG behind a check.
+Runs in: all processes; control writes through a thread (log_sink), its children to pipes that control reads. Contract: fields after the
+    message are given as `extra={"fields": {...}}`; no prompt text and no secret ever goes into a log line. On the request path
+    nothing is logged above DEBUG, and DEBUG behind a check.
 """
 
 import json
@@ -42,9 +43,10 @@ def _plain(value: Any) -> str:
     return text if text.isprintable() and text and not set(text) & set(' "') else json.dumps(text)
 
 
-def setup_logs(process: str, level: str, log_format: str) -> logging.Logger:
-    """Configure this process's only logger and return it. level: debug|info|warning|error; log_format: text|json."""
-    handler = logging.StreamHandler(sys.stderr)
+def setup_logs(process: str, level: str, log_format: str, stream: "SupportsWrite[str] | None" = None) -> logging.Logger:
+    """Configure this process's only logger and return it. level: debug|info|warning|error; log_format: text|json; stream: where to write
+    instead of standard error."""
+    handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(_JsonFormatter() if log_format == "json" else _TextFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

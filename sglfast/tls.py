@@ -1,7 +1,8 @@
 """TLS for both sides: contexts made of the settings.
 
-Runs in: control (checks them at start, asks workers), shards (serve clients, connect to workers). Contract: TLS 1.2 or newer; workers'
-    certificates are checked against the CAs given, else the system's, host name included. Raises ConfigError that names the flag.
+Runs in: control (checks them at start and at SIGHUP, asks workers), shards (serve clients, connect to workers). Contract: TLS 1.2 or
+    newer; workers' certificates are checked against the CAs given, else the system's, host name included. Raises ConfigError
+    that names the flag.
 """
 
 import ssl
@@ -33,6 +34,14 @@ def worker_context(config: ServeConfig) -> ssl.SSLContext:
     if config.client_cert_path is not None:
         _load_pair(context, config.client_cert_path, config.client_key_path, "--client-cert-path", "--client-key-path")
     return context
+
+
+def renew_server(context: ssl.SSLContext, config: ServeConfig) -> None:
+    """Read the certificate files again into a context in use; connections that begin from now on get them. Raises ConfigError, and then
+    nothing has changed."""
+    server_context(config)  # tried apart: halves of two pairs in one context would serve nobody
+    if config.tls_cert_path is not None:
+        _load_pair(context, config.tls_cert_path, config.tls_key_path, "--tls-cert-path", "--tls-key-path")
 
 
 def _load_pair(context: ssl.SSLContext, cert_path: str, key_path: str | None, cert_flag: str, key_flag: str) -> None:

@@ -116,8 +116,45 @@ def test_without_limits_everybody_may() -> None:
         free = limits(segment)
         assert all(free.take() for _ in range(1000))
         free.give_back()
-        assert free.in_flight == 0
+        assert free.in_flight == 999, "counted all the same: a limit may come"
         assert not free.line_up()
+
+
+def test_new_limits_find_what_runs() -> None:
+    with shared_segment() as (_, segment):
+        before = limits(segment)
+        assert [before.take(), before.take()] == [True, True]
+        after = limits(segment, in_flight=3)
+        after.hold()  # began when nobody counted
+        assert not after.take()
+        for _ in range(3):
+            after.give_back()
+        assert (after.in_flight, after.take()) == (0, True)
+        none = limits(segment)
+        none.give_back()
+        assert none.in_flight == 0
+
+
+def test_a_debt_of_a_slower_rate_is_forgiven() -> None:
+    """A burst at one request a second would keep a faster rate shut for a quarter of an hour."""
+    with shared_segment() as (_, segment):
+        slow = limits(segment, rate=1, burst=1000)
+        while slow.take():
+            pass
+        fast = limits(segment, 1, rate=1000, burst=10)
+        assert not fast.take()
+        time.sleep(0.05)
+        assert fast.take()
+
+
+@pytest.mark.parametrize("rate", [300_000, 700_000])
+def test_a_high_rate_is_not_exceeded(rate: int) -> None:
+    with shared_segment() as (_, segment):
+        fast = limits(segment, rate=rate, burst=1)
+        begun, taken = time.monotonic(), 0
+        while time.monotonic() - begun < 0.2:
+            taken += fast.take()
+        assert taken <= 2 + rate * (time.monotonic() - begun)
 
 
 def test_the_lowest_order_of_all_shards() -> None:

@@ -14,6 +14,7 @@ from sglfast.config.sources import OTHER_VARIABLES, Loaded, load, without_settin
 from sglfast.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
+LIMITS = "--max-concurrent-requests, --rate-limit-tokens-per-second, --worker-max-in-flight"
 SUFFIXES = {".py", ".c", ".h", ".pyx", ".pxi", ".pxd"}
 
 
@@ -145,7 +146,7 @@ def test_what_changes_nothing_is_noted() -> None:
         "--max-tree-size changes nothing: the KV index holds what the workers' caches hold; --kv-index-blocks is its limit",
         "SGLFAST_EVICTION_INTERVAL_SECS changes nothing: the KV index holds what the workers' caches hold; --kv-index-blocks is its limit",
         "--cache-threshold changes nothing: --policy round_robin does not look at caches",
-        "--queue-size changes nothing: without --max-concurrent-requests nobody waits",
+        f"--queue-size changes nothing: without one of {LIMITS} nobody waits",
         "--retry-max-retries changes nothing: --disable-retries is given",
         "SGLFAST_CB_SUCCESS_THRESHOLD changes nothing: --disable-circuit-breaker is given",
         "SGLFAST_HEALTH_CHECK_INTERVAL_SECS changes nothing: --disable-health-check is given",
@@ -170,12 +171,17 @@ def test_a_secret_on_the_command_line_is_noted_and_not_shown() -> None:
     ("args", "text"),
     [
         (["--admin-host", "10.0.0.1"], "--admin-host needs --admin-port"),
-        (["--priority-header", "x-p"], "--priority-header needs --max-concurrent-requests: without a limit nobody waits"),
-        (["--tenant-fairness"], "--tenant-fairness needs --max-concurrent-requests: without a limit nobody waits"),
+        (["--priority-header", "x-p"], f"--priority-header needs one of {LIMITS}: without a limit nobody waits"),
+        (["--tenant-fairness"], f"--tenant-fairness needs one of {LIMITS}: without a limit nobody waits"),
     ],
 )
 def test_a_flag_that_needs_another(args: list[str], text: str) -> None:
     assert refusal(*args) == text
+
+
+@pytest.mark.parametrize("limit", ["--max-concurrent-requests", "--rate-limit-tokens-per-second", "--worker-max-in-flight"])
+def test_each_limit_makes_a_queue(limit: str) -> None:
+    assert loaded(limit, "5", "--queue-size", "3", "--priority-header", "x-p", "--tenant-fairness").notes == ()
 
 
 def test_the_metrics_port_of_sglang_router() -> None:

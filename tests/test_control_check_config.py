@@ -42,7 +42,7 @@ def test_every_setting_with_its_value_and_its_origin(
     assert found["--tokenizer-path"] == ("-", "default")
     assert found["--max-ranks"] == ("64", "default")
     assert err == "note: SGLFAST_QUEUE_SIZE changes nothing".replace("SGLFAST_QUEUE_SIZE", f"{file}: queue_size") + (
-        ": without --max-concurrent-requests nobody waits\n"
+        ": without one of --max-concurrent-requests, --rate-limit-tokens-per-second, --worker-max-in-flight nobody waits\n"
     )
 
 

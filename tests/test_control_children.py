@@ -21,6 +21,9 @@ print(json.dumps({"argv": sys.argv[1:], "fds": fds}), file=sys.stderr)
 """
 
 
+TAKEN: list[bytes] = []  # what the children wrote to standard error
+
+
 async def run_child(code: str, *, listener: socket.socket | None = None, kill: bool = False) -> Child:
     """Start, wait for the end, return it."""
     gone = asyncio.Event()
@@ -34,7 +37,7 @@ async def run_child(code: str, *, listener: socket.socket | None = None, kill: b
 
 def start(arguments: Sequence[str], gone: asyncio.Event, *, listener: socket.socket | None = None) -> Child:
     with open(os.devnull) as shm, open(os.devnull) as config:
-        inheritance = Inheritance(shm.fileno(), config.fileno(), "@name")
+        inheritance = Inheritance(shm.fileno(), config.fileno(), "@name", 2, lambda lines: TAKEN.append(lines))
         return Child([sys.executable, *arguments], inheritance, 7, listener, lambda _: gone.set())
 
 
@@ -52,6 +55,7 @@ def test_a_child_inherits_what_its_command_line_names_and_nothing_else() -> None
         assert (argv["--shard"], argv["--control-address"]) == ("7", "@name")
         named = {int(argv[name]) for name in ("--shm-fd", "--config-fd", "--control-fd", "--listen-fd")}
         assert len(named) == 4
+        assert argv["--log-fd"] == "2"
         assert set(told["fds"]) == {0, 1, 2} | named
         index = await run_child(SHOW)
         assert "--shard" not in index.last_line
@@ -74,15 +78,17 @@ def test_how_it_ended_with_its_last_words(code: str, end: str) -> None:
     assert asyncio.run(run_child(code)).describe_end() == end
 
 
-def test_standard_error_comes_through_in_whole_lines(capfd: pytest.CaptureFixture[str]) -> None:
+def test_standard_error_comes_through_in_whole_lines() -> None:
     """Lines of several children must not be mixed within a line, nor lost at the end of a child."""
+    TAKEN.clear()
 
     async def run() -> None:
         code = "import os, sys\nfor i in range(300): os.write(2, b'%s%d ' % (sys.argv[0].encode(), i)); os.write(2, b'x' * 50 + b'\\n')"
         await asyncio.gather(*(run_child(code.replace("sys.argv[0].encode()", repr(name))) for name in (b"a", b"b")))
 
     asyncio.run(run())
-    lines = capfd.readouterr().err.splitlines()
+    assert all(lines.endswith(b"\n") for lines in TAKEN)
+    lines = b"".join(TAKEN).decode().splitlines()
     assert sorted(lines) == sorted(f"{name}{i} {'x' * 50}" for name in "ab" for i in range(300))
 
 
@@ -105,7 +111,7 @@ def test_a_program_that_cannot_be_started_leaves_nothing() -> None:
     async def run() -> None:
         before = open_fds()
         with pytest.raises(FileNotFoundError):
-            Child(["/no/such/program"], Inheritance(0, 0, ""), -1, None, lambda _: None)
+            Child(["/no/such/program"], Inheritance(0, 0, "", 2, TAKEN.append), -1, None, lambda _: None)
         assert open_fds() == before
 
     asyncio.run(run())

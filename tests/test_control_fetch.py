@@ -1,9 +1,12 @@
 """The bounded GET of control: every failure is a FetchError whose text holds nothing that the worker sent."""
 
 import asyncio
+import contextlib
 import socket
+import ssl
 
 import pytest
+import trustme
 from control_doubles import GOOD, HANG, SECRET, ScriptedWorker, answer
 
 from sglfast.control.fetch import Answer, Fetcher, FetchError
@@ -80,3 +83,30 @@ def test_silent_workers_cost_others_no_timeout(monkeypatch: pytest.MonkeyPatch) 
     assert isinstance(first, FetchError)
     assert isinstance(second, FetchError)
     assert third == Answer(200, b"")
+
+
+def test_a_certificate_that_is_not_trusted() -> None:
+    async def ask(tls: ssl.SSLContext, host: str) -> str:
+        async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(asyncio.IncompleteReadError, OSError):
+                await reader.readuntil(b"\r\n\r\n")
+            writer.write(GOOD)
+            writer.close()
+
+        server_side = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        ca.issue_cert("localhost").configure_cert(server_side)
+        server = await asyncio.start_server(answers, "127.0.0.1", 0, ssl=server_side)
+        async with server, Fetcher(tls) as fetcher:
+            try:
+                return str((await fetcher.get(f"https://{host}:{server.sockets[0].getsockname()[1]}/x", 5)).status)
+            except FetchError as error:
+                return str(error)
+
+    ca = trustme.CA()
+    stranger = ssl.create_default_context()
+    friend = ssl.create_default_context()
+    ca.configure_trust(friend)
+    assert asyncio.run(ask(friend, "localhost")) == "200"
+    assert "the certificate is not trusted (unable to get local issuer certificate)" in asyncio.run(ask(stranger, "localhost"))
+    assert "the certificate is not trusted (" in asyncio.run(ask(friend, "127.0.0.1"))
+    assert "IP address mismatch" in asyncio.run(ask(friend, "127.0.0.1"))

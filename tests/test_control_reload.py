@@ -5,11 +5,14 @@ import http.client
 import json
 import os
 import signal
+import socket
+import ssl
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trustme
 from control_doubles import WAIT_S, remembering_log
 from router_process import Router, engine, get, running
 
@@ -217,3 +220,43 @@ def test_secrets_are_in_no_command_line_no_environment_and_no_log(tmp_path: Path
         router.signal(signal.SIGTERM)
         assert router.end() == 0
         assert "s3cret" not in router.err
+
+
+def test_sighup_reads_certificates_again(tmp_path: Path) -> None:
+    """A certificate is renewed under the same name of its file, long before the router is started again."""
+
+    def put(ca: trustme.CA) -> None:
+        issued = ca.issue_cert("localhost")
+        issued.private_key_pem.write_to_path(tmp_path / "key")
+        issued.cert_chain_pems[0].write_to_path(tmp_path / "cert")
+
+    def is_trusted(ca: trustme.CA, port: int) -> bool:
+        context = ssl.create_default_context()
+        ca.configure_trust(context)
+        with socket.create_connection(("127.0.0.1", port), WAIT_S) as plain:
+            try:
+                context.wrap_socket(plain, server_hostname="localhost").close()
+            except ssl.SSLCertVerificationError:
+                return False
+        return True
+
+    old, new = trustme.CA(), trustme.CA()
+    put(old)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        admin_port = free.getsockname()[1]
+    argv = [sys.executable, "-m", "sglfast", "serve", "--shards", "1", "--tls-cert-path", str(tmp_path / "cert")]
+    with running(tmp_path, argv, "--tls-key-path", str(tmp_path / "key"), "--admin-port", str(admin_port)) as router:
+        assert router.process.stdout is not None
+        router.port = int(router.process.stdout.readline().split()[2].rpartition(":")[2])
+        ports = (router.port, admin_port)
+        assert all(is_trusted(old, port) for port in ports)
+        put(new)
+        router.signal(signal.SIGHUP)
+        router.until(lambda: all(is_trusted(new, port) for port in ports), "the new certificate is served")
+        assert 'settings were read again changed="nothing but certificates"' in router.err
+        (tmp_path / "cert").write_text("half a certificate")
+        router.signal(signal.SIGHUP)
+        router.until(lambda: "the settings stay as they were" in router.err, "it refuses the file")
+        assert all(is_trusted(new, port) for port in ports)
+        router.signal(signal.SIGTERM)
+        assert router.end() == 0

@@ -59,6 +59,10 @@ class Crew:
                 await writer.wait_closed()
 
 
+def say(lines: bytes) -> None:
+    os.write(2, lines)
+
+
 @contextlib.asynccontextmanager
 async def crew(commands: Commands, shards: int = 1) -> AsyncIterator[Crew]:
     config = to_json(ServeConfig(worker_urls=("http://127.0.0.1:1",), shards=shards))
@@ -70,7 +74,7 @@ async def crew(commands: Commands, shards: int = 1) -> AsyncIterator[Crew]:
         log, seen = remembering_log()
         fds = sorted(os.listdir("/proc/self/fd"))
         async with no_task_is_left():
-            supervisor = Supervisor(segment, Inheritance(shm_fd, config_fd, "@x"), listeners, commands, log)
+            supervisor = Supervisor(segment, Inheritance(shm_fd, config_fd, "@x", 2, say), listeners, commands, log)
             supervisor.start()
             them = Crew(supervisor, segment, listeners[0].getsockname()[1], seen)
             try:

@@ -214,6 +214,38 @@ def test_a_worker_gets_no_more_than_its_limit(workers: list[Worker], gate: Gate)
         assert third.read_answer().body == b"3"
 
 
+def test_a_wait_for_a_full_worker_ends_in_time(workers: list[Worker], gate: Gate) -> None:
+    with Edge(workers[:1], worker_max_in_flight=1, queue_timeout_secs=0.3) as edge, settled(edge), ExitStack() as clients:
+        asks(clients, edge, b"1")
+        wait_until(lambda: len(gate.seen) == 1, "it is at the worker")
+        answer = edge.ask(post(b"2"))
+        assert (answer.status, answer.code) == (408, "queue_timeout")
+        gate.let(1)
+
+
+def test_those_who_wait_for_a_full_worker_keep_their_order(workers: list[Worker], gate: Gate) -> None:
+    with Edge(workers[:1], worker_max_in_flight=1) as edge, settled(edge), ExitStack() as clients:
+        for number in range(6):
+            asks(clients, edge, b"%d" % number)
+            wait_until(lambda number=number: edge.word(c.S_WAITING) == number, "it waits")  # type: ignore[misc]
+        for number in range(6):
+            gate.let(1)
+            wait_until(lambda number=number: len(gate.seen) == min(6, number + 2), "the next one")  # type: ignore[misc]
+        assert gate.seen == [b"%d" % number for number in range(6)]
+        assert edge.word(c.S_QUEUED) == 5, "each waited once"
+
+
+def test_a_full_model_does_not_hold_up_another(workers: list[Worker], gate: Gate) -> None:
+    workers[1].plan(echoes)
+    with Edge(workers, models=["a", "b"], worker_max_in_flight=1) as edge, settled(edge), ExitStack() as clients:
+        asks(clients, edge, b'{"model":"a"}')
+        wait_until(lambda: len(gate.seen) == 1, "it is at the worker")
+        asks(clients, edge, b'{"model":"a","n":2}')
+        waiting(edge, 1)
+        assert edge.ask(post(b'{"model":"b"}')).status == 200
+        gate.let(2)
+
+
 def test_a_rate(workers: list[Worker]) -> None:
     for worker in workers:
         worker.plan(echoes)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trustme
 from edge_harness import Edge, settled
-from raw_client import Client, post, request
+from raw_client import Client, chunk, post, request
 from scripted_worker import Worker, answer, echoes, says
 
 from sglfast import _counters as c
@@ -76,6 +76,43 @@ def test_a_worker_is_shown_its_own_key(worker: Worker) -> None:
         assert worker.calls[-1].header("x-other") == [b"1"]
 
 
+# ---- refused by the head alone: the body is neither asked for nor kept ----
+
+ASKS_FIRST = ("expect: 100-continue", "content-length: 50000000")
+KEY = "authorization: Bearer main-key"
+
+
+def begun(target: str, *headers: str, method: str = "POST") -> bytes:
+    return f"{method} {target} HTTP/1.1\r\n".encode() + b"".join(line.encode() + b"\r\n" for line in ("host: a", *headers)) + b"\r\n"
+
+
+@pytest.mark.parametrize("framing", [("content-length: 50000000",), ASKS_FIRST, ("transfer-encoding: chunked",)])
+@pytest.mark.parametrize("target", ["/v1/completions", "http://a/v1/completions", "/explain/generate?a=1", "/v1/tokenize"])
+def test_a_body_without_a_key_is_not_waited_for(target: str, framing: tuple[str, ...], locked: Edge) -> None:
+    with locked.client() as client:
+        refused = client.ask(begun(target, *framing))
+        assert (refused.status, refused.code, refused.closes, refused.interim) == (401, "invalid_api_key", True, [])
+        client.send_what_fits(b"x" * 10000 + request("GET", "/health"))
+        assert client.has_ended()
+
+
+@pytest.mark.parametrize("target", ["/v1/completions", "http://a/v1/completions"])
+def test_with_a_key_it_is(target: str, locked: Edge) -> None:
+    with locked.client() as client:
+        client.send(begun(target, KEY, "expect: 100-continue", "content-length: 3"))
+        assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert client.ask(b"abc").body == b"abc"
+
+
+@pytest.mark.parametrize(("target", "status"), [("/workers", 413), ("/health", 413), ("/v1/files", 404), ("http://a/workers", 413)])
+def test_other_paths_take_small_bodies_only(target: str, status: int, locked: Edge) -> None:
+    assert locked.ask(begun(target, *ASKS_FIRST)).status == status
+    with locked.client() as client:
+        client.send(begun(target, "transfer-encoding: chunked"))
+        client.send_what_fits(chunk(b"x" * 70_000))
+        assert client.read_answer().status == 413
+
+
 # ---- request ids ----
 
 
@@ -136,6 +173,15 @@ def test_listed_origins(worker: Worker) -> None:
             assert got.header("access-control-allow-origin") == []
         assert client.ask(request("GET", "/nothing", "origin: http://page")).header("access-control-allow-origin") == [b"http://page"]
         assert client.ask(request("OPTIONS", "/health", "origin: http://evil", "access-control-request-method: GET")).status == 405
+
+
+def test_pages_of_other_origins_do_not_administer(locked: Edge) -> None:
+    for method, path in (("POST", "/workers"), ("DELETE", "/workers/1"), ("POST", "/flush_cache"), ("POST", "/add_worker?url=http://a:1")):
+        refused = locked.ask(request(method, path, "origin: http://evil", "content-type: text/plain"))
+        assert (refused.status, refused.code) == (403, "origin_not_allowed")
+    # What control would be asked: nobody plays control here.
+    assert locked.ask(request("GET", "/workers", "origin: http://evil")).code == "control_unavailable"
+    assert locked.ask(request("POST", "/workers")).code == "control_unavailable"
 
 
 def test_any_origin(worker: Worker) -> None:
@@ -299,6 +345,15 @@ def test_tls_on_both_sides(ca: trustme.CA, certificates: dict[str, str]) -> None
                 assert b"HTTP/1.1 200" not in plain.recv(1000)
     finally:
         worker.close()
+
+
+def test_a_handshake_has_as_long_as_a_head(worker: Worker, certificates: dict[str, str]) -> None:
+    tls = {"tls_cert_path": certificates["cert"], "tls_key_path": certificates["key"]}
+    with Edge([worker], header_timeout_secs=0.3, **tls) as edge, settled(edge):  # type: ignore[arg-type]
+        silent = socket.create_connection(("127.0.0.1", edge.port), 5)
+        silent.settimeout(5)
+        assert silent.recv(100) == b""
+        silent.close()
 
 
 def test_a_worker_of_another_ca_is_not_trusted(ca: trustme.CA, certificates: dict[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Paths of the data plane beyond chat: relayed as they are, counted in load, unknown ones only when asked for."""
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -72,3 +73,27 @@ def test_passthrough(open_shard: Edge, worker: Worker) -> None:
         assert open_shard.ask(post(target="/v2/other")).status == 404
         assert open_shard.ask(request("GET", "/v1/messages")).status == 404
         assert open_shard.ask(request("DELETE", "/v1/messages")).status in (404, 405)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/../flush_cache", "/v1/a/../../x", "/v1/%2e%2e/x", "/v1/.%2E/x", "/v1/a/..;b/x", "/v1/..\\x", "/v1/a%2f..%2f..%2fx", "/v1/./x"],
+)
+def test_passthrough_stays_under_v1(path: str, open_shard: Edge, worker: Worker) -> None:
+    """A worker may sit behind a server that follows the dots, and what lies outside of /v1/ there is not for clients."""
+    worker.plan(echoes)
+    before = len(worker.calls)
+    with settled(open_shard):
+        assert open_shard.ask(post(target=path)).status == 404
+        assert len(worker.calls) == before
+
+
+def test_one_model(worker: Worker) -> None:
+    with Edge([worker], models=["org/model 1"]) as edge, settled(edge):
+        for path in ("/v1/models/org/model%201", "/v1/models/org%2Fmodel%201"):
+            row = json.loads(edge.ask(request("GET", path)).body)
+            assert (row["id"], row["object"]) == ("org/model 1", "model")
+        assert edge.ask(request("GET", "/v1/models/org")).code == "model_not_found"
+        with edge.client() as client:
+            client.send(request("HEAD", "/v1/models/org/model%201"))
+            assert client.read_answer(is_head=True).status == 200

@@ -5,8 +5,10 @@ Runs in: control, at start. Contract: the parser only collects words; sources.py
 """
 
 import argparse
+import difflib
+import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from sglfast.config.fields import FIELDS, Field, flag_of
 from sglfast.config.sglang_router import FOREIGN, Foreign
@@ -26,6 +28,34 @@ class _Collect(argparse.Action):
         given: Given = vars(namespace).setdefault("given", {})
         words = [values] if isinstance(values, str) else list(values or [])
         given.setdefault(self.dest, []).append((option or flag_of(self.dest), words))
+
+
+class SettingsParser(argparse.ArgumentParser):
+    """A parser of all settings, for people: a hundred flags are read in the help, not in the usage line of every mistake."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(
+            prog=prog, description=description, epilog=epilog, usage=f"{prog} [--worker-urls URL ...] [flags]",
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                prog, max_help_position=38, width=min(140, shutil.get_terminal_size().columns - 2)
+            ),
+        )  # fmt: skip
+        add_flags(self)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """What the words mean; a word that means nothing ends the program, with the closest flag."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = next((word.partition("=")[0] for word in unknown if word.startswith("--")), None)
+            if flag is None:
+                self.error(f"{unknown[0]}: belongs to no flag")
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.6)
+            self.error(f"{flag}: there is no such flag" + (f"; the closest is {close[0]}" if close else ""))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with this message."""
+        self.exit(2, f"{self.prog}: {message}\n`{self.prog} --help` lists the flags\n")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

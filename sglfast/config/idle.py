@@ -20,16 +20,17 @@ _CHECKS = (
     "health_success_threshold",
 )
 _CACHE = ("cache_threshold", "balance_abs_threshold", "balance_rel_threshold")
+_LIMITS = "--max-concurrent-requests, --rate-limit-tokens-per-second, --worker-max-in-flight"
 _NO_TOKENIZER = "without --tokenizer-path no prompt is matched to KV blocks"
 
 
 def check_needs(config: ServeConfig, origins: Mapping[str, str]) -> None:
     """Refuse flags of ours that do nothing without another. origins: see sources.Loaded. Raises ConfigError."""
-    queue = "--max-concurrent-requests: without a limit nobody waits"
+    queue = f"one of {_LIMITS}: without a limit nobody waits"
     for name, needed, is_there in (
         ("admin_host", "--admin-port", config.admin_port is not None),
-        ("priority_header", queue, config.max_concurrent_requests > 0),
-        ("tenant_fairness", queue, config.max_concurrent_requests > 0),
+        ("priority_header", queue, config.is_limited),
+        ("tenant_fairness", queue, config.is_limited),
     ):
         if origins[name] != DEFAULT and getattr(config, name) and not is_there:
             raise ConfigError(f"{origins[name]} needs {needed}")
@@ -46,7 +47,7 @@ def notes_on(config: ServeConfig, origins: Mapping[str, str]) -> Iterator[str]:
         (config.policy == "auto" and config.tokenizer_path is None, _CACHE, _NO_TOKENIZER),
         (is_by_cache and config.tokenizer_path is None, ("prompt_cache_bytes",), _NO_TOKENIZER),
         (other_model, ("model_path",), "--tokenizer-path says where the tokenizer is"),
-        (config.max_concurrent_requests < 1, ("queue_size", "queue_timeout_secs"), "without --max-concurrent-requests nobody waits"),
+        (not config.is_limited, ("queue_size", "queue_timeout_secs"), f"without one of {_LIMITS} nobody waits"),
         (config.disable_retries, _BACKOFF, "--disable-retries is given"),
         (config.disable_circuit_breaker, _BREAKER, "--disable-circuit-breaker is given"),
         (config.disable_health_check, _CHECKS, "--disable-health-check is given"),

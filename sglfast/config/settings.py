@@ -60,10 +60,10 @@ class ServeConfig:
     host: str = _setting("0.0.0.0", "address to listen on (127.0.0.1 for this machine only)", "server", section="server.host")
     port: int = _setting(30000, "port to listen on; 0 picks a free one", "server", low=0, high=65535, section="server.port")
     shards: int = _setting(0, "serving processes; 0 = one a core", "server", low=0, high=256)
-    max_connections: int = _setting(32768, "client connections of each shard at most", "server", low=1, high=1 << 20)
+    max_connections: int = _setting(32768, "client connections of each shard at most", "server", low=1, high=1 << 20, live=True)
     max_payload_size: int = _setting(64 << 20, "largest request body in bytes", "server", low=1, live=True)
     max_header_bytes: int = _setting(64 << 10, "largest request head in bytes", "server", low=1024, high=1 << 20, live=True)
-    max_url_bytes: int = _setting(16 << 10, "longest request target in bytes", "server", low=64, high=1 << 20)
+    max_url_bytes: int = _setting(16 << 10, "longest request target in bytes", "server", low=64, high=1 << 20, live=True)
     header_timeout_secs: float = _setting(10.0, "a request head must arrive within this time", "server", low=0.1, live=True)
     body_timeout_secs: float = _setting(30.0, "longest pause inside a request body", "server", low=0.1, live=True)
     idle_timeout_secs: float = _setting(75.0, "an idle client connection is closed after this time", "server", low=0.1, live=True)
@@ -73,8 +73,9 @@ class ServeConfig:
         180.0, "at SIGTERM, time for requests in flight to finish", "server", low=0.0, high=3600.0, also=("shutdown_grace_period_secs",),
         live=True)
     request_id_headers: tuple[str, ...] = _setting(
-        REQUEST_ID_HEADERS, "request headers that may hold the request's id, the first one present counts", "server", metavar="NAME")
-    passthrough: bool = _setting(False, "relay POST requests to unknown paths under /v1/ too", "server")
+        REQUEST_ID_HEADERS, "request headers that may hold the request's id, the first one present counts", "server", metavar="NAME",
+        live=True)
+    passthrough: bool = _setting(False, "relay POST requests to unknown paths under /v1/ too", "server", live=True)
 
     policy: str = _setting(
         "auto", "how a worker is chosen; auto = cache_aware as soon as a worker publishes KV events, else least_load",
@@ -133,14 +134,17 @@ class ServeConfig:
         3.0, "an idle connection to a worker is closed after this time; keep it below the workers' own limit (5 s in uvicorn)",
         "upstream", low=0.0, live=True)
 
-    max_concurrent_requests: int = _setting(-1, "requests in flight at most, over all shards; -1 or 0 = no limit", "admission", low=-1)
-    queue_size: int = _setting(100, "requests that wait when that limit is reached; 0 = none, 429 at once", "admission", low=0)
-    queue_timeout_secs: float = _setting(60.0, "a request that waited this long is answered 408", "admission", low=0.0)
-    rate_limit_tokens_per_second: int | None = _setting(None, "requests admitted a second at most, over all shards", "admission", low=1)
-    worker_max_in_flight: int = _setting(0, "requests in flight to one worker at most; 0 = no limit", "admission", low=0)
+    max_concurrent_requests: int = _setting(
+        -1, "requests in flight at most, over all shards; -1 or 0 = no limit", "admission", low=-1, high=10**9, live=True)
+    queue_size: int = _setting(100, "requests that wait when that limit is reached; 0 = none, 429 at once", "admission", low=0, live=True)
+    queue_timeout_secs: float = _setting(60.0, "a request that waited this long is answered 408", "admission", low=0.0, live=True)
+    rate_limit_tokens_per_second: int | None = _setting(
+        None, "requests admitted a second at most, over all shards", "admission", low=1, high=10**6, live=True)
+    worker_max_in_flight: int = _setting(0, "requests in flight to one worker at most; 0 = no limit", "admission", low=0, live=True)
     priority_header: str | None = _setting(
-        None, "request header with a whole number; those who wait are admitted in its order, highest first", "admission", metavar="NAME")
-    tenant_fairness: bool = _setting(False, "those who wait are admitted in turn by API key", "admission")
+        None, "request header with a whole number; those who wait are admitted in its order, highest first", "admission", metavar="NAME",
+        live=True)
+    tenant_fairness: bool = _setting(False, "those who wait are admitted in turn by API key", "admission", live=True)
 
     retry_max_retries: int = _setting(5, "attempts for a request in all, the first one included; 0 is as 1", "retries", low=0, high=1000,
         live=True)
@@ -164,15 +168,17 @@ class ServeConfig:
         live=True)
 
     api_key: str | None = _setting(
-        None, "key that clients must show (Bearer), and that workers are shown", "security", secret=True, metavar="KEY")
+        None, "key that clients must show (Bearer), and that workers are shown", "security", secret=True, metavar="KEY", live=True)
     api_keys: tuple[str, ...] = _setting(
-        (), "further keys that clients may show; the name is the tenant", "security", secret=True, metavar="NAME:KEY")
-    api_key_file: str | None = _setting(None, "file with one NAME:KEY a line, added to --api-keys", "security", metavar="PATH")
-    worker_api_key: str | None = _setting(None, "key that workers are shown, if not --api-key", "security", secret=True, metavar="KEY")
-    admin_api_key: str | None = _setting(None, "key that administration needs", "security", secret=True, metavar="KEY")
+        (), "further keys that clients may show; the name is the tenant", "security", secret=True, metavar="NAME:KEY", live=True)
+    api_key_file: str | None = _setting(
+        None, "file with one NAME:KEY a line, added to --api-keys", "security", metavar="PATH", live=True)
+    worker_api_key: str | None = _setting(
+        None, "key that workers are shown, if not --api-key", "security", secret=True, metavar="KEY", live=True)
+    admin_api_key: str | None = _setting(None, "key that administration needs", "security", secret=True, metavar="KEY", live=True)
     control_plane_api_keys: tuple[str, ...] = _setting(
         (), "keys for administration; the role admin may change, user may look", "security",
-        secret=True, metavar="ID:NAME:ROLE:KEY", split=",")
+        secret=True, metavar="ID:NAME:ROLE:KEY", split=",", live=True)
     admin_host: str = _setting("127.0.0.1", "address of administration, with --admin-port", "security")
     admin_port: int | None = _setting(
         None, "port on which administration is served, and then there only; default: on the main port", "security", low=0, high=65535)
@@ -183,7 +189,8 @@ class ServeConfig:
     client_key_path: str | None = _setting(None, "private key to it (PEM)", "security", metavar="PATH")
     ca_cert_paths: tuple[str, ...] = _setting(
         (), "CA certificates that workers' certificates are checked with (PEM)", "security", metavar="PATH")
-    cors_allowed_origins: tuple[str, ...] = _setting((), "origins whose pages may call the router; * = any", "security", metavar="ORIGIN")
+    cors_allowed_origins: tuple[str, ...] = _setting(
+        (), "origins whose pages may call the router; * = any", "security", metavar="ORIGIN", live=True)
 
     log_level: str = _setting(
         "info", "log level", "logs", choices=("debug", "info", "warning", "error"), same_as={"warn": "warning"},
@@ -191,12 +198,17 @@ class ServeConfig:
     log_format: str = _setting("text", "log format", "logs", choices=("text", "json"), section="observability.log_format")
     request_log: str = _setting(
         "all", "one line for each request, for those that were not answered well (4xx, 5xx, cut, left), or none", "logs",
-        choices=("all", "errors", "off"))
+        choices=("all", "errors", "off"), live=True)
     log_dir: str | None = _setting(None, "folder for log files, one a day, beside standard error", "logs", metavar="PATH")
     prometheus_host: str | None = _setting(None, "address of a port for /metrics alone (default: 0.0.0.0, with --prometheus-port)", "logs")
     prometheus_port: int | None = _setting(
         None, "port for /metrics alone (default: 29000, with --prometheus-host); the main port has it too", "logs", low=0, high=65535)
     # fmt: on
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a request may have to wait for its turn."""
+        return self.max_concurrent_requests > 0 or self.rate_limit_tokens_per_second is not None or self.worker_max_in_flight > 0
 
 
 def to_json(config: ServeConfig) -> bytes:

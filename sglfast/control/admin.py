@@ -22,7 +22,7 @@ from sglfast.config import ServeConfig
 from sglfast.control.admin_keys import AdminKeys
 from sglfast.control.listen import listen, url_of
 from sglfast.control.metrics import CONTENT_TYPE
-from sglfast.tls import server_context
+from sglfast.tls import renew_server, server_context
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -43,6 +43,7 @@ class AdminServer:
         self._routes: list[web.RouteDef] = [web.get("/metrics", self._metrics)]
         self._log = log
         self._allowed_uid = os.geteuid()
+        self._tls: ssl.SSLContext | None = None
         self._runners: list[web.AppRunner] = []
         name = f"sglfast-{os.getpid()}-{secrets.token_hex(8)}"
         self.address = f"@{name}"
@@ -62,9 +63,15 @@ class AdminServer:
         """Begin to answer, also at the addresses of their own that the settings give. Raises ConfigError when one cannot be had."""
         await self._serve(self._socket, self._routes, [self._only_our_user, self._keys.middleware], None)
         if config.admin_port is not None:
-            await self._open("administration", config.admin_host, config.admin_port, self._routes, server_context(config))
+            self._tls = server_context(config)
+            await self._open("administration", config.admin_host, config.admin_port, self._routes, self._tls)
         if config.prometheus_port is not None:
             await self._open("metrics", config.prometheus_host or "0.0.0.0", config.prometheus_port, self._routes[:1], None)
+
+    def renew_certificates(self, config: ServeConfig) -> None:
+        """Read the certificate files again. Raises ConfigError, and then nothing has changed."""
+        if self._tls is not None:
+            renew_server(self._tls, config)
 
     async def _open(self, what: str, host: str, port: int, routes: list[web.RouteDef], tls: ssl.SSLContext | None) -> None:
         (listener,) = listen(host, port, 1)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 
 from sglfast.config import ServeConfig
+from sglfast.errors import ORIGIN_NOT_ALLOWED
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _PUBLIC = frozenset({
@@ -51,19 +52,30 @@ class AdminKeys:
         plain = [config.api_key] if config.api_key is not None else []
         return [(key, "admin") for key in [*plain, *(entry.partition(":")[2] for entry in config.api_keys)]]
 
+    def _may_come_from(self, request: web.Request) -> bool:
+        """Whether this is no change that a browser sends for a page of some other origin. Shards ask the same, and drop `origin`."""
+        origins = [origin.rstrip("/") for origin in self.config.cors_allowed_origins]
+        origin = request.headers.get("origin")
+        return origin is None or request.method in ("GET", "HEAD") or "*" in origins or origin in origins
+
     @web.middleware
     async def middleware(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Refuses what is not allowed."""
         status = self.allows(request.method, request.path, request.headers.get("authorization", ""))
-        if status == 200:
-            return await handler(request)
-        code, message = _REFUSALS[status]
-        body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
-        headers = {"x-router-error-code": code} | ({"www-authenticate": "Bearer"} if status == 401 else {})
-        return web.json_response(body, status=status, headers=headers)
+        if status != 200:
+            return _refusal(status, *_REFUSALS[status])
+        if not self._may_come_from(request):
+            return _refusal(ORIGIN_NOT_ALLOWED.status, ORIGIN_NOT_ALLOWED.code, ORIGIN_NOT_ALLOWED.message)
+        return await handler(request)
 
 
 _REFUSALS = {
     401: ("invalid_api_key", "administration needs a key: `authorization: Bearer KEY`"),
     403: ("forbidden", "this key may look, not change"),
 }
+
+
+def _refusal(status: int, code: str, message: str) -> web.Response:
+    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+    headers = {"x-router-error-code": code} | ({"www-authenticate": "Bearer"} if status == 401 else {})
+    return web.json_response(body, status=status, headers=headers)

@@ -4,26 +4,25 @@ Runs in: a process of its own, which starts nothing and listens nowhere. Contrac
     why they cannot work on standard error. Secrets are never shown.
 """
 
-import argparse
 import contextlib
 import os
 import sys
 from typing import Any
 
 from sglfast.config.fields import FIELDS, Field
-from sglfast.config.flags import add_flags, given_in
+from sglfast.config.flags import SettingsParser, given_in
 from sglfast.config.sources import Loaded, load
 from sglfast.errors import ConfigError
+from sglfast.tls import server_context, worker_context
 
 
 def main(argv: list[str]) -> int:
     """Print the settings; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="sglfast check-config", description="Say what `sglfast serve` with these flags would run, without running it."
-    )
-    add_flags(parser)
+    parser = SettingsParser("sglfast check-config", "Say what `sglfast serve` with these flags would run, without running it.")
     try:
         loaded = load(given_in(parser.parse_args(argv)))
+        server_context(loaded.config)
+        worker_context(loaded.config)
         if loaded.config.tokenizer_path is not None:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
             from sglfast.prompt.tokenizer import load_tokenizer  # late: only then it is worth its time

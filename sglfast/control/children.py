@@ -1,9 +1,10 @@
 """One child process of control: its start, its end, its last words.
 
 Runs in: control, main thread (the kernel kills a child when the thread that started it ends, see boot.py). Contract: a child inherits
-    exactly the descriptors named on its command line. Its standard error comes through a pipe: whole lines go on to ours, and the last
-    one is kept for the message about its death. It is in a process group of its own: Ctrl-C in a terminal reaches control alone.
-    All descriptors are closed when the child has ended.
+    exactly the descriptors named on its command line. Its standard error comes through a pipe: whole lines are handed on, and the last
+    one is kept for the message about its death. Request lines take another way (log_fd): there are too many of them to come
+    through here. It is in a process group of its own: Ctrl-C in a terminal reaches control alone. All descriptors are
+    closed when the child has ended.
 """
 
 import asyncio
@@ -25,12 +26,13 @@ _WORDS_LIMIT = 500  # characters of the last line in a message
 @dataclass(frozen=True, slots=True)
 class Inheritance:
     """What every child gets. shm_fd: the segment; config_fd: memfd with the settings; control_address: `@name` of the admin socket;
-    keep_lines: gets a copy of the lines that it writes to standard error."""
+    log_fd: our standard error, for shards; take_lines: gets the lines that a child writes to its own, and must not wait."""
 
     shm_fd: int
     config_fd: int
     control_address: str
-    keep_lines: Callable[[bytes], None] | None = None
+    log_fd: int
+    take_lines: Callable[[bytes], None]
 
 
 class Child:
@@ -49,7 +51,7 @@ class Child:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._on_exit = on_exit
-        self._keep_lines = inheritance.keep_lines
+        self._take_lines = inheritance.take_lines
         self._line = b""
         self.last_line = ""
         self.started_s = self._loop.time()
@@ -65,7 +67,7 @@ class Child:
             fds = {"--shm-fd": inheritance.shm_fd, "--config-fd": inheritance.config_fd, "--control-fd": its.fileno()}
             argv = [*command, "--parent-pid", str(os.getpid())]
             if listener is not None:
-                fds["--listen-fd"] = listener.fileno()
+                fds |= {"--listen-fd": listener.fileno(), "--log-fd": inheritance.log_fd}
                 argv += ["--shard", str(shard), "--control-address", inheritance.control_address]
             for flag, fd in fds.items():
                 argv += [flag, str(fd)]
@@ -143,11 +145,8 @@ class Child:
         words = next((line for line in reversed(lines.splitlines()) if line.strip()), b"")
         if words:
             self.last_line = words.decode(errors="replace").strip()[-_WORDS_LIMIT:]
-        if lines and self._keep_lines is not None:
-            self._keep_lines(lines)
-        with contextlib.suppress(OSError):  # ours may be closed; that is no reason to end
-            while lines:
-                lines = lines[os.write(2, lines) :]
+        if lines:
+            self._take_lines(lines)
 
 
 def _with_words(end: str, words: str) -> str:

@@ -40,12 +40,14 @@ class Answer:
 
 
 class Fetcher:
-    """The only HTTP client of control. Use it as an async context manager, inside the event loop. tls: for workers whose URL is https."""
+    """The only HTTP client of control. Use it as an async context manager, inside the event loop. tls: for workers whose URL is https;
+    may be replaced."""
 
     def __init__(self, tls: ssl.SSLContext | bool = True) -> None:
+        self.tls = tls
         self._places = asyncio.Semaphore(_AT_ONCE)
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True, ssl=tls),
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"user-agent": f"sglfast/{__version__}", "accept-encoding": "identity"},
@@ -72,7 +74,7 @@ class Fetcher:
             try:
                 async with (
                     asyncio.timeout(timeout_s),
-                    self._session.request(method, url, headers=headers, allow_redirects=False) as response,
+                    self._session.request(method, url, headers=headers, allow_redirects=False, ssl=self.tls) as response,
                 ):
                     body = bytearray()
                     if limit_bytes:
@@ -85,6 +87,11 @@ class Fetcher:
                 raise FetchError(f"no answer within {timeout_s:g} s") from None
             except aiohttp.ClientConnectorDNSError:
                 raise FetchError("the host name cannot be resolved") from None
+            except aiohttp.ClientConnectorCertificateError as error:
+                why = getattr(error.certificate_error, "verify_message", "") or "it is not for this host name"
+                raise FetchError(f"the certificate is not trusted ({why}); --ca-cert-paths says whose are") from None
+            except aiohttp.ClientSSLError as error:
+                raise FetchError(f"no TLS connection ({type(error.os_error).__name__})") from None
             except aiohttp.ClientConnectorError as error:
                 raise FetchError(os.strerror(error.errno).lower() if error.errno else "no connection") from None
             except aiohttp.ClientPayloadError:

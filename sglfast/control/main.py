@@ -26,7 +26,7 @@ from sglfast._counters import S_INFLIGHT, Totals
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig, to_json
-from sglfast.config.flags import add_flags, given_in
+from sglfast.config.flags import SettingsParser, given_in
 from sglfast.config.sources import Loaded, load
 from sglfast.control.admin import AdminServer
 from sglfast.control.admin_keys import AdminKeys
@@ -36,7 +36,6 @@ from sglfast.control.fanout import Fanout
 from sglfast.control.fetch import Fetcher
 from sglfast.control.followers import Followers
 from sglfast.control.listen import listen, url_of
-from sglfast.control.log_file import LogFile
 from sglfast.control.membership import Membership
 from sglfast.control.metrics import Metrics
 from sglfast.control.parity import ParityWatch
@@ -47,6 +46,8 @@ from sglfast.control.worker_spec import WorkerSpec
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
 from sglfast.errors import ConfigError
+from sglfast.log_file import LogFile
+from sglfast.log_sink import LineSink, descriptor_writer, loss_line
 from sglfast.logs import copy_logs_to, set_level, setup_logs
 from sglfast.shm import create
 from sglfast.tls import server_context, worker_context
@@ -82,11 +83,7 @@ exit codes: 0 drained, 1 a process could not be kept alive, 2 a flag cannot work
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `sglfast serve`; its flags are the fields of ServeConfig."""
-    parser = argparse.ArgumentParser(
-        prog="sglfast serve", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_flags(parser)
-    return parser
+    return SettingsParser("sglfast serve", _DESCRIPTION, _EPILOG)
 
 
 def main(argv: list[str]) -> int:
@@ -106,13 +103,14 @@ def run(loaded: Loaded, read_again: Callable[[], Loaded], commands: Commands | N
     Raises ConfigError before it runs.
     """
     config = loaded.config
-    log = setup_logs("control", config.log_level, config.log_format)
     _raise_file_limit()
     with contextlib.ExitStack() as owned:
-        log_file = LogFile(config.log_dir) if config.log_dir is not None else None
-        if log_file is not None:
-            owned.callback(log_file.close)
-            copy_logs_to(log_file)
+        log_fd = _standard_error()
+        owned.callback(os.close, log_fd)
+        sinks = _open_log(owned, config, log_fd)
+        log = setup_logs("control", config.log_level, config.log_format, sinks[0])
+        for sink in sinks[1:]:
+            copy_logs_to(sink)
         for note in loaded.notes:
             log.warning(note)
         server_context(config)  # what cannot work is said before anything runs
@@ -122,7 +120,7 @@ def run(loaded: Loaded, read_again: Callable[[], Loaded], commands: Commands | N
         config = dataclasses.replace(config, port=listeners[0].getsockname()[1])
         segment, shm_fd = _create_segment(config)
         owned.callback(os.close, shm_fd)
-        control = Control(config, segment, shm_fd, listeners, commands or Commands(), log, log_file)
+        control = Control(config, segment, shm_fd, listeners, commands or Commands(), log, log_fd, sinks)
         owned.callback(control.close)
         reloader = Reloader(config, loaded, read_again, control.apply, log)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -140,10 +138,12 @@ class Control:
         listeners: Sequence[socket.socket],
         commands: Commands,
         log: logging.Logger,
-        log_file: LogFile | None,
+        log_fd: int,
+        sinks: Sequence[LineSink],
     ) -> None:
         self._config = config
-        self._keep_lines = log_file.write_lines if log_file is not None else None
+        self._log_fd = log_fd
+        self._sinks = sinks
         self._segment = segment
         self._shm_fd = shm_fd
         self._config_fd = _memfd("sglfast-config", to_json(config))
@@ -156,6 +156,8 @@ class Control:
         )
         self._totals = WorkerTotals(segment)
         self._members: Membership | None = None
+        self._admin: AdminServer | None = None
+        self._fetcher: Fetcher | None = None
         self._supervisor: Supervisor | None = None
         self._signals: list[signal.Signals] = []
         self._first_signal = asyncio.Event()
@@ -166,7 +168,14 @@ class Control:
         os.close(self._config_fd)
 
     def apply(self, config: ServeConfig) -> None:
-        """Go on with other settings, here and in the children."""
+        """Go on with other settings, and with what their certificate files hold now, here and in the children. Raises ConfigError when
+        the files cannot be used, and then nothing has changed."""
+        tls = worker_context(config)
+        server_context(config)
+        if self._admin is not None:
+            self._admin.renew_certificates(config)
+        if self._fetcher is not None:
+            self._fetcher.tls = tls
         old_fd, self._config_fd = self._config_fd, _memfd("sglfast-config", to_json(config))
         self._config = config
         set_level(config.log_level)
@@ -184,7 +193,7 @@ class Control:
             loop.add_signal_handler(number, self._on_signal, number)
         loop.add_signal_handler(signal.SIGHUP, reloader.reload)
         async with contextlib.AsyncExitStack() as owned:
-            fetcher = await owned.enter_async_context(Fetcher(worker_context(self._config)))
+            fetcher = self._fetcher = await owned.enter_async_context(Fetcher(worker_context(self._config)))
             watch = PoolWatch(self._config, self._workers, fetcher, self._log)
             owned.push_async_callback(watch.close)
             followers = Followers(self._segment, self._log)
@@ -192,8 +201,8 @@ class Control:
             owned.push_async_callback(members.close)
             for url in self._config.worker_urls:
                 members.add(WorkerSpec(url=url))
-            admin = await self._start_admin(owned, members, watch, fetcher)
-            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address, self._keep_lines)
+            admin = self._admin = await self._start_admin(owned, members, watch, fetcher)
+            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address, self._log_fd, self._take_lines)
             supervisor = self._supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
             owned.push_async_callback(supervisor.stop)
             supervisor.start()
@@ -202,7 +211,9 @@ class Control:
             return await self._serve(supervisor)
 
     async def _start_admin(self, owned: contextlib.AsyncExitStack, members: Membership, watch: PoolWatch, fetcher: Fetcher) -> AdminServer:
-        metrics = Metrics(self._segment, lambda: self._workers.views, totals=self._totals, changes=members.changes)
+        metrics = Metrics(
+            self._segment, lambda: self._workers.views, totals=self._totals, changes=members.changes, lost_lines=self._lost_lines
+        )
         admin = AdminServer(metrics.render, self._keys, self._log)
         owned.push_async_callback(admin.close)
         admin.add(WorkerRoutes(members, self._workers, watch).routes())
@@ -211,6 +222,13 @@ class Control:
         admin.add(fanout.routes())
         await admin.start(self._config)
         return admin
+
+    def _take_lines(self, lines: bytes) -> None:
+        for sink in self._sinks:
+            sink.put(lines)
+
+    def _lost_lines(self) -> int:
+        return sum(sink.lost_lines for sink in self._sinks)
 
     def _on_signal(self, number: signal.Signals) -> None:
         self._signals.append(number)
@@ -299,6 +317,27 @@ def _memfd(name: str, data: bytes) -> int:
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     os.write(fd, data)
     return fd
+
+
+def _standard_error() -> int:
+    """A descriptor of standard error. Where there is none (`2>&-`), 0 to 2 are opened first, else they would be given to our sockets."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+    return os.dup(2)
+
+
+def _open_log(owned: contextlib.ExitStack, config: ServeConfig, log_fd: int) -> list[LineSink]:
+    """The ways out for log lines: standard error, and the file of --log-dir. Raises ConfigError."""
+    loss = loss_line("control", config.log_format)
+    sinks = [LineSink(descriptor_writer(log_fd), loss)]
+    if config.log_dir is not None:
+        log_file = LogFile(config.log_dir)
+        owned.callback(log_file.close)
+        sinks.append(LineSink(log_file.write_lines, loss))
+    for sink in sinks:
+        owned.callback(sink.close)
+    return sinks
 
 
 def _raise_file_limit() -> None:

@@ -107,7 +107,7 @@ class WorkerChanges:
 class Metrics:
     """Renders. views: the workers as they are now; clock: seconds, for how long a text is served again.
 
-    totals: the workers' counters since they got their slots; changes: how often workers came and went.
+    totals: the workers' counters since they got their slots; changes: how often workers came and went; lost_lines: of control's log.
     """
 
     def __init__(
@@ -118,9 +118,10 @@ class Metrics:
         *,
         totals: WorkerTotals | None = None,
         changes: WorkerChanges | None = None,
+        lost_lines: Callable[[], int] = lambda: 0,
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(RouterCollector(segment, views, totals or WorkerTotals(segment), changes or WorkerChanges()))
+        self._registry.register(RouterCollector(segment, views, totals or WorkerTotals(segment), changes or WorkerChanges(), lost_lines))
         self._clock = clock
         self._text = b""
         self._good_until_s = float("-inf")
@@ -139,8 +140,14 @@ class RouterCollector(Collector):
     """All metrics of the router, read at each collection."""
 
     def __init__(
-        self, segment: Segment, views: Callable[[], Sequence[WorkerView]], worker_totals: WorkerTotals, changes: WorkerChanges
+        self,
+        segment: Segment,
+        views: Callable[[], Sequence[WorkerView]],
+        worker_totals: WorkerTotals,
+        changes: WorkerChanges,
+        lost_lines: Callable[[], int],
     ) -> None:
+        self._lost_lines = lost_lines
         self._segment = segment
         self._views = views
         self._worker_totals = worker_totals
@@ -166,6 +173,8 @@ class RouterCollector(Collector):
             yield _gauge(name, text, [({}, max(0, totals[word]))])
         for word, (name, text) in _SHARD_COUNTERS.items():
             yield _counter(name, text, [({}, totals[word])])
+        lost = totals[words.S_LOG_LINES_LOST] + self._lost_lines()
+        yield _counter("log_lines_lost", "Log lines that were not written: the log is read too slowly or not at all.", [({}, lost)])
         yield _counter("queue_wait_seconds", "Time that requests have waited for their turn.", [({}, totals[words.S_QUEUE_WAIT_US] / 1e6)])
         rows = [({"class": name}, totals[word]) for name, word in _CLASSES.items()]
         yield _counter("responses", "Answers to clients by class of status, the router's own included.", rows)

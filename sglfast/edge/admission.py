@@ -5,11 +5,16 @@ Runs in: shards, event loop; only when a limit is set, else requests never come 
     forgotten because its client left. Limits hold over all shards (sglfast._admission); each shard has a queue of its own, and the
     longest waiting request of the highest priority goes first, in whichever shard it is: a shard shows the others the order of its
     first, and stands back while another shard's is lower. It stands back for _DEFER_SECS at most, in case that shard hangs.
+    Who was admitted and finds all workers of its model full gives its permit back and waits in a line of that model, in this
+    shard, so that it holds up no other model and is not looked at again before a worker has room.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict, deque
+from collections.abc import Iterable
+from heapq import heappop, heappush
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -29,54 +34,73 @@ _PRIORITY_MAX = 1000
 _TIME_BITS = 52  # microseconds of the monotonic clock: 142 years
 
 
-def is_limited(shard: Shard) -> bool:
-    """Whether the settings limit anything."""
-    config = shard.config
-    return config.max_concurrent_requests > 0 or config.rate_limit_tokens_per_second is not None or config.worker_max_in_flight > 0
-
-
 class Ticket:
-    """A request that waits. order: lower goes first."""
+    """A request that waits. order: lower goes first, and in time (since_s: when the request was there) for equal priorities."""
 
-    __slots__ = ("exchange", "is_void", "order", "priority", "since_s", "tenant")
+    __slots__ = ("begun_s", "exchange", "is_in_line", "is_void", "order", "priority", "since_s", "tenant")
 
     def __init__(self, exchange: Exchange, priority: int, tenant: bytes) -> None:
         self.exchange = exchange
         self.priority = priority
         self.tenant = tenant
-        self.since_s = monotonic()
+        self.begun_s = monotonic()
+        self.since_s = exchange.started_s
         self.order = (_PRIORITY_MAX - priority) << _TIME_BITS | int(self.since_s * 1e6)
+        self.is_in_line = False  # of a model whose workers are full
         self.is_void = False
+
+    def __lt__(self, other: Ticket) -> bool:
+        return self.order < other.order
 
 
 class Admission:
-    """The admission of one shard."""
+    """The admission of one shard. It stays when the limits are taken away: permits and those who wait are its own."""
 
     def __init__(self, shard: Shard) -> None:
-        config = shard.config
         self._shard = shard
+        self._queues: dict[int, OrderedDict[bytes, deque[Ticket]]] = {}  # priority -> tenant -> those who wait
+        self._lines: dict[str | None, list[Ticket]] = {}  # model whose workers are full -> those who wait, by order
+        self._by_age: list[tuple[float, int, Ticket]] = []  # a heap
+        self._count = 0
+        self._waiting = 0
+        self._is_polling = False
+        self._deferred: tuple[int, float] = (0, 0.0)  # another shard's first, and since when it has been before ours
+        self.apply()
+
+    def apply(self) -> None:
+        """Take the limits of the shard's settings from now on. Who has a permit keeps it, who waits goes on waiting, under the new ones."""
+        config = self._shard.config
         self._timeout_s = config.queue_timeout_secs
         self._has_queue = config.queue_size > 0 and config.queue_timeout_secs > 0
-        self._worker_limit = config.worker_max_in_flight
+        self._worker_limit: int = config.worker_max_in_flight
         self._priority_header = config.priority_header.lower().encode() if config.priority_header else None
         self._is_fair = config.tenant_fairness
         in_flight = max(0, config.max_concurrent_requests)
         rate = config.rate_limit_tokens_per_second or 0
         self._limits = Limits(
-            shard.segment, shard.shard, max_in_flight=in_flight, max_waiting=config.queue_size, rate_per_s=rate, burst=in_flight or rate
+            self._shard.segment,
+            self._shard.shard,
+            max_in_flight=in_flight,
+            max_waiting=config.queue_size,
+            rate_per_s=rate,
+            burst=in_flight or rate,
         )
-        self._queues: dict[int, OrderedDict[bytes, deque[Ticket]]] = {}  # priority -> tenant -> those who wait
-        self._by_age: deque[Ticket] = deque()
-        self._waiting = 0
-        self._is_blocked = False  # the last one admitted found every worker full
-        self._is_polling = False
-        self._deferred: tuple[int, float] = (0, 0.0)  # another shard's first, and since when it has been before ours
+        self.is_limiting: bool = config.is_limited
+
+    def count_running(self, exchanges: Iterable[Exchange | None]) -> None:
+        """Requests that began while nothing was limited count from now on, so that the bound holds at once."""
+        for exchange in exchanges:
+            if exchange is not None and not exchange.holds_permit and exchange.ticket is None:
+                exchange.holds_permit = True
+                self._limits.hold()
 
     # ---- what exchanges say ----
 
     def ask(self, exchange: Exchange) -> None:
         """A request would like to begin."""
-        if not self._limits.first_order() and self._take():
+        if not self.is_limiting:
+            exchange.choose()
+        elif not self._limits.first_order() and self._take():
             self._admit(exchange)
         else:
             self._wait(exchange)
@@ -86,16 +110,22 @@ class Admission:
 
         Shards that choose at the same moment do not see each other here: a worker may get one request too many from each.
         """
-        if not self._worker_limit or self._shard.loads.requests(route.upstream.worker_idx) < self._worker_limit:
+        if not self._worker_limit:
             return route
-        other: Route | None = self._shard.router.next_choice(route, (*exchange.tried, route.upstream.worker_idx))
-        if other is not None and self._shard.loads.requests(other.upstream.worker_idx) < self._worker_limit:
-            return other
+        first = self._first_in_line(route.pool.model)
+        if first is None or Ticket(exchange, self._priority_of(exchange.head.kept), b"") < first:
+            if self._has_room(route):
+                return route
+            other: Route | None = self._shard.router.next_choice(route, (*exchange.tried, route.upstream.worker_idx))
+            if other is not None and self._has_room(other):
+                return other
         exchange.holds_permit = False
         self._limits.give_back()
-        self._is_blocked = True
-        self._wait(exchange)
+        self._wait(exchange, route.pool.model, is_admitted=True)
         return None
+
+    def _has_room(self, route: Route) -> bool:
+        return self._shard.loads.requests(route.upstream.worker_idx) < self._worker_limit
 
     def leave(self, exchange: Exchange) -> None:
         """A request that was admitted, or that waits, is over."""
@@ -117,7 +147,8 @@ class Admission:
         exchange.holds_permit = True
         exchange.choose()
 
-    def _wait(self, exchange: Exchange) -> None:
+    def _wait(self, exchange: Exchange, model: str | None = None, *, is_admitted: bool = False) -> None:
+        """Line up: for a permit, or, with that, for a worker of the model."""
         if not self._has_queue or not any(self._limits.line_up() for _ in range(_TRIES)):
             exchange.refuse(errors.QUEUE_FULL)
             return
@@ -126,10 +157,15 @@ class Admission:
         ticket = Ticket(exchange, self._priority_of(kept), tenant)
         exchange.ticket = ticket
         self._waiting += 1
+        self._count += 1
         self._shard.column.add(_counters.S_QUEUED)
-        self._queues.setdefault(ticket.priority, OrderedDict()).setdefault(tenant, deque()).append(ticket)
-        self._by_age.append(ticket)
-        self._show_head()
+        heappush(self._by_age, (ticket.since_s, self._count, ticket))
+        if is_admitted:
+            ticket.is_in_line = True
+            insort(self._lines.setdefault(model, []), ticket)
+        else:
+            self._queues.setdefault(ticket.priority, OrderedDict()).setdefault(tenant, deque()).append(ticket)
+            self._show_head()
         self._poll_later()
 
     def _priority_of(self, kept: bytes) -> int:
@@ -155,14 +191,18 @@ class Admission:
             del self._queues[priority]
         return None
 
-    def _drop(self, ticket: Ticket) -> None:
-        """Nobody waits with this ticket any more."""
+    def _drop(self, ticket: Ticket) -> Exchange:
+        """Nobody waits with this ticket any more. Returns who did."""
+        exchange = ticket.exchange
+        exchange.ticket = None
+        del ticket.exchange  # the ticket itself may stay in its places for a while
         ticket.is_void = True
-        ticket.exchange.ticket = None
         self._waiting -= 1
         self._limits.step_out()
-        self._shard.column.add(_counters.S_QUEUE_WAIT_US, int((monotonic() - ticket.since_s) * 1e6))
-        self._show_head()
+        self._shard.column.add(_counters.S_QUEUE_WAIT_US, int((monotonic() - ticket.begun_s) * 1e6))
+        if not ticket.is_in_line:
+            self._show_head()
+        return exchange
 
     def _show_head(self) -> None:
         first = self._first()
@@ -170,14 +210,38 @@ class Admission:
 
     def _admit_waiting(self) -> None:
         """Admit those for whom there is room now."""
-        self._is_blocked = False
-        while not self._is_blocked and (first := self._first()) is not None:
+        for model in [*self._lines]:
+            self._admit_line(model)
+        while (first := self._first()) is not None:
             if self._stands_back(first.order) or not self._take():
                 break
             tenants = self._queues[first.priority]
             tenants.move_to_end(first.tenant)
-            self._drop(first)
-            self._admit(first.exchange)
+            self._admit(self._drop(first))
+
+    def _admit_line(self, model: str | None) -> None:
+        """Admit those who wait for a worker of this model, one for each place."""
+        loads, pools = self._shard.loads, self._shard.router.pools
+        while (first := self._first_in_line(model)) is not None:
+            pool = pools.get(model)  # none: whoever chooses now is told so
+            is_full = pool is not None and self._worker_limit and loads.least(pool.view.worker_idxs)[1] >= self._worker_limit
+            if is_full or not self._take():
+                return
+            exchange = self._drop(first)
+            self._admit(exchange)
+            if exchange.ticket is not None:
+                return  # full after all
+
+    def _first_in_line(self, model: str | None) -> Ticket | None:
+        """Who waits first for a worker of this model. Empties what is void on its way."""
+        line = self._lines.get(model)
+        while line:
+            if not line[0].is_void:
+                return line[0]
+            line.pop(0)
+        if line is not None:
+            del self._lines[model]
+        return None
 
     def _stands_back(self, own: int) -> bool:
         """Whether a request of another shard is to go before our first."""
@@ -199,8 +263,8 @@ class Admission:
         if self._waiting:
             self._poll_later()  # first: an error below must not stop the clock
         before_s = monotonic() - self._timeout_s
-        while self._by_age and (self._by_age[0].is_void or self._by_age[0].since_s < before_s):
-            ticket = self._by_age.popleft()
+        while self._by_age and (self._by_age[0][2].is_void or self._by_age[0][0] < before_s):
+            ticket = heappop(self._by_age)[2]
             if not ticket.is_void:
                 ticket.exchange.refuse(errors.QUEUE_TIMEOUT)
         self._admit_waiting()

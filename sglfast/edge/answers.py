@@ -7,6 +7,7 @@ Runs in: shards, event loop. Contract: errors are OpenAI error objects with the 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import unquote_to_bytes
 
 import orjson
 
@@ -23,6 +24,7 @@ _STATUS_LINES = {
         204: "No Content",
         400: "Bad Request",
         401: "Unauthorized",
+        403: "Forbidden",
         404: "Not Found",
         405: "Method Not Allowed",
         408: "Request Timeout",
@@ -96,10 +98,22 @@ def ready(shard: Shard) -> tuple[int, bytes, bytes]:
 def models(shard: Shard) -> tuple[int, bytes, bytes]:
     """GET /v1/models: the models of the workers, also of those that are down at present."""
     shard.router.refresh()
-    rows = [
-        {"id": model, "object": "model", "created": shard.started_s, "owned_by": "sglang", "root": model} for model in shard.router.models
-    ]
+    rows = [_row(shard, model) for model in shard.router.models]
     return 200, JSON, orjson.dumps({"object": "list", "data": rows})
+
+
+def one_model(shard: Shard, path: bytes) -> tuple[int, bytes, bytes] | None:
+    """GET /v1/models/NAME: the same of one model, None when no worker has it. A name may hold slashes."""
+    shard.router.refresh()
+    name = unquote_to_bytes(path.removeprefix(MODELS_UNDER)).decode(errors="replace")
+    return (200, JSON, orjson.dumps(_row(shard, name))) if name in shard.router.models else None
+
+
+def _row(shard: Shard, model: str) -> dict[str, object]:
+    return {"id": model, "object": "model", "created": shard.started_s, "owned_by": "sglang", "root": model}
+
+
+MODELS_UNDER = b"/v1/models/"
 
 
 LOCAL = {

@@ -1,7 +1,9 @@
 """Which pages of other origins may call the router from a browser. Format: https://fetch.spec.whatwg.org/#http-cors-protocol.
 
-Runs in: shards, only when --cors-allowed-origins is set. Contract: an origin that is not listed gets answers without CORS lines, which the
-    browser then keeps from the page. Workers never see `origin`, so they add no such lines of their own.
+Runs in: shards. Contract: an origin that is not listed gets answers without CORS lines, which the
+    browser then keeps from the page. Workers never see `origin`, so they add no such lines of their own. A browser sends simple requests
+    without asking, so administration is refused to pages that are not allowed, also where nothing is set: else any page that
+    an operator visits could add workers to a router without keys.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ class Cors:
     def __bool__(self) -> bool:
         return bool(self._origins)
 
+    def allows(self, origin: bytes) -> bool:
+        """Whether pages of this origin may call."""
+        return b"*" in self._origins or origin in self._origins
+
     def lines_for(self, head: RequestHead) -> bytes:
         """The lines of an answer to this request."""
         origin = head.origin
@@ -42,7 +48,7 @@ class Cors:
         """Further lines of the answer to a question before a request; None when it is none, or not from an allowed origin."""
         if head.method != b"OPTIONS" or head.origin is None or value_of(head.kept, b"access-control-request-method") is None:
             return None
-        if b"*" not in self._origins and head.origin not in self._origins:
+        if not self.allows(head.origin):
             return None
         headers = value_of(head.kept, b"access-control-request-headers") or b"authorization, content-type"
         return (

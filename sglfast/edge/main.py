@@ -21,7 +21,8 @@ from sglfast.edge.request import PromptKeyer
 from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
 from sglfast.logs import setup_logs
-from sglfast.tls import server_context
+
+_TLS_END_SECS = 2.0  # for a client's part in the end of a TLS connection
 
 
 def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | None:
@@ -75,7 +76,13 @@ async def serve(boot: Boot) -> None:
     assert boot.listener is not None
     boot.segment.process_start(boot.process_slot, os.getpid(), int(time.time() * 1000))
     shard.router.refresh()
-    server = await loop.create_server(lambda: ClientConnection(shard), sock=boot.listener, backlog=4096, ssl=server_context(boot.config))
+    tls = shard.client_tls
+    server = await loop.create_server(
+        lambda: ClientConnection(shard), sock=boot.listener, backlog=4096, ssl=tls,
+        # Until the handshake is done a connection is unknown to us, its limits are here: as a request's head, and as what lingers.
+        ssl_handshake_timeout=boot.config.header_timeout_secs if tls is not None else None,
+        ssl_shutdown_timeout=_TLS_END_SECS if tls is not None else None,
+    )  # fmt: skip
     # What is here now stays; what comes is freed by reference count. A full collection over thousands of connections would stall all.
     gc.collect()
     gc.freeze()

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 import orjson
@@ -70,8 +72,17 @@ ENDPOINTS: dict[bytes, Endpoint] = {
 
 
 # Paths that are relayed although nothing is known of them (--passthrough).
-OTHERS_UNDER = b"/v1/"
+_OTHERS_UNDER = b"/v1/"
 OTHER_KIND = 5
+_SEGMENT_ENDS = re.compile(rb"[/\\]")
+
+
+def is_under_v1(path: bytes) -> bool:
+    """Whether a path stays under /v1/, also for a server that decodes it and follows its dots: what lies outside is not for clients."""
+    if not path.startswith(_OTHERS_UNDER):
+        return False
+    segments = _SEGMENT_ENDS.split(unquote_to_bytes(path))
+    return not any(segment.partition(b";")[0] in (b".", b"..") for segment in segments)
 
 
 @dataclass(frozen=True, slots=True)

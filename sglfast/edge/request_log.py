@@ -1,8 +1,7 @@
 """One line for each request: who got it and why, what came of it, how long it took. No prompt, no header but the request's id.
 
-Runs in: shards. Lines are made on the loop when a request ends (cext/relaylog.pxi), and written many at a time by a thread of this
-    object's own. Contract: the loop never waits for whoever reads the log. While the reader is slow, lines wait in memory up to a
-    bound (4 MiB); what does not fit is dropped and counted in a line of its own.
+Runs in: shards. Lines are made on the loop when a request ends (cext/relaylog.pxi) and written many at a time by threads (log_sink), past
+    control: straight to standard error and to the file of --log-dir. The loop never waits for whoever reads them.
 Fields: request_id, path, model, worker, decision (of the policy), overlap_blocks and prompt_blocks where the prompt was looked up, status,
     bytes_in, bytes_out, ttft_ms (to the first body byte), latency_ms, tried (workers that failed before), outcome: ok, client_error,
     busy, error, cancelled (the client left), cut (the worker ended it in the middle), refused (by the router itself).
@@ -10,26 +9,24 @@ Fields: request_id, path, model, worker, decision (of the policy), overlap_block
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import orjson
 
 from sglfast._relay import RequestLogBase
+from sglfast.log_file import LogFile
+from sglfast.log_sink import LineSink, descriptor_writer, loss_line
 from sglfast.shm import DECISIONS
 
 if TYPE_CHECKING:
     from sglfast.config import ServeConfig
     from sglfast.edge.exchange import Exchange
 
-_CLOSE_S = 1.0
-
 
 class RequestLog(RequestLogBase):
-    """The request lines of one shard. process: its name in the log; fd: where they go (standard error)."""
+    """The request lines of one shard. process: its name in the log; fd: where they go (standard error); ConfigError when the file of
+    --log-dir cannot be written."""
 
     def __init__(self, config: ServeConfig, process: str, fd: int = 2) -> None:
         is_json = config.log_format == "json"
@@ -41,10 +38,11 @@ class RequestLog(RequestLogBase):
             decisions=tuple(name.encode() for name in DECISIONS),
         )
         self._process = process
-        self._fd = fd
-        self._batches: SimpleQueue[bytes | None] = SimpleQueue()
-        self._is_writing = False
-        self._thread: threading.Thread | None = None
+        loss = loss_line(process, config.log_format)
+        self._sinks = [LineSink(descriptor_writer(fd), loss)]
+        if config.log_dir is not None:
+            self._sinks.append(LineSink(LogFile(config.log_dir).write_lines, loss))
+        self._counted_lines = 0
 
     def label(self, model: str | None, url: str) -> bytes:
         """What every line says of a worker: the end of the path's field, model and worker."""
@@ -77,46 +75,31 @@ class RequestLog(RequestLogBase):
         return (opening + "".join(f" {name}={_plain(str(value))}" for name, value in fields.items()) + "\n").encode()
 
     def flush(self) -> None:
-        """Hand the lines to the thread, unless it still writes."""
-        if self._is_writing or not (self.lines or self.dropped):
+        """Hand the lines to the threads."""
+        if not self.lines:
             return
-        if self.dropped:
-            self.lines.append(self._loss())
-            self.dropped = 0
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._write, name="request-log", daemon=True)
-            self._thread.start()
-        self._is_writing = True
-        self._batches.put(b"".join(self.lines))
+        lines = b"".join(self.lines)
         self.lines.clear()
         self.size_bytes = 0
+        for sink in self._sinks:
+            sink.put(lines)
+
+    def newly_lost(self) -> int:
+        """Lines that were lost since the last call; one that two places lost counts twice."""
+        before, self._counted_lines = self._counted_lines, sum(sink.lost_lines for sink in self._sinks)
+        return self._counted_lines - before
+
+    def retire(self) -> None:
+        """Take no more; what there is is written, and nobody waits for that."""
+        self.flush()
+        for sink in self._sinks:
+            sink.retire()
 
     def close(self) -> None:
-        """Write what waits, within a bounded time."""
-        end_s = time.monotonic() + _CLOSE_S
-        while self._is_writing and time.monotonic() < end_s:
-            time.sleep(0.005)
+        """Write what there is, within a bounded time."""
         self.flush()
-        if self._thread is not None:
-            self._batches.put(None)
-            self._thread.join(max(0.0, end_s - time.monotonic()))
-
-    def _write(self) -> None:
-        while (batch := self._batches.get()) is not None:
-            view = memoryview(batch)
-            try:
-                while view:
-                    view = view[os.write(self._fd, view) :]
-            except OSError:
-                pass  # nobody reads the log any more; requests go on
-            self._is_writing = False
-
-    def _loss(self) -> bytes:
-        why = "request lines were dropped, the log is read too slowly"
-        if self.is_json:
-            line = {"ts": round(time.time(), 6), "level": "warning", "process": self._process, "message": why, "lines": self.dropped}
-            return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
-        return f"{self.time_of(int(time.time())).decode()}.000 WARNING {self._process}: {why} lines={self.dropped}\n".encode()
+        for sink in self._sinks:
+            sink.close()
 
 
 def _plain(text: str) -> str:

@@ -233,8 +233,9 @@ class Router(RouterBase):
             self.plain_routes = only.plain_routes
 
     def renew_policies(self) -> None:
-        """Make the policies anew: the settings that they were made of have changed."""
+        """Make the policies anew, and what is said of workers: the settings that they were made of have changed."""
         self.pools = {}
+        self._follow_table(self._views)
         self._make_pools()
 
     def sweep(self, before_s: float) -> None:
@@ -260,7 +261,9 @@ class Router(RouterBase):
         # As above: a model that nobody knows takes any name, and so does one that is alone.
         if self.shut_models and (model in self.shut_models or None in self.shut_models or len(self.models) <= 1):
             return errors.BREAKER_OPEN
-        return errors.NO_HEALTHY_WORKERS if model in self.models or not self.pools else errors.MODEL_NOT_FOUND
+        if model in self.models or not self.pools:
+            return errors.NO_HEALTHY_WORKERS
+        return errors.MODEL_NOT_FOUND if model else errors.MISSING_MODEL
 
     def choose(self, endpoint: Endpoint, body: bytes, then: Callable[[Route | errors.Reason], None]) -> None:
         """Find a worker for a request and call `then`, at once unless a long prompt is being tokenized."""

@@ -17,13 +17,14 @@ from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
 from sglfast.edge.later import LATER
 from sglfast.edge.relay import relay, relayed
-from sglfast.edge.request import ENDPOINTS, OTHER_KIND, OTHERS_UNDER, Endpoint
+from sglfast.edge.request import ENDPOINTS, OTHER_KIND, Endpoint, is_under_v1
 from sglfast.edge.unusual import UnusualRequest
 
 if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
     from sglfast.edge.tokenize import Answer
 
+_SMALL_BYTES = 64 << 10  # bodies of all paths but those of the data plane
 _LINGER_SECS = 2.0  # after a refusal, what the client still sends is read and dropped for so long
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -103,6 +104,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
 
     def begin_body(self, head: RequestHead, data: bytes) -> bytes:
         """A head whose body has not come at once."""
+        if self._refuses_body(head):
+            return b""
         self.head = head
         self.pieces = []
         if head.expects_continue and not data:
@@ -119,6 +122,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
     def read_chunks(self, data: bytes) -> bytes:
         """Take bytes of a chunked body."""
         assert self.chunks is not None
+        assert self.head is not None
         pieces: list[bytes] = []
         end = self.chunks.decode(data, 0, pieces)
         piece = b"".join(pieces)  # one object for many small chunks, else they cost many times their size
@@ -126,8 +130,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         self.body_size += len(piece)
         if end == -2:
             self._refuse(errors.BAD_REQUEST)
-        elif self.body_size > self.shard.config.max_payload_size:
-            self._refuse(errors.PAYLOAD_TOO_LARGE)
+        elif self.body_size > self._body_limit(self.head):
+            self._refuse(errors.PAYLOAD_TOO_LARGE, self.head.request_id)
         elif end >= 0:
             self.end_body()
             return data[end:]
@@ -149,9 +153,44 @@ class ClientConnection(ClientBase, asyncio.Protocol):
                 self._refuse(errors.EXPECTATION_FAILED)
             else:
                 self.dispatch(head, body)
-        elif self.unusual.wants_continue:
-            self.unusual.wants_continue = False
-            self.write(_CONTINUE)
+        elif self.unusual.has_head and self.head is None:
+            head_found = self.unusual.head()
+            if isinstance(head_found, errors.Reason):
+                self._refuse(head_found)
+            elif not self._refuses_body(head_found):
+                self.head = head_found
+                too_large = self.unusual.limit(self._body_limit(head_found))
+                if too_large is not None:
+                    self._refuse(too_large, head_found.request_id)
+                elif self.unusual.wants_continue:
+                    self.write(_CONTINUE)
+
+    # What can be refused without the body is refused before it: nobody sends megabytes for nothing, or holds them here without a key.
+
+    def _is_data_plane(self, head: RequestHead) -> bool:
+        path = head.target.partition(b"?")[0]
+        is_other = self.shard.config.passthrough and head.method == b"POST" and is_under_v1(path)
+        return path in ENDPOINTS or path in LATER or is_other
+
+    def _body_limit(self, head: RequestHead) -> int:
+        limit_bytes: int = self.shard.config.max_payload_size
+        return limit_bytes if self._is_data_plane(head) else min(limit_bytes, _SMALL_BYTES)
+
+    def _refuses_body(self, head: RequestHead) -> bool:
+        """Whether the request was refused by its head alone; the connection ends then, because the body may be on its way."""
+        reason: errors.Reason | None = None
+        if self._is_data_plane(head):
+            if self.shard.guard and not self.shard.guard.lets_in(head):
+                reason = errors.INVALID_API_KEY
+        elif head.content_length > _SMALL_BYTES:
+            path = head.target.partition(b"?")[0]
+            reason = errors.PAYLOAD_TOO_LARGE if path in answers.LOCAL or relayed(path) else errors.NOT_FOUND
+        if reason is None:
+            return False
+        if self.shard.cors:
+            self.cors = self.shard.cors.lines_for(head)
+        self._refuse(reason, head.request_id)
+        return True
 
     # ---- answering ----
 
@@ -169,7 +208,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             path = target.partition(b"?")[0]
             endpoint = ENDPOINTS.get(path)
             if endpoint is None and path not in LATER:
-                if head.method != b"POST" or not self.shard.config.passthrough or not path.startswith(OTHERS_UNDER):
+                if head.method != b"POST" or not self.shard.config.passthrough or not is_under_v1(path):
                     self._answer_locally(head, path, body)
                     return
                 endpoint = Endpoint(path, OTHER_KIND)
@@ -197,13 +236,21 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             self._answer(answers.head(status, content_type, len(body)), b"" if is_head else body, head.request_id)
         elif local is not None:
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, "this path takes only GET")
+        elif (is_head or head.method == b"GET") and path.startswith(answers.MODELS_UNDER):
+            found = answers.one_model(self.shard, path)
+            if found is None:
+                self.answer_error(errors.MODEL_NOT_FOUND, head.request_id, None, is_head)
+            else:
+                self._answer(answers.head(found[0], found[1], len(found[2])), b"" if is_head else found[2], head.request_id)
         elif from_control is None or (from_control.is_admin and self.shard.config.admin_port is not None):
-            may_pass = head.method == b"POST" and path.startswith(OTHERS_UNDER)
+            may_pass = head.method == b"POST" and is_under_v1(path) and not self.shard.config.passthrough
             hint = "no such path here; the router relays unknown paths under /v1/ when it is started with --passthrough"
             self.answer_error(errors.NOT_FOUND, head.request_id, hint if may_pass else None, is_head)
         elif not from_control.takes(head.method):
             methods = b", ".join(from_control.methods).decode()
             self.answer_error(errors.METHOD_NOT_ALLOWED, head.request_id, f"this path takes only {methods}")
+        elif not is_head and head.method != b"GET" and head.origin is not None and not self.shard.cors.allows(head.origin):
+            self.answer_error(errors.ORIGIN_NOT_ALLOWED, head.request_id)
         else:
             self.state = BUSY
             self.task = self.shard.loop.create_task(relay(self, from_control, head, body))
@@ -217,7 +264,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             self.answer_error(found[0], request_id, found[1])
         self.on_exchange_end()
 
-    def _refuse(self, reason: errors.Reason) -> None:
+    def _refuse(self, reason: errors.Reason, request_id: bytes | None = None) -> None:
         """The request cannot be read: answer and close, because nobody knows where the next one would begin.
 
         Only our side is closed at first: a client that is still sending would lose the answer to a reset (RFC 9112 9.6).
@@ -225,7 +272,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         self.closes = True
         self.lingers = True
         self.pieces = []
-        self.answer_error(reason, None)
+        self.answer_error(reason, request_id)
         self.close_after_write()
 
     def answer_error(self, reason: errors.Reason, request_id: bytes | None, message: str | None = None, is_head: bool = False) -> None:

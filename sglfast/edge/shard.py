@@ -17,7 +17,7 @@ from sglfast._hashtree import TreeReader
 from sglfast._relay import ShardBase
 from sglfast._workers import WorkerTable
 from sglfast.config import REQUEST_ID_HEADERS
-from sglfast.edge.admission import Admission, is_limited
+from sglfast.edge.admission import Admission
 from sglfast.edge.breaker import BreakerDesk
 from sglfast.edge.cors import Cors
 from sglfast.edge.guard import Guard
@@ -26,9 +26,9 @@ from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.request_log import RequestLog
 from sglfast.edge.retry import RetryPolicy
 from sglfast.edge.route import Router
-from sglfast.errors import REASON_INDEX, Reason
+from sglfast.errors import REASON_INDEX, ConfigError, Reason
 from sglfast.logs import set_level
-from sglfast.tls import worker_context
+from sglfast.tls import renew_server, server_context, worker_context
 
 if TYPE_CHECKING:
     from sglfast._httphead import RequestHead
@@ -69,30 +69,63 @@ class Shard(ShardBase):
         self.guard = Guard(boot.config)
         self.cors = Cors(boot.config)
         self.worker_tls = worker_context(boot.config)
-        self.request_log = RequestLog(boot.config, f"shard{boot.shard}") if boot.config.request_log != "off" else None
+        self.client_tls = server_context(boot.config)
+        self._log_fd = boot.log_fd
+        self.request_log = self._open_request_log()
         self.retry = RetryPolicy(self.config)
         self.breakers = BreakerDesk(self)
         self.router = Router(self, keyer)
-        self.admission = Admission(self) if is_limited(self) else None
-        self._ids_from = boot.config.request_id_headers
-        self.is_gated = self.admission is not None or bool(self.guard) or bool(self.cors) or self.has_own_ids
+        self.admission = Admission(self) if boot.config.is_limited else None
+        self._gate()
 
     def apply(self, config: ServeConfig) -> None:
         """Go on with other settings, from the next request on; what cannot change in a running program is the same in both."""
+        had_log = self.config.request_log
         self.configure(config)
         set_level(config.log_level)
         self.retry = RetryPolicy(config)
         self.breakers = BreakerDesk(self)
-        self.router.renew_policies()
+        self.guard = Guard(config)
+        self.cors = Cors(config)
+        self._renew_certificates(config)
+        if config.request_log != had_log:
+            if self.request_log is not None:
+                self.request_log.retire()
+            self.request_log = self._open_request_log()
+        if self.admission is not None:
+            self.admission.apply()
+        elif config.is_limited:
+            self.admission = Admission(self)
+        if self.admission is not None and self.admission.is_limiting:
+            self.admission.count_running(client.exchange for client in self.clients)
+        self._gate()
+        self.router.renew_policies()  # at last: what it says of a worker depends on the keys and on the log
+
+    def _renew_certificates(self, config: ServeConfig) -> None:
+        """The files may be others under the same names. Control has read them a moment ago."""
+        try:
+            if self.client_tls is not None:
+                renew_server(self.client_tls, config)
+            self.worker_tls = worker_context(config)
+        except ConfigError as error:
+            self.log.error(f"{error}; the certificates stay as they were")
+
+    def _gate(self) -> None:
+        """Whether anything has to be asked of a request before it may begin."""
+        is_limiting = self.admission is not None and self.admission.is_limiting
+        self.is_gated = is_limiting or bool(self.guard) or bool(self.cors) or self.has_own_ids
+
+    def _open_request_log(self) -> RequestLog | None:
+        return RequestLog(self.config, f"shard{self.shard}", self._log_fd) if self.config.request_log != "off" else None
 
     @property
     def has_own_ids(self) -> bool:
         """Whether requests are named by other headers than the scanner knows."""
-        return bool(self._ids_from != REQUEST_ID_HEADERS)
+        return bool(self.config.request_id_headers != REQUEST_ID_HEADERS)
 
     def id_in(self, head: RequestHead) -> bytes | None:
         """The id of a request by the headers of the settings."""
-        return next((value for name in self._ids_from if (value := value_of(head.kept, name.encode()))), None)
+        return next((value for name in self.config.request_id_headers if (value := value_of(head.kept, name.encode()))), None)
 
     def key_line(self, api_key: str | None) -> bytes | None:
         """The header line by which a worker is shown its key; empty when it gets none and must not see the client's either, else None."""
@@ -125,6 +158,7 @@ class Shard(ShardBase):
         self._ticks += 1
         if self.request_log is not None:
             self.request_log.flush()
+            self.column.add(_counters.S_LOG_LINES_LOST, self.request_log.newly_lost())
         if not self.is_draining and self.segment.state >= _segment.DRAINING:
             self.is_draining = True
             for client in list(self.clients):

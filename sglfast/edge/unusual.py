@@ -48,10 +48,15 @@ class UnusualRequest:
         if self._head_bytes > self._limit_head_bytes or (not self.has_head and self._fed_bytes > self._limit_head_bytes):
             return errors.HEADERS_TOO_LARGE
         if self._is_complete:
-            return self._plain()
-        if self._body_bytes > self._limit_body_bytes:
-            return errors.PAYLOAD_TOO_LARGE
-        return None
+            body = b"".join(self._pieces)
+            head = self.head(b"%d" % len(body))
+            return (head, body) if isinstance(head, RequestHead) else head
+        return self.limit(self._limit_body_bytes)
+
+    def limit(self, body_bytes: int) -> errors.Reason | None:
+        """Take no larger body than this from now on; the reason of a refusal when there is more already."""
+        self._limit_body_bytes = body_bytes
+        return errors.PAYLOAD_TOO_LARGE if self._body_bytes > body_bytes else None
 
     # ---- llhttp's calls ----
 
@@ -82,8 +87,13 @@ class UnusualRequest:
     def on_message_complete(self) -> None:
         self._is_complete = True
 
-    def _plain(self) -> tuple[RequestHead, bytes] | errors.Reason:
-        """The request in the one form that the fast scanner reads: origin target, framing by length."""
+    def head(self, size: bytes | None = None) -> RequestHead | errors.Reason:
+        """The head, once it is there, in the one form that the fast scanner reads: origin target, framing by length.
+
+        size: of the body, as far as the head tells it when None.
+        """
+        if size is None:
+            size = next((value.strip() for name, value in self._headers if name.lower() == b"content-length"), b"0")
         method, target = self._method, self._target
         if not target.startswith((b"/", b"*")):
             try:
@@ -100,8 +110,7 @@ class UnusualRequest:
         codings = [value.strip(b" \t").lower() for name, value in self._headers if name.lower() == b"transfer-encoding"]
         if codings not in ([], [b"chunked"]):
             return errors.BAD_REQUEST  # the body is still coded in a way that the worker would not be told of
-        body = b"".join(self._pieces)
         lines = [b"%b %b HTTP/%b" % (method, target, self._version), *(b"%b: %b" % pair for pair in kept)]
-        lines.append(b"content-length: %d\r\n\r\n" % len(body))
+        lines.append(b"content-length: %b\r\n\r\n" % size)
         head = scan_request(b"\r\n".join(lines), self._limit_head_bytes + 4096)
-        return (head, body) if isinstance(head, RequestHead) else errors.BAD_REQUEST
+        return head if isinstance(head, RequestHead) else errors.BAD_REQUEST

@@ -1,4 +1,4 @@
-"""sglfast.control.log_file: a file a day with the lines of all processes."""
+"""sglfast.log_file: a file a day with the lines of all processes."""
 
 import signal
 import sys
@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from router_process import engine, get, running
 
-from sglfast.control import log_file
-from sglfast.control.log_file import LogFile
+from sglfast import log_file
 from sglfast.errors import ConfigError
+from sglfast.log_file import LogFile
 
 
 def test_lines_are_appended(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there yet"
     for text in ("one\n", "two\n"):
         file = LogFile(str(folder))
-        file.write(text)
+        file.write_lines(text.encode())
         file.write_lines(b"bytes\n")
         file.close()
         file.close()
@@ -31,8 +31,8 @@ def test_a_new_day_is_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     days = ["2026-05-31", "2026-05-31", "2026-06-01"]
     monkeypatch.setattr(log_file.time, "strftime", lambda _: days.pop(0))
     file = LogFile(str(tmp_path))
-    file.write("may\n")
-    file.write("june\n")
+    file.write_lines(b"may\n")
+    file.write_lines(b"june\n")
     file.close()
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "sglfast.2026-05-31.log": "may\n",
@@ -52,9 +52,10 @@ def test_a_full_disk_costs_only_its_lines(tmp_path: Path) -> None:
     path.unlink()
     path.symlink_to("/dev/full")
     file.close()
-    file.write("lost\n")
+    with pytest.raises(OSError, match="No space left"):
+        file.write_lines(b"lost\n")
     path.unlink()
-    file.write("kept\n")
+    file.write_lines(b"kept\n")
     file.close()
     assert path.read_text() == "kept\n"
 

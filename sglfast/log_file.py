@@ -1,7 +1,8 @@
 """Log files beside standard error: `--log-dir`, one file a day, with the lines of all processes.
 
-Runs in: control, the only writer: the children's lines come through its pipes (children.py). Contract: a file that cannot be written any
-    more, such as on a full disk, costs its lines and nothing else; it is opened again with the next line.
+Runs in: control (its own lines and its children's), shards (request lines); each appends, and the kernel keeps what one call appends in
+    one piece. Contract: a file that cannot be written any more, such as on a full disk, costs its lines and nothing else; it is
+    opened again with the next line.
 """
 
 import contextlib
@@ -34,20 +35,14 @@ class LogFile:
             self._day = day
 
     def write_lines(self, lines: bytes) -> None:
-        """Append whole lines."""
+        """Append whole lines. Raises OSError when they cannot be written."""
         try:
             self._open()
             while lines:
                 lines = lines[os.write(self._fd, lines) :]
         except OSError:
             self.close()
-
-    def write(self, text: str) -> None:
-        """Append text; with `flush`, what a logging handler needs."""
-        self.write_lines(text.encode(errors="replace"))
-
-    def flush(self) -> None:
-        """Nothing is held back."""
+            raise
 
     def close(self) -> None:
         """Release the file."""

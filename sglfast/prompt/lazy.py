@@ -28,6 +28,9 @@ Probe = Callable[[bytes], int]
 
 _LAST_BORDERS = 8  # message borders from the end at which a known beginning is looked for
 _UNBOUNDED_CHARS = 1 << 62
+# The first piece shall fill a block, but not much more: that one tells whether anybody owns anything.
+_CHARS_PER_TOKEN = 5
+_FIRST_CHARS = (64, 640)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class LazyKeyer:
         self.tokenizer = tokenizer
         self.pieces = PieceTokenizer(tokenizer, cache_bytes - cache_bytes // 4)
         self.prefixes = PrefixCache(cache_bytes // 4)
+        self._bytes_per_token = tokenizer.normalized_growth
+        self._around = len(self.pieces.before) + len(self.pieces.after) + 4  # 4: markers before a text and its parts
 
     def begin(self, prompt: PromptText, variants: Sequence[Variant], asked: tuple[str, str] = ("", "")) -> "Keying":
         """Begin with a prompt that has text or token ids; raises PromptError for one that has neither, or is no Unicode.
@@ -56,6 +61,22 @@ class LazyKeyer:
             raise PromptError(prompt.detail or "this prompt has no text and no token ids")
         return Keying(self, prompt, tuple(variants), asked)
 
+    def cannot_fill_a_block(self, chains: list[KeyChain], live: list[bool], text: str, start: int, continuation: str = "") -> bool:
+        """Whether even one token a byte of text[start:] would not complete a block of a chain whose overlap goes on."""
+        if not self._bytes_per_token:
+            return False
+        missing = _UNBOUNDED_CHARS
+        for chain, is_live in zip(chains, live, strict=True):
+            if is_live:
+                behind = chain.tokens - chain.bigram - chain.pages * chain.page_size
+                if behind < 1:
+                    return False  # with no token behind a full block, the rest decides whether that block counts
+                missing = min(missing, chain.page_size - behind)
+        if len(text) - start + len(continuation) + self._around >= missing:
+            return False
+        rest_bytes = len(text[start:].encode()) + len(continuation.encode())
+        return rest_bytes * self._bytes_per_token + self._around < missing
+
 
 class Keying:
     """One prompt on its way to its keys: `run` until it says True, then `keys`."""
@@ -64,6 +85,8 @@ class Keying:
         "_chains",
         "_end",
         "_ends",
+        "_first_chars",
+        "_is_headed",
         "_is_open",
         "_keyer",
         "_keys",
@@ -87,6 +110,7 @@ class Keying:
         self._result: Keys | None = None
         self._text = prompt.text or ""
         self._pos = 0  # characters that are in the chains
+        self._is_headed = False  # the rendered beginning was gone through
         self._is_open = False  # the whole text is rendered and looked up
         self._end = 0  # of the next piece, once it is known
         self._saved: tuple[int, Prefix] | None = None
@@ -94,6 +118,8 @@ class Keying:
         if prompt.text is None:
             return
         self._live = [True] * len(variants)
+        least = min((variant.block_size for variant in variants), default=0)
+        self._first_chars = max(_FIRST_CHARS[0], min(_FIRST_CHARS[1], least * _CHARS_PER_TOKEN))
         self._kind = (variants, self._seeds, prompt.cache_salt, prompt.add_special_tokens)
         self._names: list[Name] = []
         self._ends: Iterator[int] = iter(())
@@ -137,7 +163,7 @@ class Keying:
         found: dict[Variant, bytes] = {}
         for variant, seed in zip(self._variants, self._seeds, strict=True):
             size, bigram = variant.block_size, variant.bigram
-            n_max = _pages_max(len(ids), variant)
+            n_max = pages_max(len(ids), variant)
             if seed is None:
                 found[variant] = page_keys(ids, size, bigram=bigram, max_pages=n_max, cache_salt=salt)
             else:
@@ -149,7 +175,7 @@ class Keying:
         pieces, head = self._keyer.pieces, self._text
         # A token that is cut off at the end of the beginning could reach back so far.
         limit = len(head) - pieces.longest_token if pieces.is_cutting else 0
-        for end in pieces.ends(head):
+        for end in pieces.ends(head, first_chars=self._first_chars):
             if end > limit:
                 break
             piece = head[self._pos : end]
@@ -180,7 +206,15 @@ class Keying:
                 self._chains = [chain.copy() for chain in known[1].chains]
                 self._keys = list(known[1].keys)
                 self._probed = [0] * len(self._keys)
-        self._ends = pieces.ends(text, self._pos, borders[-1] if borders else -1, first)
+        self._ends = pieces.ends(text, self._pos, borders[-1] if borders else -1, first, self._first_chars)
+        self._is_open = True
+
+    def _begin_behind(self, chains: Sequence[KeyChain], keys: Sequence[bytes]) -> None:
+        """The text is what stands behind a known beginning, which is looked for no more."""
+        self._chains = [chain.copy() for chain in chains]
+        self._keys = list(keys)
+        borders = self._keyer.pieces.last_borders(self._text, 1)
+        self._ends = self._keyer.pieces.ends(self._text, 0, borders[-1] if borders else -1, first_chars=self._first_chars)
         self._is_open = True
 
     def _estimated(self, rest_chars: int) -> bool:
@@ -193,15 +227,18 @@ class Keying:
         if not self._is_open:
             rest = self._prompt.rest
             if rest is not None:
-                if probe is not None and self._run_head(probe, budget_chars):
+                if probe is not None and not self._is_headed and self._run_head(probe, budget_chars):
                     return self._estimated(len(self._text) - self._pos + self._prompt.rest_chars)
+                self._is_headed = True
+                if self._prompt.is_rest_long and budget_chars < _UNBOUNDED_CHARS:
+                    return False
                 self._text += rest()
             self._open()
         pieces, text, size = self._keyer.pieces, self._text, len(self._text)
         cache = pieces.cache
         is_over = self._ask(probe)
         while not is_over and self._pos < size:
-            if probe is not None and self._cannot_fill_a_block():
+            if probe is not None and self._keyer.cannot_fill_a_block(self._chains, self._live, text, self._pos, self._prompt.continuation):
                 is_over = True
                 break
             if not self._end:
@@ -234,7 +271,7 @@ class Keying:
             tail = self._keyer.tokenizer.encode(self._prompt.continuation, True)
             self._extend(array("I", tail[1:] if tail and tail[0] == self._keyer.tokenizer.bos_token_id else tail))
         tokens = self._chains[0].tokens if self._chains else 0
-        capped = {variant: keys[: 8 * _pages_max(tokens, variant)] for variant, keys in zip(self._variants, self._keys, strict=True)}
+        capped = {variant: keys[: 8 * pages_max(tokens, variant)] for variant, keys in zip(self._variants, self._keys, strict=True)}
         self._result = Keys(tokens, False, capped)
         return True
 
@@ -258,25 +295,6 @@ class Keying:
                 self._live[i] = probe(fresh) == len(fresh) >> 3
         return not any(self._live)
 
-    def _cannot_fill_a_block(self) -> bool:
-        """Whether even one token a byte would not complete a block of a variant whose overlap goes on."""
-        bytes_per_token = self._keyer.tokenizer.normalized_growth
-        if not bytes_per_token:
-            return False
-        missing = _UNBOUNDED_CHARS
-        for chain, is_live in zip(self._chains, self._live, strict=True):
-            if is_live:
-                behind = chain.tokens - chain.bigram - chain.pages * chain.page_size
-                if behind < 1:
-                    return False  # with no token behind a full block, the rest decides whether that block counts
-                missing = min(missing, chain.page_size - behind)
-        rest = len(self._text) - self._pos + len(self._prompt.continuation)
-        around = len(self._keyer.pieces.before) + len(self._keyer.pieces.after) + 4  # 4: markers before a text and its parts
-        if rest + around >= missing:
-            return False
-        rest_bytes = len(self._text[self._pos :].encode()) + len(self._prompt.continuation.encode())
-        return rest_bytes * bytes_per_token + around < missing
-
     def _remember(self, end: int, prefix: Prefix) -> None:
         name = next((name for name in self._names if name[1] == end), None)
         if name is None:
@@ -284,5 +302,6 @@ class Keying:
         self._keyer.prefixes.put(name, prefix)
 
 
-def _pages_max(tokens: int, variant: Variant) -> int:
+def pages_max(tokens: int, variant: Variant) -> int:
+    """Blocks of a prompt that an engine can have: it computes the last token itself."""
     return max(0, (tokens - 1 - variant.bigram) // variant.block_size)

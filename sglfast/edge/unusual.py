@@ -25,10 +25,9 @@ class UnusualRequest:
         self._version = b""
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._pieces: list[bytes] = []
+        self._body = bytearray()
         self._fed_bytes = 0
         self._head_bytes = 0
-        self._body_bytes = 0
         self.has_head = False
         self._is_complete = False
         self.wants_continue = False
@@ -49,7 +48,7 @@ class UnusualRequest:
             return errors.HEADERS_TOO_LARGE
         if self._is_complete:
             return self._plain()
-        if self._body_bytes > self._limit_body_bytes:
+        if len(self._body) > self._limit_body_bytes:
             return errors.PAYLOAD_TOO_LARGE
         return None
 
@@ -76,8 +75,7 @@ class UnusualRequest:
 
     def on_body(self, piece: bytes) -> None:
         if not self._is_complete:
-            self._body_bytes += len(piece)
-            self._pieces.append(piece)
+            self._body += piece
 
     def on_message_complete(self) -> None:
         self._is_complete = True
@@ -100,7 +98,7 @@ class UnusualRequest:
         codings = [value.strip(b" \t").lower() for name, value in self._headers if name.lower() == b"transfer-encoding"]
         if codings not in ([], [b"chunked"]):
             return errors.BAD_REQUEST  # the body is still coded in a way that the worker would not be told of
-        body = b"".join(self._pieces)
+        body = bytes(self._body)
         lines = [b"%b %b HTTP/%b" % (method, target, self._version), *(b"%b: %b" % pair for pair in kept)]
         lines.append(b"content-length: %d\r\n\r\n" % len(body))
         head = scan_request(b"\r\n".join(lines), self._limit_head_bytes + 4096)

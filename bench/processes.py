@@ -50,6 +50,10 @@ class PinnedProcess:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def wait_until_ready(self, url: str) -> None:
         """Return when GET `url` answers 200. Raises BenchError with the end of the log if it never does."""
         deadline = time.monotonic() + START_TIMEOUT_S

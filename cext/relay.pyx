@@ -13,7 +13,7 @@ Contract: bodies are the same bytes on both sides, but for a `rid` in front (edg
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
-from libc.string cimport memcpy, strlen
+from libc.string cimport memchr, memcpy, strlen
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from sf_shm cimport sf_header, sf_header_t, sf_load
@@ -22,6 +22,7 @@ from sglfast._httphead cimport Chunks, RequestHead, ResponseHead, scan_request, 
 
 import math
 import os
+from itertools import chain
 
 cdef extern from "sf_rid.h" nogil:
     int64_t sf_rid_place(const char *text, size_t length) noexcept
@@ -68,6 +69,12 @@ cdef class ShardBase:
     cdef long long max_payload_size
     cdef long long max_url_bytes
     cdef double request_timeout_secs
+    cdef double stale_request_timeout_secs
+    cdef double stream_idle_timeout_secs
+    cdef double header_timeout_secs
+    cdef double body_timeout_secs
+    cdef double idle_timeout_secs
+    cdef double send_timeout_secs
     cdef bytes id_prefix
     cdef uint64_t id_count
 
@@ -81,6 +88,12 @@ cdef class ShardBase:
         self.max_payload_size = config.max_payload_size
         self.max_url_bytes = config.max_url_bytes
         self.request_timeout_secs = config.request_timeout_secs
+        self.stale_request_timeout_secs = config.stale_request_timeout_secs
+        self.stream_idle_timeout_secs = config.stream_idle_timeout_secs
+        self.header_timeout_secs = config.header_timeout_secs
+        self.body_timeout_secs = config.body_timeout_secs
+        self.idle_timeout_secs = config.idle_timeout_secs
+        self.send_timeout_secs = config.send_timeout_secs
 
     cpdef bytes new_request_id(self):
         """An id for a request that came without one: 32 hex digits, unique over shards and restarts."""
@@ -341,6 +354,18 @@ cdef class ExchangeBase:
         self.leave_worker(outcome_word)
         self.finish()
         client.on_exchange_end()
+
+    # ---- time ----
+
+    cdef bint needs_tick(self, double now_s):
+        # Whether Exchange.tick must look. Not while an answer goes on: that only puts its deadline off.
+        cdef ShardBase shard = self.shard
+        if not self.has_answer or now_s - self.started_s > shard.stale_request_timeout_secs:
+            return True
+        if self.was_active or self.client.is_write_paused or self.deadline_s == INFINITE:
+            self.was_active = False
+            self.deadline_s = now_s + shard.stream_idle_timeout_secs
+        return now_s > self.deadline_s
 
     # ---- ends ----
 

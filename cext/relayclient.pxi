@@ -11,6 +11,9 @@ cdef enum:
     c_CLOSED = 5
 
     PIPELINE_BYTES = 65536  # waiting bytes of further requests above which the connection is not read
+    SMALL_BYTES = 1024      # pieces of a body below are put together
+    SLOWEST_BYTES_PER_S = 100  # a body or an answer that moves slower than this over its timeout does not move
+    LINGER_SECS = 2  # after a refusal, what the client still sends is read and dropped for so long
 
 
 cdef class ClientBase:
@@ -29,6 +32,9 @@ cdef class ClientBase:
     cdef public long long body_left
     cdef public long long body_size
     cdef public double quiet_since_s
+    cdef public double fresh_since_s
+    cdef public long long fresh_bytes   # of a body, since then
+    cdef public long long unsent_bytes  # of answers, at quiet_since_s, while writing is paused
     cdef public bint was_active
     cdef public bint closes
     cdef public bint is_http10
@@ -46,19 +52,24 @@ cdef class ClientBase:
         self.was_active = True
         if self.state == c_HEAD:
             if PyBytes_GET_SIZE(self.pending):
-                data = self.pending + data  # what waits is older, also when its turn is only queued
-                self.pending = b""
+                self.pending += data  # what waits is older, also when its turn is only queued
+                if memchr(PyBytes_AS_STRING(data), 10, PyBytes_GET_SIZE(data)) is NULL \
+                        and PyBytes_GET_SIZE(self.pending) < self.shard.max_header_bytes:
+                    return  # no line has ended: no need to look at all of it once more for each of its bytes
+                data, self.pending = self.pending, b""
             else:
                 self.quiet_since_s = self.shard.now_s  # a head begins
             self.read(data)
-        elif self.state == c_BODY:
-            self.read_rest(self.read_body(data))
-        elif self.state == c_CHUNKED:
-            self.read_rest(self.read_chunks(data))
         elif self.state == c_BUSY:
             self.wait_with(data)
-        elif self.state == c_UNUSUAL:
-            self.read_unusual(data)
+        else:
+            self.fresh_bytes += PyBytes_GET_SIZE(data)
+            if self.state == c_BODY:
+                self.read_rest(self.read_body(data))
+            elif self.state == c_CHUNKED:
+                self.read_rest(self.read_chunks(data))
+            elif self.state == c_UNUSUAL:
+                self.read_unusual(data)
 
     # ---- reading requests ----
 
@@ -112,7 +123,7 @@ cdef class ClientBase:
         cdef bytes rest = b""
         self.body_left -= size
         if self.body_left > 0:
-            self.pieces.append(data)
+            self.keep(data)
             return b""
         if self.body_left < 0:
             rest = PyBytes_FromStringAndSize(PyBytes_AS_STRING(data) + size + self.body_left, -self.body_left)
@@ -121,10 +132,20 @@ cdef class ClientBase:
         self.end_body()
         return rest
 
+    cpdef keep(self, bytes data):
+        """Keep a piece of a body. Small ones are put together: each by itself would take many times its size."""
+        cdef object last = self.pieces[len(self.pieces) - 1] if self.pieces else None
+        if PyBytes_GET_SIZE(data) >= SMALL_BYTES:
+            self.pieces.append(data)
+        elif type(last) is bytearray:
+            last += data
+        else:
+            self.pieces.append(bytearray(data))
+
     cpdef end_body(self):
         """The body is complete: its request begins."""
         cdef RequestHead head = self.head
-        cdef bytes body = self.pieces[0] if len(self.pieces) == 1 else b"".join(self.pieces)
+        cdef bytes body = self.pieces[0] if len(self.pieces) == 1 and type(self.pieces[0]) is bytes else b"".join(self.pieces)
         self.head = None
         self.chunks = None
         self.pieces = None
@@ -218,3 +239,101 @@ cdef class ClientBase:
         if self.state == c_HEAD and PyBytes_GET_SIZE(self.pending):
             data, self.pending = self.pending, b""
             self.read(data)
+
+
+    # ---- time ----
+
+    cpdef tick(self, double now_s):
+        """From the shard's sweep: cut clients that are too slow or idle for too long."""
+        cdef ShardBase shard = self.shard
+        cdef bint was_active = self.was_active
+        cdef double quiet_secs
+        self.was_active = False
+        if self.exchange is not None and self.exchange.needs_tick(now_s):
+            self.exchange.tick(now_s)
+        quiet_secs = now_s - self.quiet_since_s
+        if self.is_write_paused:
+            if quiet_secs > shard.send_timeout_secs and self.transport is not None:
+                self.look_at_unsent(now_s)
+        elif self.state == c_HEAD and not PyBytes_GET_SIZE(self.pending):
+            if was_active:
+                self.quiet_since_s = now_s
+            elif quiet_secs > shard.idle_timeout_secs or shard.is_draining:
+                self.close_after_write()
+        elif self.state == c_HEAD or (self.state == c_UNUSUAL and self.unusual is not None and not self.unusual.has_head):
+            # The whole head counts, not the pause: a byte a second is no progress.
+            if quiet_secs > shard.header_timeout_secs:
+                self.refuse_late()
+        elif self.state == c_BODY or self.state == c_CHUNKED or self.state == c_UNUSUAL:
+            if was_active:
+                self.quiet_since_s = now_s
+            elif quiet_secs > shard.body_timeout_secs:
+                self.refuse_late()
+                return
+            if now_s - self.fresh_since_s > shard.body_timeout_secs:
+                if self.fresh_bytes < SLOWEST_BYTES_PER_S * shard.body_timeout_secs:
+                    self.refuse_late()
+                self.fresh_since_s = now_s
+                self.fresh_bytes = 0
+        elif self.state == c_CLOSED and self.transport is not None:
+            is_sent = self.lingers and not self.transport.get_write_buffer_size()
+            if quiet_secs > (LINGER_SECS if is_sent else shard.send_timeout_secs):
+                self.transport.abort()
+
+    cdef look_at_unsent(self, double now_s):
+        # The time to send is over: it begins anew if enough was sent.
+        cdef long long unsent_bytes = self.transport.get_write_buffer_size()
+        if self.unsent_bytes - unsent_bytes < SLOWEST_BYTES_PER_S * self.shard.send_timeout_secs:
+            self.transport.abort()
+        self.unsent_bytes = unsent_bytes
+        self.quiet_since_s = now_s
+
+
+cdef enum:
+    PARTS = 5  # a sweep is spread over so many ticks, so that none of them takes long
+    CLOSED_AT_ONCE = 200  # by one tick; closing costs 20 us, and connections that came together become idle together
+
+
+cdef class Clients:
+    """The open connections of a shard: a set in PARTS parts, of which each tick looks at one.
+
+    add, discard, len and iteration as of a set. len counts all; iterating wants that none comes or goes meanwhile.
+    """
+
+    cdef list parts
+
+    def __cinit__(self):
+        self.parts = [set() for _ in range(PARTS)]
+
+    cdef set part_of(self, ClientBase client):
+        # By address: Fibonacci hashing, because what is allocated in a row lies in a row.
+        return <set>self.parts[((<uint64_t><uintptr_t><void *>client * 0x9E3779B97F4A7C15) >> 32) % PARTS]
+
+    def add(self, ClientBase client not None):
+        """Take a connection in."""
+        self.part_of(client).add(client)
+
+    def discard(self, ClientBase client not None):
+        """Leave a connection out, if it is in."""
+        self.part_of(client).discard(client)
+
+    def __len__(self):
+        cdef set part
+        cdef Py_ssize_t found = 0
+        for part in self.parts:
+            found += len(part)
+        return found
+
+    def __iter__(self):
+        return chain.from_iterable(self.parts)
+
+    def sweep(self, unsigned int turn, double now_s):
+        """Call `tick` of each connection in a part. turn: number of the sweep, each takes the next part."""
+        cdef ClientBase client
+        cdef int was, closed = 0
+        for client in tuple(<set>self.parts[turn % PARTS]):
+            was = client.state
+            client.tick(now_s)
+            closed += client.state == c_CLOSED and was != c_CLOSED
+            if closed >= CLOSED_AT_ONCE:
+                break  # the others when their turn comes again

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 from edge_harness import Edge, Memory, StubTransport, run, settled, shard_in_loop, stub_client, wait_until
-from raw_client import WAIT_S, chunk, many, post, request
+from raw_client import WAIT_S, Client, chunk, many, post, request
 from scripted_worker import SSE_HEAD, Call, Worker, answer, answer_head, late, says
 
 from sglfast import _segment
@@ -324,16 +325,52 @@ def test_bodies_that_stop(impatient: Edge, worker: Worker) -> None:
     assert worker.calls == []
 
 
+def trickle(clients: list[Client], body: bytes, piece_bytes: int) -> None:
+    """Send bodies of three kinds a piece at a time, 0.1 s apart, as long as the router takes them."""
+    chunks = b"".join(chunk(body[at : at + piece_bytes]) for at in range(0, len(body), piece_bytes)) + chunk(b"")
+    opening = b"POST /generate HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    sent = [post(body, target="/generate"), opening + chunks, post(body, target="http://a/generate")]
+    for client, data in zip(clients, sent, strict=True):
+        client.send(data[: data.index(b"\r\n\r\n") + 4])
+    bodies = [data[data.index(b"\r\n\r\n") + 4 :] for data in sent]
+    for at in range(0, max(map(len, bodies)), piece_bytes):
+        time.sleep(0.1)
+        for client, data in zip(clients, bodies, strict=True):
+            client.send_what_fits(data[at : at + piece_bytes])
+
+
 def test_bodies_that_go_on_slowly_are_read(impatient: Edge) -> None:
-    body = b"01234567"
-    with many(2, impatient.port) as clients:
-        for client, target in zip(clients, ("/generate", "http://a/generate"), strict=True):
-            client.send(post(body, target=target)[: -len(body)])
-        for at in range(len(body)):
-            time.sleep(0.15)
-            for client in clients:
-                client.send(body[at : at + 1])
-        assert [client.read_answer().body for client in clients] == [body] * 2
+    body = b"0123456789" * 24
+    with many(3, impatient.port) as clients:
+        trickle(clients, body, 20)
+        assert [client.read_answer().body for client in clients] == [body] * 3
+
+
+def test_a_byte_now_and_then_is_no_progress_of_a_body(impatient: Edge, worker: Worker) -> None:
+    with many(3, impatient.port) as clients:
+        trickle(clients, b"0123456789" * 2, 1)
+        for client in clients:
+            found = client.read_answer()
+            assert (found.status, found.code, found.closes) == (408, "request_timeout", True)
+    assert worker.calls == []
+
+
+def test_a_body_in_small_pieces_takes_its_size() -> None:
+    """Not the size of an object for each byte."""
+
+    async def test(shard: Shard, connection: ClientConnection, transport: StubTransport) -> None:
+        size = 100_000
+        connection.data_received(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: %d\r\n\r\n" % (2 * size))
+        for at in range(size):
+            connection.data_received(b"%d" % (at % 10))
+        connection.data_received(b"x" * (size - 1))
+        assert sum(sys.getsizeof(piece) for piece in connection.pieces) < 2.2 * size
+        assert len(connection.pieces) < 100
+        connection.data_received(b"y")
+        assert connection.exchange is not None
+        assert connection.exchange.body == b"0123456789" * (size // 10) + b"x" * (size - 1) + b"y"
+
+    in_process(test)
 
 
 def test_idle_connection_is_closed_without_an_answer(impatient: Edge) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 import time
 from typing import Any
@@ -13,6 +14,7 @@ from sglfast import _counters as c
 from sglfast import _segment, errors
 from sglfast._breaker import OPEN
 from sglfast.edge import shard as shard_module
+from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
 from sglfast.errors import REASON_INDEX
 
@@ -53,21 +55,23 @@ def test_errors_are_counted_under_their_code() -> None:
 def test_the_tick_goes_on_after_an_error() -> None:
     """A bug in what it looks at must not stop the shard's only clock."""
 
-    class Broken:
+    class Broken(ClientConnection):
+        __slots__ = ()
+
         def tick(self, now_s: float) -> None:
             raise RuntimeError("bug")
 
     async def test(shard: Shard, memory: Memory) -> None:
         failures: list[str] = []
         shard.loop.set_exception_handler(lambda _, context: failures.append(str(context.get("exception"))))
-        broken: Any = Broken()
+        broken = Broken(shard)
         shard.clients.add(broken)
         shard.tick()
         await asyncio.sleep(1.3)
         assert failures[0] == "bug"
         assert len(failures) >= 2
         assert shard.loop.time() - shard.now_s < 0.5
-        shard.clients.clear()
+        shard.clients.discard(broken)
 
     with_shard(test)
 
@@ -91,6 +95,43 @@ def test_the_sweep_looks_at_clients_and_beats(monkeypatch: pytest.MonkeyPatch) -
     with_shard(test, idle_timeout_secs=50.0)
 
 
+def test_a_sweep_is_spread_over_ticks() -> None:
+    """Each connection is looked at in every five turns, whatever comes and goes; nobody is in two parts."""
+
+    async def test(shard: Shard, memory: Memory) -> None:
+        clients = [stub_client(shard)[0] for _ in range(1000)]
+        assert (len(shard.clients), set(shard.clients)) == (1000, set(clients))
+        for client in clients:
+            client.was_active = True
+        looked_at = []
+        for turn in range(5):
+            shard.clients.sweep(turn, shard.now_s)
+            looked_at.append(sum(not client.was_active for client in clients))
+        steps = [after - before for before, after in zip([0, *looked_at], looked_at, strict=False)]
+        assert sum(steps) == 1000
+        assert max(steps) < 400, "no turn has much more than its share"
+        for client in clients:
+            shard.clients.discard(client)
+            shard.clients.discard(client)
+        assert (len(shard.clients), list(shard.clients)) == (0, [])
+
+    with_shard(test)
+
+
+def test_connections_that_are_due_together_are_not_closed_together() -> None:
+    async def test(shard: Shard, memory: Memory) -> None:
+        transports = [stub_client(shard)[1] for _ in range(3000)]
+        shard.now_s += shard.config.idle_timeout_secs + 1
+        closed = [0]
+        for turn in range(25):
+            shard.clients.sweep(turn, shard.now_s)
+            closed.append(sum(transport.is_closed for transport in transports))
+        assert max(after - before for before, after in itertools.pairwise(closed)) == 200
+        assert closed[-1] == 3000
+
+    with_shard(test)
+
+
 def test_draining_drops_idle_clients_at_once_and_keeps_busy_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shard_module, "_TICK_SECS", 0.01)
 
@@ -102,7 +143,7 @@ def test_draining_drops_idle_clients_at_once_and_keeps_busy_ones(monkeypatch: py
         await asyncio.sleep(0.03)
         assert not idle.is_closed
         memory.segment.state = _segment.DRAINING
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(0.15)
         assert shard.is_draining
         assert (idle.is_closed, half.is_closed) == (True, False)
         begun.data_received(b"P/1.1\r\nhost: a\r\n\r\n")

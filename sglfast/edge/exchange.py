@@ -197,7 +197,7 @@ class Exchange(ExchangeBase):
             self._attempts().failed(route, reason)
 
     def tick(self, now_s: float) -> None:
-        """From the shard's sweep: has the worker been silent for too long? A client that does not read stops this clock.
+        """Has the worker been silent for too long? A client that does not read stops this clock. From the sweep, by `needs_tick`.
 
         Before the answer's head is complete its bytes are no progress: the whole head has to come in time. Whatever its progress,
         no request lasts longer than `--stale-request-timeout-secs`.

@@ -24,6 +24,8 @@ from sglfast.logs import setup_logs
 
 _TLS_END_SECS = 2.0  # for a client's part in the end of a TLS connection
 
+_UNSENT_BYTES = 128 << 10  # of an answer that the kernel holds for a client beyond what is on its way
+
 
 def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | None:
     """The prompt path, when the settings name a tokenizer; loaded only then, because it is most of a shard's memory."""
@@ -79,6 +81,8 @@ async def serve(boot: Boot) -> None:
     assert boot.listener is not None
     boot.segment.process_start(boot.process_slot, os.getpid(), int(time.time() * 1000))
     shard.router.refresh()
+    # Inherited by what is accepted. Without it the kernel takes megabytes of an answer for a client that does not read.
+    boot.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
     tls = shard.client_tls
     server = await loop.create_server(
         lambda: ClientConnection(shard), sock=boot.listener, backlog=4096, ssl=tls,

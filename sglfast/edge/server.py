@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sglfast.edge.tokenize import Answer
 
 _SMALL_BYTES = 64 << 10  # bodies of all paths but those of the data plane
-_LINGER_SECS = 2.0  # after a refusal, what the client still sends is read and dropped for so long
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -63,6 +62,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
     def pause_writing(self) -> None:
         self.is_write_paused = True
         self.quiet_since_s = self.shard.now_s
+        self.unsent_bytes = self.transport.get_write_buffer_size() if self.transport is not None else 0
         self._pace_worker()
 
     def resume_writing(self) -> None:
@@ -96,6 +96,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             self._refuse(errors.HEADERS_TOO_LARGE)
         else:
             self.shard.column.add(_counters.S_UNUSUAL_HEADS)
+            self.fresh_since_s = self.shard.now_s
+            self.fresh_bytes = 0
             self.unusual = UnusualRequest(self.shard.config.max_header_bytes, self.shard.config.max_payload_size)
             self.state = UNUSUAL
             self.read_unusual(data)
@@ -108,6 +110,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             return b""
         self.head = head
         self.pieces = []
+        self.fresh_since_s = self.shard.now_s
+        self.fresh_bytes = 0
         if head.expects_continue and not data:
             self.write(_CONTINUE)
         if head.is_chunked:
@@ -126,7 +130,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         pieces: list[bytes] = []
         end = self.chunks.decode(data, 0, pieces)
         piece = b"".join(pieces)  # one object for many small chunks, else they cost many times their size
-        self.pieces.append(piece)
+        self.keep(piece)
         self.body_size += len(piece)
         if end == -2:
             self._refuse(errors.BAD_REQUEST)
@@ -275,6 +279,10 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         self.answer_error(reason, request_id)
         self.close_after_write()
 
+    def refuse_late(self) -> None:
+        """The request has not come in time."""
+        self._refuse(errors.REQUEST_TIMEOUT)
+
     def answer_error(self, reason: errors.Reason, request_id: bytes | None, message: str | None = None, is_head: bool = False) -> None:
         """Send an error of our own."""
         self.shard.count_error(reason)
@@ -299,40 +307,3 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             self.transport.write_eof()
         else:
             self.transport.close()
-
-    # ---- time ----
-
-    def tick(self, now_s: float) -> None:
-        """From the shard's sweep: cut clients that are too slow or idle for too long."""
-        config = self.shard.config
-        was_active, self.was_active = self.was_active, False
-        if self.exchange is not None:
-            self.exchange.tick(now_s)
-        if self.is_write_paused:
-            if now_s - self.quiet_since_s > config.send_timeout_secs and self.transport is not None:
-                self.transport.abort()
-            return
-        state = self.state
-        if state == HEAD and not self.pending:
-            if was_active:
-                self.quiet_since_s = now_s
-            elif now_s - self.quiet_since_s > config.idle_timeout_secs or self.shard.is_draining:
-                self.close_after_write()
-        elif state == HEAD or (state == UNUSUAL and self.unusual is not None and not self.unusual.has_head):
-            # The whole head counts, not the pause: a byte a second is no progress.
-            if now_s - self.quiet_since_s > config.header_timeout_secs:
-                self._refuse(errors.REQUEST_TIMEOUT)
-        elif state in (BODY, CHUNKED, UNUSUAL):
-            if was_active:
-                self.quiet_since_s = now_s
-            elif now_s - self.quiet_since_s > config.body_timeout_secs:
-                self._refuse(errors.REQUEST_TIMEOUT)
-        elif state == CLOSED and self.transport is not None:
-            is_sent = self.lingers and not self.transport.get_write_buffer_size()
-            if now_s - self.quiet_since_s > (_LINGER_SECS if is_sent else config.send_timeout_secs):
-                self.transport.abort()
-
-    def drop_if_idle(self) -> None:
-        """Draining: a connection between two requests is of no more use."""
-        if self.state == HEAD and not self.pending:
-            self.close_after_write()

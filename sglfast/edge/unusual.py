@@ -25,10 +25,9 @@ class UnusualRequest:
         self._version = b""
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._pieces: list[bytes] = []
+        self._body = bytearray()
         self._fed_bytes = 0
         self._head_bytes = 0
-        self._body_bytes = 0
         self.has_head = False
         self._is_complete = False
         self.wants_continue = False
@@ -48,7 +47,7 @@ class UnusualRequest:
         if self._head_bytes > self._limit_head_bytes or (not self.has_head and self._fed_bytes > self._limit_head_bytes):
             return errors.HEADERS_TOO_LARGE
         if self._is_complete:
-            body = b"".join(self._pieces)
+            body = bytes(self._body)
             head = self.head(b"%d" % len(body))
             return (head, body) if isinstance(head, RequestHead) else head
         return self.limit(self._limit_body_bytes)
@@ -56,7 +55,7 @@ class UnusualRequest:
     def limit(self, body_bytes: int) -> errors.Reason | None:
         """Take no larger body than this from now on; the reason of a refusal when there is more already."""
         self._limit_body_bytes = body_bytes
-        return errors.PAYLOAD_TOO_LARGE if self._body_bytes > body_bytes else None
+        return errors.PAYLOAD_TOO_LARGE if len(self._body) > body_bytes else None
 
     # ---- llhttp's calls ----
 
@@ -81,8 +80,7 @@ class UnusualRequest:
 
     def on_body(self, piece: bytes) -> None:
         if not self._is_complete:
-            self._body_bytes += len(piece)
-            self._pieces.append(piece)
+            self._body += piece
 
     def on_message_complete(self) -> None:
         self._is_complete = True

@@ -280,8 +280,8 @@ def choice_for_a_32_kb_chat_that_nobody_owns_with_predictions() -> Call:
     _, segment = small_segment()
     table, writer = WorkerTable(segment), PredictionWriter(segment)
     for i in range(4):
-        record = WorkerRecord(url=f"http://127.0.0.1:{9001 + i}", model="m")
-        view = WorkerView(worker_idx=i, generation=0, state=READY, rank_base=i, dp_size=1, block_size=64, bigram=False, record=record)
+        at = WorkerRecord(url=f"http://127.0.0.1:{9001 + i}", model="m")
+        view = WorkerView(worker_idx=i, generation=0, state=READY, rank_base=i, dp_size=1, block_size=64, bigram=False, record=at)
         put_worker(table, view, is_new=True)
         writer.own(i, 1)
     config = ServeConfig(worker_urls=("http://x",), policy="cache_aware", tokenizer_path="x", shards=1)
@@ -319,7 +319,6 @@ def split_publish_of_1000_tensors() -> Call:
 
     tensors = [field(3, field(1, b"model.layers.%04d.weight" % i) + b"\x10\x80\x80\x80\x80\x20\x18\x80\x20") for i in range(1000)]
     request = field(2, b"".join(tensors))
-    assert split(request)[2] == 1000
     return partial(split, request)
 
 

@@ -22,8 +22,11 @@ from sglfast._counters import Column
 from sglfast._httphead import RequestHead, scan_request
 from sglfast._relay import BUSY, CLOSED, IDLE, RouterBase, ShardBase, UpstreamBase
 from sglfast.config import ServeConfig
+from sglfast.edge.cors import Cors
 from sglfast.edge.exchange import Exchange
+from sglfast.edge.guard import Guard
 from sglfast.edge.request import ENDPOINTS
+from sglfast.edge.retry import RetryPolicy
 from sglfast.edge.server import ClientConnection
 from sglfast.edge.upstream import UpstreamConnection
 
@@ -45,6 +48,9 @@ class StubShard(ShardBase):
         self.is_gated = True  # every request passes `dispatch`
         self.loop = cast(Any, SimpleNamespace(call_soon=lambda call, *args: self.later.append((call, args))))
         self.router = StubRouter(self)
+        self.retry = RetryPolicy(ServeConfig(disable_retries=True))
+        self.cors, self.guard = Cors(config), Guard(config)
+        self.has_own_ids = False
         self.started_s = 0
         self.segment = SimpleNamespace(state=1)
         self.later: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()

@@ -147,6 +147,11 @@ class Router(RouterBase):
         # From here on no choice is made by an older version: control waits for this word (control/followers).
         self._shard.segment.process_saw(self._shard.process_slot, version)
 
+    @property
+    def worker_count(self) -> int:
+        """Workers in the table, whatever their state."""
+        return len(self._upstreams)
+
     def renew_policies(self) -> None:
         """Make the policies anew: the settings that they were made of have changed."""
         self.pools = {}

@@ -29,8 +29,9 @@ by name, wherever it stands; `sglfast check-config` with the same flags prints w
   What Kubernetes sets in every pod beside a Service named `sglfast` is passed over.
 * **File**: `--config FILE`, or `SGLFAST_CONFIG`; YAML (`.yaml`, `.yml`) or TOML (`.toml`). Every setting is a key of the top level, with
   the type that it has here: `port: "80"` is text and refused. The sections of sgl-router's file mean the same settings, see below.
-* **SIGHUP** reads the file again. Settings marked *live* change at once, in all processes; others are named in the log and wait for a new
-  start. A file that cannot work changes nothing, and the log says why.
+* **SIGHUP** reads the file again, and the files of keys and certificates that settings name. Settings marked *live* change at once, in all
+  processes, for the requests that come then; others are named in the log and wait for a new start. A file that cannot work changes
+  nothing, and the log says why.
 * **Secrets** (marked) are never printed. On a command line every user of the machine can read them; the environment and files are better.
 """
 

@@ -13,7 +13,7 @@ import select
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from queue import SimpleQueue
 
 _WAITING_BYTES = 4 << 20
@@ -104,30 +104,19 @@ def loss_line(process: str, log_format: str) -> Callable[[int], bytes]:
 
 def descriptor_writer(fd: int) -> Callable[[bytes], None]:
     """What writes lines to a descriptor that other processes write to as well."""
+    limit_bytes = _FILE_PIECE_BYTES if stat.S_ISREG(os.fstat(fd).st_mode) else select.PIPE_BUF
 
     def write(lines: bytes) -> None:
-        is_file = stat.S_ISREG(os.fstat(fd).st_mode)
-        for piece in _pieces(lines, _FILE_PIECE_BYTES if is_file else select.PIPE_BUF):
-            view = memoryview(piece)
-            while view:
-                try:
-                    view = view[os.write(fd, view) :]
-                except BlockingIOError:  # somebody who shares the descriptor has made it so
-                    poll = select.poll()
-                    poll.register(fd, select.POLLOUT)
-                    poll.poll()
+        view, size, start = memoryview(lines), len(lines), 0
+        while start < size:
+            end = size
+            if size - start > limit_bytes:
+                end = lines.rfind(b"\n", start, start + limit_bytes) + 1 or lines.find(b"\n", start) + 1 or size
+            try:
+                start += os.write(fd, view[start:end])
+            except BlockingIOError:  # somebody who shares the descriptor has made it so
+                poll = select.poll()
+                poll.register(fd, select.POLLOUT)
+                poll.poll()
 
     return write
-
-
-def _pieces(lines: bytes, limit_bytes: int) -> Iterator[bytes]:
-    """The lines in pieces of at most so many bytes, but for a line that is longer."""
-    start = 0
-    while len(lines) - start > limit_bytes:
-        end = lines.rfind(b"\n", start, start + limit_bytes) + 1
-        if not end:
-            end = lines.find(b"\n", start) + 1 or len(lines)
-        yield lines[start:end]
-        start = end
-    if start < len(lines):
-        yield lines[start:]

@@ -287,6 +287,31 @@ def test_errors_of_the_command_line_are_ours() -> None:
         serve("--port", "70000")
 
 
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ("https://Page.example", "https://page.example"),
+        ("http://a:3000/", "http://a:3000"),
+        ("*", "*"),
+        ("null", "null"),
+        ("a", None),
+        ("http://a/path", None),
+        ("http://u@a", None),
+        ("http://", None),
+        ("http://a?x", None),
+        ("http://[::1", None),
+    ],
+)
+def test_origins(text: str, origin: str | None) -> None:
+    """One that no browser writes would never match, and nobody would know why."""
+    config = ServeConfig(worker_urls=(URL,), cors_allowed_origins=(text,))
+    if origin is not None:
+        assert check(config).cors_allowed_origins == (origin,)
+        return
+    with pytest.raises(ConfigError, match=f"^--cors-allowed-origins {re.escape(text)}: must look like https://page.example.com"):
+        check(config)
+
+
 @pytest.mark.parametrize(("workers", "ranks"), [(1, 64), (16, 64), (17, 128), (32, 128), (33, 192), (256, 1024), (257, 1024), (1024, 1024)])
 def test_ranks_follow_the_workers(workers: int, ranks: int) -> None:
     """Room for four ranks a worker, in steps of 64, up to 1024; unless the flag says otherwise."""

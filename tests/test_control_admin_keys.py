@@ -47,7 +47,7 @@ def test_who_may(config: ServeConfig, method: str, path: str, authorization: str
         ((), "POST", "http://evil", 403),
         ((), "DELETE", "null", 403),
         ((), "GET", "http://evil", 200),
-        (("http://page/",), "POST", "http://page", 200),
+        (("http://page",), "POST", "http://page", 200),
         (("http://page",), "POST", "http://evil", 403),
         (("*",), "POST", "http://evil", 200),
     ],

@@ -123,6 +123,22 @@ def test_what_is_asked_twice_at_once_is_asked_once(monkeypatch: pytest.MonkeyPat
     run(test)
 
 
+@pytest.mark.parametrize("path", ["/model_info", "/health_generate"])
+def test_clients_without_a_key_make_no_crowd_at_a_worker(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fanout, "_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(fanout, "_GENERATE_S", 0.3)
+
+    async def test(asking: Admin) -> None:
+        worker = ScriptedWorker({"/health": [GOOD], "/server_info": [server_info()], path: [HANG]})
+        async with worker:
+            await joined(asking, worker)
+            found = await asyncio.gather(*(asking.ask("GET", path) for _ in range(8)))
+            assert worker.hits[path] == 1
+            assert len({(answer.status, answer.headers.get("x-router-error-code"), answer.body) for answer in found}) == 1
+
+    run(test)
+
+
 def test_server_info_is_passed_on_without_secrets() -> None:
     async def test(asking: Admin) -> None:
         worker = ScriptedWorker({"/health": [GOOD], "/server_info": [server_info()], "/model_info": [answer({"model_path": "m"})]})

@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,17 @@ def test_the_real_router_serves_heals_and_ends(tmp_path: Path) -> None:
             assert get(router.port, "/v1/completions", {"prompt": "y"})[0] == 200
         router.signal(signal.SIGTERM)
         assert router.end() == 0
+
+
+def test_those_who_wait_for_their_turn_are_served_before_the_end(tmp_path: Path) -> None:
+    """Between two of them no request is in flight, for as long as the rate says."""
+    argv = [sys.executable, "-m", "sglfast", "serve", "--shards", "1", "--rate-limit-tokens-per-second", "2"]
+    with engine() as url, running(tmp_path, argv, worker=url) as router, ThreadPoolExecutor(6) as clients:
+        router.until_listening()
+        router.until(lambda: get(router.port, "/readyz")[0] == 200, "ready")
+        asked = [clients.submit(get, router.port, "/v1/completions", {"prompt": "x"}) for _ in range(6)]
+        router.until(lambda: "sglfast_waiting_requests 4.0" in get(router.port, "/metrics")[1], "four wait")
+        router.signal(signal.SIGTERM)
+        assert [answer.result()[0] for answer in asked] == [200] * 6
+        assert router.end() == 0
+        assert "requests are cut" not in router.err

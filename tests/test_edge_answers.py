@@ -66,19 +66,19 @@ def test_readiness_follows_program_and_workers() -> None:
             assert content_type == answers.JSON
             return status, orjson.loads(body)
 
-        def unready(reason: str, healthy: int) -> tuple[int, dict[str, object]]:
-            return 503, {"status": "not ready", "reason": reason, "healthy_workers": healthy}
+        def unready(reason: str, healthy: int, total: int = 2) -> tuple[int, dict[str, object]]:
+            return 503, {"status": "not ready", "reason": reason, "healthy_workers": healthy, "total_workers": total}
 
-        assert seen() == (200, {"status": "ready", "healthy_workers": 2})
+        assert seen() == (200, {"status": "ready", "healthy_workers": 2, "total_workers": 2})
         memory.table.set_state(0, _workers.UNHEALTHY)
-        assert seen() == (200, {"status": "ready", "healthy_workers": 1})
+        assert seen() == (200, {"status": "ready", "healthy_workers": 1, "total_workers": 2})
         for state, reason in ((_segment.STARTING, "starting"), (_segment.DRAINING, "draining"), (_segment.STOPPED, "draining")):
             memory.segment.state = state
             assert seen() == unready(reason, 1)
             assert answers.alive(shard) == (200, answers.TEXT, b"OK"), "the process lives whatever the program's state"
         memory.segment.state = _segment.SERVING
         memory.table.set_state(1, _workers.FREE)
-        assert seen() == unready("insufficient healthy workers", 0)
+        assert seen() == unready("insufficient healthy workers", 0, 1)
 
     run(test())
 
@@ -115,7 +115,7 @@ def test_own_answers_at_a_real_shard(worker: Worker) -> None:
             found = client.ask(request("GET", path))
             assert (found.status, found.body, found.header("content-type")) == (200, b"OK", [b"text/plain; charset=utf-8"])
         for path in ("/readyz", "/readiness"):
-            assert orjson.loads(client.ask(request("GET", path)).body) == {"status": "ready", "healthy_workers": 1}
+            assert orjson.loads(client.ask(request("GET", path)).body) == {"status": "ready", "healthy_workers": 1, "total_workers": 1}
         assert [row["id"] for row in orjson.loads(client.ask(request("GET", "/v1/models")).body)["data"]] == ["demo"]
         edge.table.set_state(0, _workers.UNHEALTHY)
         found = client.ask(request("GET", "/readyz"))

@@ -188,3 +188,14 @@ def test_lines_go_to_standard_error_and_to_the_file(worker: Worker, tmp_path: Pa
         written = lines(edge, 2)
         (path,) = tmp_path.iterdir()
         wait_until(lambda: path.read_text().splitlines() == written, lambda: path.read_text())
+
+
+def test_a_folder_that_cannot_be_written_costs_the_file_only(worker: Worker, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with Edge([worker], request_log="all", log_dir=str(tmp_path / "file" / "logs")) as edge:
+        edge.allowed_log = ("request",)
+        with settled(edge):
+            worker.plan(echoes)
+            assert edge.ask(post()).status == 200
+            wait_until(lambda: "outcome=ok" in edge.log(), edge.log)
+            assert "cannot be written (Not a directory); requests are logged to standard error only" in edge.log()

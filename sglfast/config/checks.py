@@ -37,6 +37,7 @@ def check(config: ServeConfig) -> ServeConfig:
         request_id_headers=tuple(name.lower() for name in config.request_id_headers),
         retry_max_retries=1 if config.disable_retries else max(1, config.retry_max_retries),
         priority_header=config.priority_header.lower() if config.priority_header else None,
+        cors_allowed_origins=tuple(_origin(text) for text in config.cors_allowed_origins),
     )
     _check_addresses(config)
     _check_files(config)
@@ -111,6 +112,19 @@ def _check_headers(config: ServeConfig) -> None:
     for field, name in named:
         if not name or not _HEADER_NAME_BYTES.issuperset(name.lower()):
             raise ConfigError(f"{flag_of(field)} {name}: is no name of a header")
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers write it (RFC 6454 6.2), `*` or `null`."""
+    origin = text.strip().lower().removesuffix("/")
+    try:
+        parts = urlsplit(origin)
+        is_origin = bool(parts.scheme and parts.hostname) and origin == f"{parts.scheme}://{parts.netloc}" and "@" not in parts.netloc
+    except ValueError:
+        is_origin = False
+    if not is_origin and origin not in ("*", "null"):
+        raise ConfigError(f"--cors-allowed-origins {text}: must look like https://page.example.com, without a path; * means any")
+    return origin
 
 
 def _check_keys(config: ServeConfig) -> None:

@@ -54,7 +54,7 @@ class AdminKeys:
 
     def _may_come_from(self, request: web.Request) -> bool:
         """Whether this is no change that a browser sends for a page of some other origin. Shards ask the same, and drop `origin`."""
-        origins = [origin.rstrip("/") for origin in self.config.cors_allowed_origins]
+        origins = self.config.cors_allowed_origins
         origin = request.headers.get("origin")
         return origin is None or request.method in ("GET", "HEAD") or "*" in origins or origin in origins
 

@@ -1,8 +1,8 @@
 """Questions that are passed on to the workers: to all (loads, cache flush, metrics) or to one that is ready (what it is, does it work).
 
 Runs in: control, behind AdminServer. Contract: at most 32 requests are on their way to workers for all callers together, each with a
-    timeout, so that questions never take the places of health checks; what is asked for twice at once is asked once. Secrets in a
-    worker's `/server_info` are not passed on. Shapes: spec/gateway.md 3.1.
+    timeout, so that questions never take the places of health checks; what is asked for twice at once is asked once, so that clients
+    without a key cannot make work for the workers. Secrets in a worker's `/server_info` are not passed on. Shapes: spec/gateway.md 3.1.
 
     GET /get_loads    POST /flush_cache    GET /engine_metrics                                                  all workers
     GET /get_server_info, /server_info     GET /get_model_info, /model_info     GET /health_generate             one that is ready
@@ -31,6 +31,7 @@ _TRIED = 3  # ready workers that are asked before a question has failed
 _INFO_BYTES = 4 << 20
 _METRICS_BYTES, _ALL_METRICS_BYTES = 8 << 20, 48 << 20
 _UNKNOWN_LOAD = -1
+_KEPT = ("content-type", "x-router-error-code")
 
 
 class Fanout:
@@ -69,7 +70,9 @@ class Fanout:
             task = self._running[name] = asyncio.create_task(make())
             task.add_done_callback(lambda _: self._running.pop(name, None))
         made = await asyncio.shield(task)
-        return web.Response(body=made.body, status=made.status, headers={"content-type": made.headers["content-type"]})
+        return web.Response(
+            body=made.body, status=made.status, headers={name: made.headers[name] for name in _KEPT if name in made.headers}
+        )
 
     async def _ask(
         self, view: WorkerView, method: str, paths: Sequence[str], limit_bytes: int = 0, timeout_s: float = _TIMEOUT_S
@@ -165,12 +168,15 @@ class Fanout:
         return refusal(UPSTREAM_BAD_RESPONSE, message="no worker gives a usable answer")
 
     async def _server_info(self, request: web.Request) -> web.Response:
-        return await self._passed_on(("/server_info", "/get_server_info"), without_secrets)
+        return await self._once("server_info", lambda: self._passed_on(("/server_info", "/get_server_info"), without_secrets))
 
     async def _model_info(self, request: web.Request) -> web.Response:
-        return await self._passed_on(("/model_info", "/get_model_info"), without_secrets)
+        return await self._once("model_info", lambda: self._passed_on(("/model_info", "/get_model_info"), without_secrets))
 
     async def _health_generate(self, request: web.Request) -> web.Response:
+        return await self._once("health_generate", self._make_health)
+
+    async def _make_health(self) -> web.Response:
         try:
             answer = await self._ask_one(("/health_generate",), 0, _GENERATE_S)
         except LookupError:

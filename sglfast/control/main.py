@@ -22,7 +22,7 @@ from typing import Any
 import uvloop
 
 from sglfast import _segment
-from sglfast._counters import S_INFLIGHT, Totals
+from sglfast._counters import S_INFLIGHT, S_WAITING, Totals
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig, to_json
@@ -271,8 +271,7 @@ class Control:
     async def _drain_and_stop(self, supervisor: Supervisor) -> None:
         grace_s = self._config.shutdown_grace_secs
         totals = Totals(self._segment)
-        inflight = totals.shard()[S_INFLIGHT]
-        self._log.info("draining", extra={"fields": {"inflight_requests": inflight, "grace_s": grace_s}})
+        self._log.info("draining", extra={"fields": {"inflight_requests": unfinished(totals), "grace_s": grace_s}})
         self._segment.drain_deadline_ms = int((time.time() + grace_s) * 1000)
         self._segment.state = _segment.DRAINING
         left = await wait_idle(totals, grace_s)
@@ -283,18 +282,24 @@ class Control:
         self._log.info("stopped")
 
 
+def unfinished(totals: Totals) -> int:
+    """Requests that a worker has, or that wait for their turn."""
+    words = totals.shard()
+    return max(0, words[S_INFLIGHT]) + max(0, words[S_WAITING])
+
+
 async def wait_idle(totals: Totals, grace_s: float) -> int:
-    """Wait until no request is in flight, seen twice; returns how many are left when the grace is over."""
+    """Wait until no request is unfinished, seen twice; returns how many are left when the grace is over."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + grace_s
     was_idle = False
     while True:
-        inflight = max(0, totals.shard()[S_INFLIGHT])
-        if inflight == 0 and was_idle:
+        left = unfinished(totals)
+        if left == 0 and was_idle:
             return 0
-        was_idle = inflight == 0
+        was_idle = left == 0
         if loop.time() >= end_s:
-            return inflight
+            return left
         await asyncio.sleep(_IDLE_POLL_S)
 
 

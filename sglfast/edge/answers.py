@@ -89,9 +89,14 @@ def ready(shard: Shard) -> tuple[int, bytes, bytes]:
     healthy = shard.router.ready_workers  # an open circuit is no reason to send clients away: it closes again
     state = shard.segment.state
     if state == _segment.SERVING and healthy:
-        return 200, JSON, b'{"status":"ready","healthy_workers":%d}' % healthy
+        return 200, JSON, b'{"status":"ready","healthy_workers":%d,"total_workers":%d}' % (healthy, shard.router.worker_count)
     why = {_segment.STARTING: "starting", _segment.DRAINING: "draining", _segment.STOPPED: "draining"}.get(state)
-    body = {"status": "not ready", "reason": why or "insufficient healthy workers", "healthy_workers": healthy}
+    body = {
+        "status": "not ready",
+        "reason": why or "insufficient healthy workers",
+        "healthy_workers": healthy,
+        "total_workers": shard.router.worker_count,
+    }
     return 503, JSON, orjson.dumps(body)
 
 

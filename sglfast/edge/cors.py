@@ -24,7 +24,7 @@ class Cors:
     """The origins of the settings."""
 
     def __init__(self, config: ServeConfig) -> None:
-        self._origins = frozenset(origin.rstrip("/").encode() for origin in config.cors_allowed_origins)
+        self._origins = frozenset(origin.encode() for origin in config.cors_allowed_origins)
 
     def __bool__(self) -> bool:
         return bool(self._origins)

@@ -232,6 +232,11 @@ class Router(RouterBase):
             self.plain_arguments = (only.view, self._shard.loads, _NO_PROMPT)
             self.plain_routes = only.plain_routes
 
+    @property
+    def worker_count(self) -> int:
+        """Workers in the table, whatever their state."""
+        return len(self._upstreams)
+
     def renew_policies(self) -> None:
         """Make the policies anew, and what is said of workers: the settings that they were made of have changed."""
         self.pools = {}

@@ -8,6 +8,7 @@ Runs in: a shard's event loop; made once by edge/main. The sweep is the shard's 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -116,7 +117,14 @@ class Shard(ShardBase):
         self.is_gated = is_limiting or bool(self.guard) or bool(self.cors) or self.has_own_ids
 
     def _open_request_log(self) -> RequestLog | None:
-        return RequestLog(self.config, f"shard{self.shard}", self._log_fd) if self.config.request_log != "off" else None
+        config, name = self.config, f"shard{self.shard}"
+        if config.request_log == "off":
+            return None
+        try:
+            return RequestLog(config, name, self._log_fd)
+        except ConfigError as error:  # control could write there when it started
+            self.log.error(f"{error}; requests are logged to standard error only")
+            return RequestLog(dataclasses.replace(config, log_dir=None), name, self._log_fd)
 
     @property
     def has_own_ids(self) -> bool:

@@ -122,13 +122,14 @@ static inline void sf_xxh3_stripe(uint64_t acc[8], const uint8_t *p, const uint8
     }
 }
 
-static inline uint64_t sf_xxh3_long(const uint8_t *p, size_t n, const uint8_t *s)
+/* The eight accumulators after an input of more than 240 bytes, and a number out of them from `secret` on. */
+static inline void sf_xxh3_accumulate(uint64_t acc[8], const uint8_t *p, size_t n, const uint8_t *s)
 {
-    uint64_t acc[8] = {SF_P32_3, SF_P64_1, SF_P64_2, SF_P64_3, SF_P64_4, SF_P32_2, SF_P64_5, SF_P32_1};
+    static const uint64_t start[8] = {SF_P32_3, SF_P64_1, SF_P64_2, SF_P64_3, SF_P64_4, SF_P32_2, SF_P64_5, SF_P32_1};
     const size_t n_stripes = (n - 1) / SF_XXH3_STRIPE_BYTES;
-    uint64_t h = n * SF_P64_1;
     size_t in_block = 0;
 
+    memcpy(acc, start, sizeof start);
     for (size_t i = 0; i < n_stripes; i++) {
         sf_xxh3_stripe(acc, p + SF_XXH3_STRIPE_BYTES * i, s + 8 * in_block);
         if (++in_block == SF_XXH3_STRIPES_PER_BLOCK) {
@@ -139,9 +140,20 @@ static inline uint64_t sf_xxh3_long(const uint8_t *p, size_t n, const uint8_t *s
         }
     }
     sf_xxh3_stripe(acc, p + n - SF_XXH3_STRIPE_BYTES, s + SF_XXH3_SECRET_BYTES - SF_XXH3_STRIPE_BYTES - 7);
+}
+
+static inline uint64_t sf_xxh3_merge(const uint64_t acc[8], const uint8_t *secret, uint64_t h)
+{
     for (int i = 0; i < 4; i++)
-        h += sf_mul_fold(acc[2 * i] ^ sf_read64(s + 11 + 16 * i), acc[2 * i + 1] ^ sf_read64(s + 19 + 16 * i));
+        h += sf_mul_fold(acc[2 * i] ^ sf_read64(secret + 16 * i), acc[2 * i + 1] ^ sf_read64(secret + 16 * i + 8));
     return sf_xxh3_avalanche(h);
+}
+
+static inline uint64_t sf_xxh3_long(const uint8_t *p, size_t n, const uint8_t *s)
+{
+    uint64_t acc[8];
+    sf_xxh3_accumulate(acc, p, n, s);
+    return sf_xxh3_merge(acc, s + 11, n * SF_P64_1);
 }
 
 /* The secret for long inputs under `seed`; make it once and give it to sf_xxh3 with the same seed. */
@@ -159,5 +171,20 @@ static inline uint64_t sf_xxh3(const void *data, size_t n, uint64_t seed, const 
     if (n <= 16) return sf_xxh3_0_to_16(data, n, seed);
     if (n <= 240) return sf_xxh3_17_to_240(data, n, seed);
     return sf_xxh3_long(data, n, secret);
+}
+
+/* 128 bits under `seed`, the low half first. Above 240 bytes it is XXH3-128; below, where that has formulas of its own for every
+ * length, XXH3-64 under two seeds: as good a name for some bytes, and no other program reads it. */
+static inline void sf_xxh3_name(const void *data, size_t n, uint64_t seed, const uint8_t *secret, uint64_t out[2])
+{
+    if (n <= 240) {
+        out[0] = sf_xxh3(data, n, seed, secret);
+        out[1] = sf_xxh3(data, n, seed ^ SF_P64_5, secret);
+        return;
+    }
+    uint64_t acc[8];
+    sf_xxh3_accumulate(acc, data, n, secret);
+    out[0] = sf_xxh3_merge(acc, secret + 11, n * SF_P64_1);
+    out[1] = sf_xxh3_merge(acc, secret + SF_XXH3_SECRET_BYTES - 64 - 11, ~(n * SF_P64_2));
 }
 #endif

@@ -1,0 +1,155 @@
+"""Chat bodies as raw bytes: where their messages stand, and a name for every beginning of the conversation.
+
+Runs in: shards, on the request path; never blocks. A ChatScan keeps the body and 40 bytes a message.
+Contract: `scan_chat` reads no more than it must to split the body; what it cannot split is None and belongs to a parser. A split body
+    is valid JSON exactly if `context` and each message are (cext/sf_json.h), and nothing here has looked at that.
+    `name(n)` is the same for two bodies exactly if their first n messages are the same bytes; what stands between them, and all else
+    in the body, does not count. It is 128 bits of XXH3 chained over the messages: by chance two differing ones are not to be
+    expected, and without the seed, which never leaves the process, a client cannot look for them; a wrong one would cost a wrong hint.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+
+cdef extern from "sf_json.h" nogil:
+    enum:
+        SF_JSON_OK
+        SF_JSON_NO_MEMORY
+
+    ctypedef struct sf_json_message_t:
+        uint64_t start
+        uint64_t end
+        int is_flat
+
+    ctypedef struct sf_json_chat_t:
+        sf_json_message_t *messages
+        uint32_t n_messages
+        uint64_t array_start
+        uint64_t array_end
+
+    int sf_json_scan_chat(sf_json_chat_t *chat, const char *base, size_t length) noexcept
+
+cdef extern from "sf_xxh3.h" nogil:
+    void sf_xxh3_make_secret(uint8_t *secret, uint64_t seed) noexcept
+    void sf_xxh3_name(const void *data, size_t n, uint64_t seed, const uint8_t *secret, uint64_t *out) noexcept
+
+
+cdef struct name_t:
+    uint64_t halves[2]
+
+
+# The secret of the seed that was used last: a process has one.
+cdef uint64_t _seed = 0
+cdef uint8_t _secret[192]
+sf_xxh3_make_secret(_secret, _seed)
+
+
+cdef void _name_messages(const sf_json_chat_t *chat, const char *base, uint64_t seed, const uint8_t *secret, name_t *names) noexcept nogil:
+    """names[i]: of the first i messages, one more than there are messages."""
+    cdef uint64_t link[4]
+    cdef uint32_t i
+    names[0].halves[0] = names[0].halves[1] = 0
+    for i in range(chat.n_messages):
+        memcpy(link, names[i].halves, 16)
+        sf_xxh3_name(base + chat.messages[i].start, chat.messages[i].end - chat.messages[i].start, seed, secret, link + 2)
+        sf_xxh3_name(link, 32, seed, secret, names[i + 1].halves)
+
+
+cdef void _name_context(const sf_json_chat_t *chat, const char *base, size_t size, uint64_t seed, const uint8_t *secret,
+                        name_t *name) noexcept nogil:
+    cdef uint64_t parts[5]
+    sf_xxh3_name(base, chat.array_start, seed, secret, parts)
+    sf_xxh3_name(base + chat.array_end, size - chat.array_end, seed, secret, parts + 2)
+    parts[4] = chat.array_start
+    sf_xxh3_name(parts, 40, seed, secret, name.halves)
+
+
+@cython.final
+@cython.freelist(16)
+cdef class ChatScan:
+    """One body; see the stub."""
+
+    cdef readonly bytes body
+    cdef sf_json_chat_t chat
+    cdef name_t *names
+    cdef name_t context_halves
+
+    def __dealloc__(self):
+        free(self.chat.messages)
+        free(self.names)
+
+    def __len__(self):
+        return self.chat.n_messages
+
+    cdef int _check(self, Py_ssize_t position) except -1:
+        if position < 0 or position >= self.chat.n_messages:
+            raise IndexError(f"message {position} of {self.chat.n_messages}")
+        return 0
+
+    def start(self, Py_ssize_t position):
+        self._check(position)
+        return self.chat.messages[position].start
+
+    def end(self, Py_ssize_t position):
+        self._check(position)
+        return self.chat.messages[position].end
+
+    def message(self, Py_ssize_t position):
+        self._check(position)
+        cdef sf_json_message_t *message = &self.chat.messages[position]
+        return PyBytes_FromStringAndSize(PyBytes_AS_STRING(self.body) + message.start, message.end - message.start)
+
+    def is_flat(self, Py_ssize_t position):
+        """Whether this message and all behind it hold no object and no array."""
+        self._check(position)
+        cdef Py_ssize_t i
+        for i in range(position, self.chat.n_messages):
+            if not self.chat.messages[i].is_flat:
+                return False
+        return True
+
+    def name(self, Py_ssize_t count):
+        if count < 0 or count > self.chat.n_messages:
+            raise IndexError(f"{count} of {self.chat.n_messages} messages")
+        return PyBytes_FromStringAndSize(<char *> self.names[count].halves, 16)
+
+    @property
+    def context_name(self):
+        return PyBytes_FromStringAndSize(<char *> self.context_halves.halves, 16)
+
+    @property
+    def context(self):
+        cdef Py_ssize_t head = self.chat.array_start, tail = PyBytes_GET_SIZE(self.body) - self.chat.array_end
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, head + 2 + tail)
+        cdef char *p = PyBytes_AS_STRING(out)
+        memcpy(p, PyBytes_AS_STRING(self.body), head)
+        memcpy(p + head, b"[]", 2)
+        memcpy(p + head + 2, PyBytes_AS_STRING(self.body) + self.chat.array_end, tail)
+        return out
+
+
+def scan_chat(bytes body not None, uint64_t seed):
+    global _seed
+    cdef ChatScan scan = ChatScan.__new__(ChatScan)
+    cdef const char *base = PyBytes_AS_STRING(body)
+    memset(&scan.chat, 0, sizeof(sf_json_chat_t))
+    scan.names = NULL
+    cdef int code = sf_json_scan_chat(&scan.chat, base, PyBytes_GET_SIZE(body))
+    if code == SF_JSON_NO_MEMORY:
+        raise MemoryError
+    if code != SF_JSON_OK:
+        return None
+    scan.names = <name_t *> malloc((scan.chat.n_messages + 1) * sizeof(name_t))
+    if scan.names == NULL:
+        raise MemoryError
+    if seed != _seed:
+        sf_xxh3_make_secret(_secret, seed)
+        _seed = seed
+    scan.body = body
+    _name_messages(&scan.chat, base, seed, _secret, scan.names)
+    _name_context(&scan.chat, base, PyBytes_GET_SIZE(body), seed, _secret, &scan.context_halves)
+    return scan

@@ -1,0 +1,170 @@
+/* Where the messages of a chat body stand: one pass over its JSON (RFC 8259), as strict about structure as a split of it needs.
+ *
+ *   body = white-space { members } white-space, one member is "messages": [ {...} , {...} ], all others are stepped over
+ *
+ * Law: when this takes a body, the body is valid JSON exactly if each message is, and so is the body with [] in place of the messages;
+ * and then its "messages" are those found here. It follows from what is checked: the bytes between the pieces (white space, one comma
+ * each), that the name is written once and as it is (a name with an escape could be the same one), and that what follows the name is an
+ * array of objects. Inside the pieces only strings are told from all else and brackets counted, so that in a valid body the ends are
+ * right; in an invalid one some piece is invalid, which its reader finds. Tests hold it against a parser.
+ *
+ * Bounds: one step per byte at most, no recursion, 64 bytes at a time inside long strings; at most SF_JSON_MESSAGES messages.
+ */
+#ifndef SF_JSON_H
+#define SF_JSON_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#define SF_JSON_MESSAGES (1 << 16)
+
+enum { SF_JSON_OK = 0, SF_JSON_UNUSUAL = -1, SF_JSON_NO_MEMORY = -2 };
+
+typedef struct {
+    uint64_t start, end; /* of the object in the body */
+    int is_flat;         /* no object or array inside it */
+} sf_json_message_t;
+
+typedef struct {
+    sf_json_message_t *messages; /* the caller frees them, whatever was returned */
+    uint32_t n_messages, capacity;
+    uint64_t array_start, array_end; /* of the whole array in the body */
+} sf_json_chat_t;
+
+static inline const char *_sf_json_space(const char *p, const char *end) {
+    while (p < end && (*p == ' ' || *p == '\n' || *p == '\r' || *p == '\t')) p++;
+    return p;
+}
+
+#ifdef __SSE2__
+/* Bit i: whether byte i of the 64 at `p` is `ch`. */
+static inline uint64_t _sf_json_places(const char *p, char ch) {
+    const __m128i wanted = _mm_set1_epi8(ch);
+    uint64_t found = 0;
+    for (int i = 0; i < 4; i++)
+        found |= (uint64_t)(uint32_t)_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)p + i), wanted)) << 16 * i;
+    return found;
+}
+#endif
+
+/* p: behind the opening quote. The place of the closing one, NULL when there is none. */
+static inline const char *_sf_json_quote(const char *p, const char *end) {
+#ifdef __SSE2__
+    /* 64 bytes at a time without a jump that depends on the text. A byte is escaped when the run of backslashes before it is odd: each
+     * run is added to its own first bit, so that the carry ends behind it, and the parity of both places tells its length (the
+     * method is that of Langdale and Lemire, "Parsing Gigabytes of JSON per Second", 3.1.1). */
+    const uint64_t even = UINT64_C(0x5555555555555555);
+    uint64_t carried = 0; /* 1: the first byte of the next block is escaped */
+    for (; end - p >= 64; p += 64) {
+        uint64_t quotes = _sf_json_places(p, '"'), slashes = _sf_json_places(p, '\\'), escaped = carried;
+        if (slashes) {
+            uint64_t ends;
+            slashes &= ~carried;
+            uint64_t follows = slashes << 1 | carried;
+            carried = __builtin_add_overflow(slashes & ~even & ~follows, slashes, &ends);
+            escaped = (even ^ ends << 1) & follows;
+        } else carried = 0;
+        quotes &= ~escaped;
+        if (quotes) return p + __builtin_ctzll(quotes);
+    }
+    p += carried;
+#endif
+    while (p < end) {
+        if (*p == '"') return p;
+        p += *p == '\\' ? 2 : 1; /* whatever is escaped, it ends no string */
+    }
+    return NULL;
+}
+
+/* p: at an opening bracket. Behind the one that closes it, NULL when there is none. depth: the deepest nesting seen, 1 = no inner one. */
+static inline const char *_sf_json_container(const char *p, const char *end, uint64_t *depth) {
+    uint64_t level = 0;
+    *depth = 0;
+    while (p < end) {
+        char ch = *p++;
+        if (ch == '"') {
+            p = _sf_json_quote(p, end);
+            if (!p) return NULL;
+            p++;
+        } else if (ch == '{' || ch == '[') {
+            if (++level > *depth) *depth = level;
+        } else if ((ch == '}' || ch == ']') && --level == 0) return p;
+    }
+    return NULL;
+}
+
+/* p: at the first byte of a value. Behind it, NULL when there is no end. */
+static inline const char *_sf_json_value(const char *p, const char *end) {
+    uint64_t depth;
+    if (p == end) return NULL;
+    if (*p == '{' || *p == '[') return _sf_json_container(p, end, &depth);
+    if (*p == '"') {
+        p = _sf_json_quote(p + 1, end);
+        return p ? p + 1 : NULL;
+    }
+    while (p < end && *p != ',' && *p != '}' && *p != ']' && *p != '"') p++;
+    return p;
+}
+
+/* p: at the "[" of the messages. Behind its "]", NULL when it is unusual or (code) memory is out. */
+static inline const char *_sf_json_messages(sf_json_chat_t *chat, const char *base, const char *p, const char *end, int *code) {
+    for (p++;; p++) {
+        uint64_t depth;
+        p = _sf_json_space(p, end);
+        if (p == end || *p != '{' || chat->n_messages == SF_JSON_MESSAGES) return NULL;
+        if (chat->n_messages == chat->capacity) {
+            uint32_t capacity = chat->capacity ? 4 * chat->capacity : 32;
+            sf_json_message_t *grown = realloc(chat->messages, capacity * sizeof *grown);
+            if (!grown) {
+                *code = SF_JSON_NO_MEMORY;
+                return NULL;
+            }
+            chat->messages = grown;
+            chat->capacity = capacity;
+        }
+        sf_json_message_t *message = &chat->messages[chat->n_messages++];
+        message->start = (uint64_t)(p - base);
+        p = _sf_json_container(p, end, &depth);
+        if (!p) return NULL;
+        message->end = (uint64_t)(p - base);
+        message->is_flat = depth == 1;
+        p = _sf_json_space(p, end);
+        if (p == end) return NULL;
+        if (*p == ']') return p + 1;
+        if (*p != ',') return NULL;
+    }
+}
+
+/* `chat` must be all zero. SF_JSON_UNUSUAL: not of the form above, so another reader must decide what it is. */
+static inline int sf_json_scan_chat(sf_json_chat_t *chat, const char *base, size_t len) {
+    const char *end = base + len, *p = _sf_json_space(base, end);
+    int code = SF_JSON_UNUSUAL;
+
+    if (p == end || *p != '{') return code;
+    do {
+        const char *name = _sf_json_space(p + 1, end), *name_end;
+        if (name == end || *name != '"') return code;
+        name_end = _sf_json_quote(++name, end);
+        if (!name_end || memchr(name, '\\', (size_t)(name_end - name))) return code;
+        p = _sf_json_space(name_end + 1, end);
+        if (p == end || *p != ':') return code;
+        p = _sf_json_space(p + 1, end);
+        if (name_end - name == 8 && !memcmp(name, "messages", 8)) {
+            if (chat->n_messages || p == end || *p != '[') return code;
+            chat->array_start = (uint64_t)(p - base);
+            p = _sf_json_messages(chat, base, p, end, &code);
+            if (!p) return code;
+            chat->array_end = (uint64_t)(p - base);
+        } else p = _sf_json_value(p, end);
+        if (!p) return code;
+        p = _sf_json_space(p, end);
+    } while (p < end && *p == ',');
+    if (p == end || *p != '}' || _sf_json_space(p + 1, end) != end) return code;
+    return chat->n_messages ? SF_JSON_OK : code;
+}
+#endif

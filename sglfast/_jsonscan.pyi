@@ -1,0 +1,39 @@
+from typing import final
+
+@final
+class ChatScan:
+    """A chat body that was split: `context` and the messages, each a JSON object in raw bytes.
+
+    body: the bytes given; len(scan): number of messages, at least 1. Positions outside raise IndexError.
+    """
+
+    body: bytes
+    def __len__(self) -> int: ...
+    def start(self, position: int) -> int:
+        """Offset in `body` of the message's first byte."""
+
+    def end(self, position: int) -> int:
+        """Offset in `body` behind the message's last byte."""
+
+    def message(self, position: int) -> bytes:
+        """The message as it was written."""
+
+    def is_flat(self, position: int) -> bool:
+        """Whether neither this message nor one behind it holds an object or an array."""
+
+    def name(self, count: int) -> bytes:
+        """16 bytes that stand for the first `count` messages, from 0 to all of them."""
+
+    @property
+    def context_name(self) -> bytes:
+        """16 bytes that stand for the bytes before and behind the messages."""
+
+    @property
+    def context(self) -> bytes:
+        """The body with [] in place of its messages."""
+
+def scan_chat(body: bytes, seed: int) -> ChatScan | None:
+    """Split a chat body; None when it is not of the usual form: an object whose `messages`, written once, are objects.
+
+    seed: 64 bits that make the names; the same for all names that are compared. None does not mean that the body is wrong.
+    """

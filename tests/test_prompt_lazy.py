@@ -39,11 +39,12 @@ class Tree:
 
 @dataclass
 class Counting:
-    """A tokenizer that counts the characters it was given."""
+    """A tokenizer that counts the characters it was given; all of them, so its words are not remembered."""
 
     inner: Tokenizer
     chars: int = 0
     texts: list[str] = field(default_factory=list)
+    word_pattern: int | None = None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         self.chars += len(text)

@@ -4,12 +4,15 @@ Runs in: shards (the loop and the tokenizer's thread), simulator; any thread may
 Theory: a tokenizer first takes added tokens (such as <|im_end|>) out of the text, then cuts the rest into words (pre-tokenizer), and
     merges inside a word only. So the ids of a text are the ids of its pieces, when every cut lies behind an added token or before
     a space that stands between two ASCII letters: every word pattern in use ends a word there, whatever stands around it.
+    Of a tokenizer that cuts ASCII text by a pattern that is known, the ids of a piece are put together from those of its words
+    (cext/wordtable.pyx), which most texts share: a word is tokenized twice in its life.
     Cuts depend on the text before them alone, so texts that begin alike are cut alike and share pieces. The first pieces are short:
     most prompts are known, or known to be unknown, after a few hundred characters (prompt/lazy.py).
 Contract: `encode` equals the tokenizer's own result, always. Whether a tokenizer keeps the theory is tried once, at construction, with
     texts made to break it; one that does not (no pre-tokenizer, a marker put before every text) is given whole texts.
 """
 
+import os
 import random
 import re
 import threading
@@ -17,6 +20,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from sglfast._wordtable import WordTable
 from sglfast.errors import PromptError
 from sglfast.prompt.tokenizer import Tokenizer
 
@@ -27,6 +31,10 @@ _SHORTEST_CHARS = 64  # less is not worth a look-up: short messages go together
 _SIZES = ((512, 256), (2048, 512), (8192, 1024))
 # Before anything was tokenized; English prose and code have 3 to 5 with the vocabularies of today.
 _CHARS_PER_TOKEN = 4.0
+_WORDS_SHARE = 8  # of the cache: for words
+_LEAST_WORDS_BYTES = 65536
+_FIRST_WORDS = 8192  # entries of the vocabulary that are entered before any text comes
+_CACHED_CHARS = 128  # shorter pieces are as cheap by words as by a look-up
 _STATISTICS_CHARS = 1 << 22  # what was learned longer ago counts half
 # Without a place to cut for this long, the piece goes on: correctness before size.
 _CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
@@ -84,7 +92,7 @@ class PieceTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, cache_bytes: int) -> None:
         self._tokenizer = tokenizer
-        self.cache = PieceCache(cache_bytes)
+        self.cache = PieceCache(cache_bytes - cache_bytes // _WORDS_SHARE)
         bare, dressed = tokenizer.encode("a", False), tokenizer.encode("a", True)
         start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
         self.before = array("I", dressed[:start])
@@ -93,12 +101,15 @@ class PieceTokenizer:
         self._tokens = 0
         added = tokenizer.added_tokens()
         tokens = sorted((text for text, is_alone in added.items() if is_alone and text), key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        self._added = re.compile(f"({'|'.join(map(re.escape, tokens))})") if tokens else None
         border = _message_end(tokenizer, self._added)
         self.longest_token = max(map(len, added), default=0)
         self.border = border if _is_clean(border, list(added)) else ""
         spans_a_cut = any(_CUT.search(text) for text in added)
+        self._words: WordTable | None = None
         self.is_cutting = tokenizer.has_pre_tokenizer and not spans_a_cut and self._keeps_theory(tokens)
+        if self.is_cutting and all(added.values()):
+            self._words = self._word_table(cache_bytes // _WORDS_SHARE, tokens)
 
     def encode(self, text: str, add_special_tokens: bool) -> "array[int]":
         """Token ids of a text. Raises what the tokenizer raises for text that is no Unicode."""
@@ -114,8 +125,9 @@ class PieceTokenizer:
 
     def encode_piece(self, piece: str) -> "array[int]":
         """Token ids of a piece that is not in the cache, where it is put."""
-        ids = array("I", self._tokenizer.encode(piece, False))
-        self.cache.put(piece, ids)
+        ids = self._by_words(piece) if self._words is not None else array("I", self._tokenizer.encode(piece, False))
+        if self._words is None or len(piece) >= _CACHED_CHARS:
+            self.cache.put(piece, ids)
         self._chars += len(piece)
         self._tokens += len(ids)
         if self._chars > _STATISTICS_CHARS:
@@ -179,41 +191,105 @@ class PieceTokenizer:
             found.reverse()
         return found
 
+    def _by_words(self, piece: str) -> "array[int]":
+        words, encode_all = self._words, self._tokenizer.encode_all
+        assert words is not None
+        if self._added is None:
+            return words.encode(piece, encode_all)
+        ids = array("I")
+        # Texts and added tokens by turns: the latter are taken out before all else.
+        for place, part in enumerate(self._added.split(piece)):
+            if place & 1:
+                ids.extend(self._token_ids[part])
+            elif part:
+                ids.extend(words.encode(part, encode_all))
+        return ids
+
+    def _word_table(self, size_bytes: int, tokens: list[str]) -> WordTable | None:
+        """The table of words for a tokenizer that can have one, tried with texts made to break it."""
+        tokenizer, pattern = self._tokenizer, self._tokenizer.word_pattern
+        if pattern is None or size_bytes < _LEAST_WORDS_BYTES:
+            return None
+        self._token_ids = {token: array("I", tokenizer.encode(token, False)) for token in tokens}
+        if any(len(ids) != 1 for ids in self._token_ids.values()):
+            return None
+        self._words = WordTable(size_bytes, int.from_bytes(os.urandom(8)), pattern)
+        for text in _hard_texts(tokens):
+            for _ in range(3):  # unknown, to be known, known
+                if self._by_words(text).tolist() != tokenizer.encode(text, False):
+                    return None
+        words = tokenizer.first_words(min(_FIRST_WORDS, size_bytes // 64))
+        for word, ids in zip(words, tokenizer.encode_all(words), strict=True):
+            self._words.learn(word, ids)
+        return self._words
+
     def _keeps_theory(self, tokens: list[str]) -> bool:
         rng = random.Random(1)
-        parts = [
-            "a",
-            "B",
-            "don't",
-            " ",
-            "  ",
-            "\n",
-            "\t",
-            "'s",
-            "'LL",
-            "é",
-            "e\u0301",
-            "ß",
-            "漢字",
-            "12",
-            "3.4",
-            "!?",
-            "_x",
-            "🙂",
-            "\u200d",
-            "ﬁ",
-        ]
-        parts += ["word", "Word", "x y", "the", "ing", *rng.sample(tokens, min(len(tokens), 8))]
         for _ in range(300):
-            left = "".join(rng.choice(parts) for _ in range(rng.randrange(8))) + rng.choice("azAZ")
-            right = " " + rng.choice("azAZ") + "".join(rng.choice(parts) for _ in range(rng.randrange(8)))
+            left = _hard_text(rng, tokens, 8) + rng.choice("azAZ")
+            right = " " + rng.choice("azAZ") + _hard_text(rng, tokens, 8)
             if tokens and rng.random() < 0.5:
                 left += rng.choice(tokens)
-                right = "".join(rng.choice(parts) for _ in range(rng.randrange(8)))
+                right = _hard_text(rng, tokens, 8)
             whole = self._tokenizer.encode(left + right, False)
             if whole != self._tokenizer.encode(left, False) + self._tokenizer.encode(right, False):
                 return False
         return True
+
+
+_HARD_PARTS = [
+    "a",
+    "B",
+    "don't",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "'s",
+    "'LL",
+    "é",
+    "e\u0301",
+    "ß",
+    "漢字",
+    "12",
+    "3.4",
+    "!?",
+    "_x",
+    "🙂",
+    "\u200d",
+    "ﬁ",
+]
+_HARD_PARTS += ["word", "Word", "x y", "the", "ing"]
+_HARD_ASCII = [
+    *(chr(code) for code in range(128)),
+    "'",
+    " ",
+    " ",
+    "\n",
+    "\r\n",
+    "'re",
+    "'VE",
+    "'d",
+    " '",
+    "  ",
+    "   ",
+    "ab",
+    " cd",
+    "2026",
+    " 1",
+]
+
+
+def _hard_text(rng: random.Random, tokens: list[str], parts: int) -> str:
+    """A text of fewer than so many parts on which tokenizers are known to differ."""
+    return "".join(rng.choice(tokens if tokens and rng.random() < 0.1 else _HARD_PARTS) for _ in range(rng.randrange(parts)))
+
+
+def _hard_texts(tokens: list[str]) -> Iterator[str]:
+    rng = random.Random(2)
+    for _ in range(150):
+        yield _hard_text(rng, tokens, 12)
+        yield "".join(rng.choice(_HARD_ASCII) for _ in range(rng.randrange(24)))
 
 
 def _message_end(tokenizer: Tokenizer, added: "re.Pattern[str] | None") -> str:

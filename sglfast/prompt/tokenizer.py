@@ -22,6 +22,7 @@ from typing import Any
 from tokenizers import AddedToken, normalizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
+from sglfast import _wordtable
 from sglfast.errors import ConfigError
 from sglfast.prompt.template import ChatTemplate
 
@@ -33,6 +34,9 @@ SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_
 BOS_FLAG_CLASSES = frozenset(f"{family}Tokenizer{suffix}" for family in ("Llama", "CodeLlama", "Gemma") for suffix in ("", "Fast")) | {
     "CohereTokenizerFast"
 }
+# Of Llama 3 and of Qwen 2 and 3, as their tokenizer.json has them.
+_LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORD_PATTERNS = {_LLAMA3_WORDS: _wordtable.LLAMA3, _LLAMA3_WORDS.replace("{1,3}", ""): _wordtable.QWEN2}
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -59,6 +63,10 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
+    def encode_all(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of each text by itself, without special tokens."""
+        return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of `token_ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         text: str = self._rust.decode(token_ids, skip_special_tokens=skip_special_tokens)
@@ -76,6 +84,29 @@ class Tokenizer:
         if normalizer is None:
             return 1
         return 3 if isinstance(normalizer, normalizers.NFC) else 0  # UAX #15, table 6
+
+    @property
+    def word_pattern(self) -> int | None:
+        """How ASCII text is cut into words, when that is one of the patterns of _wordtable and nothing else is done to it; else None."""
+        if self._rust.pre_tokenizer is None or self.normalized_growth == 0:
+            return None
+        match json.loads(self._rust.pre_tokenizer.__getstate__()):
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+                return _wordtable.GPT2
+            case {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+                ],
+            }:
+                return WORD_PATTERNS.get(pattern)
+        return None
+
+    def first_words(self, count: int) -> list[str]:
+        """Return the texts of the first `count` entries of the vocabulary, which are the most frequent where merges are learned."""
+        size = min(count, self._rust.get_vocab_size(with_added_tokens=False))
+        return [text for text in self._rust.decode_batch([[token_id] for token_id in range(size)]) if text.isascii()]
 
     def added_tokens(self) -> dict[str, bool]:
         """Texts that are taken out before all else -> whether the token stands alone (strips no spaces, needs no word border)."""

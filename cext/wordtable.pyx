@@ -1,0 +1,225 @@
+"""Texts to token ids word by word: known words cost a look-up, all else goes to the tokenizer in as few runs as can be.
+
+Runs in: shards (the loop and the tokenizer's thread; the GIL is held, so a WordTable may be used from any thread). Bounded memory, all of
+    it taken at construction (cext/sf_words.h).
+Contract: `encode` gives what the tokenizer gives for the text, provided that the ids of a text are those of its words one after another;
+    prompt/pieces.py finds out whether a tokenizer is so, and says why it should be.
+"""
+
+cimport cython
+from cpython cimport array
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeUTF8
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy
+
+import array
+
+
+cdef extern from "Python.h":
+    bint PyUnicode_IS_ASCII(str)
+    void *PyUnicode_DATA(str)
+    Py_ssize_t PyUnicode_GET_LENGTH(str)
+
+cdef extern from "sf_words.h" nogil:
+    enum:
+        SF_WORDS_MAX_BYTES
+
+    ctypedef struct sf_word_t:
+        uint32_t n_bytes
+        uint32_t n_ids
+        uint32_t *data
+
+    ctypedef struct sf_words_t:
+        uint64_t seed
+
+    int sf_words_init(sf_words_t *words, size_t n_bytes, uint64_t seed) noexcept
+    void sf_words_free(sf_words_t *words) noexcept
+    uint64_t sf_words_hash(const sf_words_t *words, const char *word, size_t n) noexcept
+    const sf_word_t *sf_words_get(sf_words_t *words, uint64_t hash, const char *word, size_t n) noexcept
+    int sf_words_came(sf_words_t *words, uint64_t hash) noexcept
+    void sf_words_put(sf_words_t *words, const char *word, size_t n, const uint32_t *ids, size_t n_ids) noexcept
+    const char *sf_stretch_end(const char *p, const char *end) noexcept
+    bint sf_is_ascii(const char *p, const char *end) noexcept
+
+cdef extern from "sf_pretoken.h" nogil:
+    enum:
+        SF_PRE_GPT2
+        SF_PRE_LLAMA3
+        SF_PRE_QWEN2
+        SF_PRE_KINDS
+
+    const char *sf_pretoken_end(int kind, const char *p, const char *end) noexcept
+
+
+GPT2 = SF_PRE_GPT2
+LLAMA3 = SF_PRE_LLAMA3
+QWEN2 = SF_PRE_QWEN2
+
+cdef array.array _ZERO = array.array("I")
+
+# Some ids that are known, and the run of words behind them that is not.
+cdef struct gap_t:
+    uint32_t n_ids
+    uint32_t is_word  # to be remembered
+    const char *start
+    const char *end
+
+
+cdef struct plan_t:
+    uint32_t *ids
+    size_t n_ids, ids_room
+    gap_t *gaps
+    size_t n_gaps, gaps_room
+
+
+cdef int _add_ids(plan_t *plan, const uint32_t *ids, size_t n) noexcept nogil:
+    cdef void *grown
+    if plan.n_ids + n > plan.ids_room:
+        grown = realloc(plan.ids, (2 * plan.ids_room + n + 64) * sizeof(uint32_t))
+        if grown == NULL:
+            return -1
+        plan.ids = <uint32_t *> grown
+        plan.ids_room = 2 * plan.ids_room + n + 64
+    memcpy(plan.ids + plan.n_ids, ids, n * sizeof(uint32_t))
+    plan.n_ids += n
+    return 0
+
+
+cdef int _add_gap(plan_t *plan, const char *start, const char *end, bint is_word) noexcept nogil:
+    cdef void *grown
+    if plan.n_gaps == plan.gaps_room:
+        grown = realloc(plan.gaps, (2 * plan.gaps_room + 16) * sizeof(gap_t))
+        if grown == NULL:
+            return -1
+        plan.gaps = <gap_t *> grown
+        plan.gaps_room = 2 * plan.gaps_room + 16
+    plan.gaps[plan.n_gaps] = gap_t(<uint32_t> plan.n_ids, is_word, start, end)
+    plan.n_gaps += 1
+    return 0
+
+
+cdef int _make_plan(sf_words_t *words, int kind, const char *p, const char *end, plan_t *plan) noexcept nogil:
+    cdef const char *run = NULL  # begin of what is not known
+    cdef const char *stretch
+    cdef const char *stop
+    cdef const sf_word_t *known
+    cdef uint64_t hash
+    cdef bint came
+    while p < end:
+        stretch = sf_stretch_end(p, end)
+        if not sf_is_ascii(p, stretch):
+            if run == NULL:
+                run = p
+            p = stretch
+        while p < stretch:
+            stop = sf_pretoken_end(kind, p, stretch)
+            known = NULL
+            came = False
+            if stop - p <= SF_WORDS_MAX_BYTES:
+                hash = sf_words_hash(words, p, stop - p)
+                known = sf_words_get(words, hash, p, stop - p)
+                came = known == NULL and sf_words_came(words, hash)
+            if known == NULL and not came:
+                if run == NULL:
+                    run = p
+            else:
+                if run != NULL and _add_gap(plan, run, p, False):
+                    return -1
+                run = NULL
+                if _add_gap(plan, p, stop, True) if came else _add_ids(plan, known.data, known.n_ids):
+                    return -1
+            p = stop
+    return _add_gap(plan, run, end, False) if run != NULL else 0
+
+
+@cython.final
+cdef class WordTable:
+    """Words and their token ids; see the stub."""
+
+    cdef sf_words_t words
+    cdef readonly Py_ssize_t size_bytes
+    cdef readonly int pattern
+
+    def __cinit__(self, Py_ssize_t size_bytes, uint64_t seed, int pattern):
+        if size_bytes < 65536 or size_bytes > 1 << 34:
+            raise ValueError(f"a table of words takes from 64 KiB to 16 GiB, not {size_bytes} bytes")
+        if pattern < 0 or pattern >= SF_PRE_KINDS:
+            raise ValueError(f"there is no pattern {pattern}")
+        self.size_bytes = size_bytes
+        self.pattern = pattern
+        if sf_words_init(&self.words, size_bytes, seed):
+            raise MemoryError
+
+    def __dealloc__(self):
+        sf_words_free(&self.words)
+
+    def learn(self, str word not None, ids):
+        cdef bytes utf8 = word.encode()
+        cdef array.array known = array.array("I", ids)
+        sf_words_put(&self.words, PyBytes_AS_STRING(utf8), PyBytes_GET_SIZE(utf8), known.data.as_uints, len(known))
+
+    def encode(self, str text not None, encode_all):
+        cdef bytes utf8 = b""
+        cdef const char *base
+        cdef Py_ssize_t size
+        if PyUnicode_IS_ASCII(text):
+            base, size = <const char *> PyUnicode_DATA(text), PyUnicode_GET_LENGTH(text)
+        else:
+            utf8 = text.encode()
+            base, size = PyBytes_AS_STRING(utf8), PyBytes_GET_SIZE(utf8)
+        cdef plan_t plan
+        plan.ids = NULL
+        plan.gaps = NULL
+        plan.n_ids = plan.ids_room = plan.n_gaps = plan.gaps_room = 0
+        try:
+            if _make_plan(&self.words, self.pattern, base, base + size, &plan):
+                raise MemoryError
+            return self._fill(&plan, encode_all)
+        finally:
+            free(plan.ids)
+            free(plan.gaps)
+
+    cdef array.array _fill(self, plan_t *plan, encode_all):
+        cdef array.array out, ids
+        cdef list filled = []
+        cdef Py_ssize_t total = plan.n_ids, at = 0
+        cdef size_t taken = 0, i
+        cdef gap_t *gap
+        if plan.n_gaps:
+            runs = [PyUnicode_DecodeUTF8(plan.gaps[i].start, plan.gaps[i].end - plan.gaps[i].start, NULL) for i in range(plan.n_gaps)]
+            for run in encode_all(runs):
+                ids = array.array("I", run)
+                total += len(ids)
+                filled.append(ids)
+            if len(filled) != plan.n_gaps:
+                raise ValueError(f"{plan.n_gaps} texts gave {len(filled)} lists of token ids")
+        out = array.clone(_ZERO, total, zero=False)
+        for i in range(plan.n_gaps):
+            gap = &plan.gaps[i]
+            memcpy(out.data.as_uints + at, plan.ids + taken, (gap.n_ids - taken) * sizeof(uint32_t))
+            at += gap.n_ids - taken
+            taken = gap.n_ids
+            ids = <array.array> filled[i]
+            memcpy(out.data.as_uints + at, ids.data.as_uints, len(ids) * sizeof(uint32_t))
+            at += len(ids)
+            if gap.is_word:
+                sf_words_put(&self.words, gap.start, gap.end - gap.start, ids.data.as_uints, len(ids))
+        memcpy(out.data.as_uints + at, plan.ids + taken, (plan.n_ids - taken) * sizeof(uint32_t))
+        return out
+
+
+def words_of(str text not None, int pattern):
+    if not PyUnicode_IS_ASCII(text) or pattern < 0 or pattern >= SF_PRE_KINDS:
+        raise ValueError("only ASCII text is cut, and by a pattern that there is")
+    cdef const char *base = <const char *> PyUnicode_DATA(text)
+    cdef const char *p = base
+    cdef const char *end = base + PyUnicode_GET_LENGTH(text)
+    cdef const char *stop
+    cdef list words = []
+    while p < end:
+        stop = sf_pretoken_end(pattern, p, end)
+        words.append(text[p - base:stop - base])
+        p = stop
+    return words

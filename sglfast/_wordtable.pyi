@@ -1,0 +1,31 @@
+from array import array
+from collections.abc import Callable, Sequence
+from typing import final
+
+GPT2: int
+LLAMA3: int
+QWEN2: int
+
+@final
+class WordTable:
+    """Words that came twice and their token ids, in `size_bytes` of memory (at least 64 KiB); what was used least recently goes first.
+
+    seed: 64 random bits, so that nobody can choose words that fall on one place; pattern: GPT2, LLAMA3 or QWEN2, how the tokenizer cuts
+    ASCII text into words. Raises ValueError, MemoryError.
+    """
+
+    size_bytes: int
+    pattern: int
+    def __new__(cls, size_bytes: int, seed: int, pattern: int) -> WordTable: ...
+    def encode(self, text: str, encode_all: Callable[[list[str]], Sequence[Sequence[int]]]) -> array[int]:
+        """Token ids of a text, as an array of type "I".
+
+        encode_all: gives the ids of each of some pieces of the text; called at most once. What it raises comes out; ValueError when it
+        returns another number of lists; UnicodeEncodeError for half of a surrogate pair.
+        """
+
+    def learn(self, word: str, ids: Sequence[int]) -> None:
+        """Enter a word at once; what is long is not entered."""
+
+def words_of(text: str, pattern: int) -> list[str]:
+    """An ASCII text cut by a pattern. Raises ValueError for another text."""

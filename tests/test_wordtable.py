@@ -1,0 +1,167 @@
+"""sglfast._wordtable: words against the patterns themselves, ids against a tokenizer, whatever was seen before; bounded memory."""
+
+from array import array
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizer_kinds import LLAMA3, build
+from tokenizers import Regex, pre_tokenizers
+
+from sglfast._wordtable import GPT2, QWEN2, WordTable, words_of
+from sglfast._wordtable import LLAMA3 as LLAMA3_WORDS
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
+
+PATTERNS = {
+    GPT2: r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    LLAMA3_WORDS: LLAMA3,
+    QWEN2: LLAMA3.replace("{1,3}", ""),
+}
+SPLITS = {kind: pre_tokenizers.Split(Regex(pattern), "isolated") for kind, pattern in PATTERNS.items()}
+
+ASCII = st.one_of(
+    st.text(alphabet=[chr(code) for code in range(128)], max_size=40),
+    st.lists(
+        st.sampled_from([*"' \n\ta._\x00\x1c", "'s", "'LL", "'v", "re", "  ", "\r\n", "Word", "12", "3456", "!?"]),
+        max_size=25,
+    ).map("".join),
+)  # fmt: skip
+
+
+@settings(max_examples=1500)
+@given(ASCII, st.sampled_from(sorted(PATTERNS)))
+def test_words_are_what_the_pattern_matches(text: str, kind: int) -> None:
+    assert words_of(text, kind) == [part for part, _ in SPLITS[kind].pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize(("text", "kind"), [("é", GPT2), ("a", -1), ("a", 3)])
+def test_only_ascii_is_cut(text: str, kind: int) -> None:
+    with pytest.raises(ValueError, match="ASCII"):
+        words_of(text, kind)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
+    return [load_tokenizer(DEMO_TOKENIZER_PATH), build("byte_level", tmp_path_factory.mktemp("byte_level"))]
+
+
+UNICODE = st.lists(
+    ASCII | st.text(max_size=6) | st.sampled_from([" the", " words", " été", "naïve", "漢字", " x", "e\u0301", "<s>"]), max_size=8
+)
+
+
+@settings(max_examples=150)
+@given(st.lists(UNICODE.map("".join), min_size=1, max_size=12), st.data())
+def test_ids_are_those_of_the_tokenizer(tokenizers: list[Tokenizer], texts: list[str], data: st.DataObject) -> None:
+    for tokenizer in tokenizers:
+        pattern = tokenizer.word_pattern
+        assert pattern is not None
+        table = WordTable(1 << 16, data.draw(st.integers(0, 2**64 - 1)), pattern)
+        asked: list[str] = []
+
+        def encode_all(runs: list[str], asked: list[str] = asked, tokenizer: Tokenizer = tokenizer) -> list[list[int]]:
+            asked.extend(runs)
+            return tokenizer.encode_all(runs)
+
+        for text in texts * 3:
+            if any(token in text for token in tokenizer.added_tokens()):
+                continue  # taken out by whoever uses the table
+            assert table.encode(text, encode_all) == array("I", tokenizer.encode(text, False))
+        asked.clear()
+        short = [text for text in texts if text.isascii() and all(len(word) <= 32 for word in words_of(text, pattern))]
+        for text in short:
+            if not any(token in text for token in tokenizer.added_tokens()):
+                table.encode(text, encode_all)
+        assert not asked, "what came three times is known"
+
+
+class Letters:
+    """A tokenizer whose ids are the characters, one each; counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, runs: list[str]) -> list[list[int]]:
+        self.asked += runs
+        return [list(map(ord, run)) for run in runs]
+
+
+def test_a_word_is_tokenized_twice_in_its_life() -> None:
+    table, letters = WordTable(1 << 16, 1, GPT2), Letters()
+    asked = []
+    for text in ("one two", "one three", "one two three", "one two three"):
+        assert table.encode(text, letters).tolist() == list(map(ord, text))
+        asked.append(letters.asked)
+        letters.asked = []
+    assert asked == [["one two"], ["one", " three"], [" two", " three"], []]
+
+
+def test_what_is_not_known_goes_together() -> None:
+    table, letters = WordTable(1 << 16, 1, GPT2), Letters()
+    for word in ("known", " known"):
+        table.learn(word, [1, 2])
+    text = "some new words known a été and more known x" + "y" * 50 + " known"
+    assert table.encode(text, letters).tolist().count(2) == 3
+    assert letters.asked == ["some new words", " a été and more", " x" + "y" * 50]
+
+
+def test_long_words_and_words_of_many_tokens_are_not_kept() -> None:
+    table, letters = WordTable(1 << 16, 1, GPT2), Letters()
+    table.learn("a" * 33, [1])
+    table.learn("many", list(range(33)))
+    table.learn("a" * 32, list(range(32)))
+    assert table.encode("a" * 33, letters).tolist() == [97] * 33
+    assert table.encode("many", letters).tolist() == list(map(ord, "many"))
+    assert table.encode("a" * 32, letters).tolist() == list(range(32))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**64 - 1])
+def test_the_memory_is_bounded_and_what_is_used_stays(seed: int) -> None:
+    table, letters = WordTable(1 << 16, seed, LLAMA3_WORDS), Letters()
+    table.learn(" often", [7])
+    for number in range(30_000):
+        table.learn(f"x{number:x}y".translate(str.maketrans("0123456789", "ghijklmnop")), [number])
+        if number % 100 == 0:
+            assert table.encode(" often", letters).tolist() == [7]
+    assert not letters.asked
+    table.encode("xgy", letters)
+    assert letters.asked == ["xgy"], "the oldest are gone"
+
+
+def test_no_text_is_no_tokens() -> None:
+    assert WordTable(1 << 16, 1, GPT2).encode("", Letters()) == array("I")
+
+
+def test_what_the_tokenizer_does_wrong_comes_out() -> None:
+    table = WordTable(1 << 16, 1, GPT2)
+
+    def failing(runs: list[str]) -> list[list[int]]:
+        raise KeyError("broken")
+
+    with pytest.raises(KeyError, match="broken"):
+        table.encode("some text", failing)
+    with pytest.raises(ValueError, match="1 texts gave 2 lists"):
+        table.encode("other words", lambda runs: [[1], [2]])
+    with pytest.raises(OverflowError):
+        table.encode("third thing", lambda runs: [[-1]])
+    with pytest.raises(UnicodeEncodeError):
+        table.encode("half \ud800", Letters())
+    assert table.encode("some text", Letters()).tolist() == list(map(ord, "some text"))
+
+
+@pytest.mark.parametrize(("size_bytes", "pattern", "why"), [(1000, 0, "64 KiB"), (1 << 40, 0, "64 KiB"), (1 << 16, 9, "pattern 9")])
+def test_limits(size_bytes: int, pattern: int, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        WordTable(size_bytes, 0, pattern)
+
+
+def test_patterns_of_tokenizers(tmp_path: Path) -> None:
+    kinds = {kind: build(kind, _folder(tmp_path, kind)).word_pattern for kind in ("byte_level", "wordpiece", "unigram", "llama2")}
+    assert kinds == {"byte_level": LLAMA3_WORDS, "wordpiece": None, "unigram": None, "llama2": None}
+    assert load_tokenizer(DEMO_TOKENIZER_PATH).word_pattern == GPT2
+
+
+def _folder(parent: Path, name: str) -> Path:
+    (parent / name).mkdir()
+    return parent / name

@@ -31,14 +31,17 @@ def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | No
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time, in our own thread
     from sglfast.prompt.keys import PromptReader, RequestKind
     from sglfast.prompt.lazy import LazyKeyer
+    from sglfast.prompt.raw import RawReader
     from sglfast.prompt.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(boot.config.tokenizer_path, boot.config.chat_template)
+    keyer = LazyKeyer(tokenizer, boot.config.prompt_cache_bytes)
     return PromptKeyer(
         PromptReader(tokenizer),
-        LazyKeyer(tokenizer, boot.config.prompt_cache_bytes),
+        keyer,
         RequestKind,
         loop,
+        raw=RawReader(keyer),
         here=TreeReader(boot.segment).match,
         there=TreeReader(boot.segment).match,
     )

@@ -24,15 +24,18 @@ from sglfast.prompt.adapters import asked_for
 if TYPE_CHECKING:
     from sglfast.prompt.keys import PromptReader, RequestKind
     from sglfast.prompt.lazy import Keying, LazyKeyer, Probe
+    from sglfast.prompt.raw import RawReader
+    from sglfast.prompt.seen import SeenKeying
     from sglfast.prompt.tokenizer import Tokenizer
     from sglfast.shm import Variant
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-# What the loop does itself, in about half a millisecond at worst: parse and render a body of this size (30 us) with so many objects and
-# arrays in it (2 us each), and tokenize so many characters (0.2 us each): all that a known or an unowned prompt needs. More goes to a
-# thread.
+# What the loop does itself, in about half a millisecond at worst: split a body of so many bytes into its messages (0.1 us a KiB, 1 us at
+# worst), parse and render so much of it (30 us) with so many objects and arrays (2 us each), and tokenize so many characters (0.2 us each):
+# all that a known or an unowned prompt needs. More goes to a thread.
+_SCANNED_BYTES = 1 << 19
 _INLINE_BYTES = 65536
 _INLINE_OBJECTS = 150
 _INLINE_CHARS = 1500
@@ -106,6 +109,7 @@ def model_of(body: bytes) -> str | None:
 class PromptKeyer:
     """Turns bodies into Facts with the model's tokenizer: short work at once, long work in a bounded pool of threads.
 
+    raw: reads chats that were seen, and begins those that were not, without parsing them; None = all are parsed.
     here, there: what the KV index owns, asked by the loop and by the thread: each by a TreeReader of its own.
     """
 
@@ -118,11 +122,13 @@ class PromptKeyer:
         *,
         here: Probe,
         there: Probe,
+        raw: RawReader | None = None,
     ) -> None:
         self._reader = reader
         self._keyer = keyer
         self._kinds = kinds
         self._loop = loop
+        self._raw = raw
         self._here = here
         self._there = there
         # The tokenizer releases the GIL; one thread a shard keeps the machine's cores for all shards.
@@ -139,18 +145,21 @@ class PromptKeyer:
 
         is_whole: all keys of the prompt and its exact number of tokens, whoever owns them.
         """
-        keying: Keying | None = None
         here, there = (None, None) if is_whole else (self._here, self._there)
-        if len(body) <= _INLINE_BYTES and body.count(b"{") + body.count(b"[") <= _INLINE_OBJECTS:
+        keying: Keying | SeenKeying | None = None
+        if here is not None and len(body) <= _SCANNED_BYTES:
+            keying = self._begin_raw(kind, body, variants, (_INLINE_BYTES, _INLINE_OBJECTS))
+        if keying is None and len(body) <= _INLINE_BYTES and body.count(b"{") + body.count(b"[") <= _INLINE_OBJECTS:
             found = self._begin(kind, body, variants)
             if isinstance(found, Facts):
                 then(found)
                 return
-            facts = self._run(found, here, _INLINE_CHARS)
+            keying = found
+        if keying is not None:
+            facts = self._run(keying, here, _INLINE_CHARS)
             if facts is not None:
                 then(facts)
                 return
-            keying = found
         if not self.submit(lambda: self._finish(keying, kind, body, variants, there), lambda facts: then(facts or _FAILED)):
             then(Facts(0, {}, "too many prompts wait for the tokenizer"))
 
@@ -177,6 +186,14 @@ class PromptKeyer:
         else:
             then(done.result())
 
+    def _begin_raw(
+        self, kind: int, body: bytes, variants: tuple[Variant, ...], budget: tuple[int, int] | None
+    ) -> Keying | SeenKeying | None:
+        """Begin with a chat from its bytes. budget: bytes, and objects and arrays, that may be parsed now; None = all."""
+        if self._raw is None or kind != 0:
+            return None
+        return self._raw.begin(body, variants, _HEAD_CHARS, budget)
+
     def _begin(self, kind: int, body: bytes, variants: tuple[Variant, ...]) -> Keying | Facts:
         try:
             fields = orjson.loads(body)
@@ -191,7 +208,7 @@ class PromptKeyer:
         except Exception as error:
             return _unread(error)
 
-    def _run(self, keying: Keying, probe: Probe | None, budget_chars: int) -> Facts | None:
+    def _run(self, keying: Keying | SeenKeying, probe: Probe | None, budget_chars: int) -> Facts | None:
         try:
             if not keying.run(probe, budget_chars):
                 return None
@@ -202,7 +219,11 @@ class PromptKeyer:
         keys = keying.keys
         return Facts(keys.tokens, keys.keys, is_estimated=keys.is_estimated)
 
-    def _finish(self, keying: Keying | None, kind: int, body: bytes, variants: tuple[Variant, ...], probe: Probe | None) -> Facts | None:
+    def _finish(
+        self, keying: Keying | SeenKeying | None, kind: int, body: bytes, variants: tuple[Variant, ...], probe: Probe | None
+    ) -> Facts | None:
+        if keying is None and probe is not None:
+            keying = self._begin_raw(kind, body, variants, None)
         if keying is None:
             found = self._begin(kind, body, variants)
             if isinstance(found, Facts):

@@ -64,20 +64,32 @@ def chat_input(body: Mapping[str, Any], content_format: ContentFormat) -> ChatIn
     raw_messages = body.get("messages")
     if not isinstance(raw_messages, list) or not raw_messages:
         raise _malformed("messages must be a non-empty array")
-    messages = [_message(raw, content_format) for raw in raw_messages]
+    messages = [message_input(raw, content_format) for raw in raw_messages]
     continuation = ""
     last = messages[-1]
-    if last["role"] == "assistant" and isinstance(last["content"], str):
-        # SGLang never lets a template print an open assistant turn: it puts the text behind the generation prompt, or
-        # else takes the message for one of the user.
+    if is_open(last):
         if body.get("continue_final_message"):
             continuation = last["content"]
             del messages[-1]
             if not messages:
                 raise _malformed("continue_final_message needs a message before the last one")
         else:
-            messages[-1] = {"role": "user", "content": last["content"]}
-    return ChatInput(messages, _tools(body, raw_messages), _template_kwargs(body), continuation)
+            messages[-1] = closed(last)
+    return ChatInput(messages, tools_input(body), kwargs_input(body), continuation)
+
+
+def is_open(last: Mapping[str, Any]) -> bool:
+    """Whether a last message is a turn of the assistant that it may go on with.
+
+    SGLang never lets a template print an open turn: it puts the text behind the generation prompt (continue_final_message), or else
+    takes the message for one of the user (`closed`).
+    """
+    return last["role"] == "assistant" and isinstance(last["content"], str)
+
+
+def closed(last: Mapping[str, Any]) -> dict[str, Any]:
+    """An open last message as the template sees it."""
+    return {"role": "user", "content": last["content"]}
 
 
 def function_schemas(tools: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -89,7 +101,7 @@ def _malformed(text: str) -> UnkeyableError:
     return UnkeyableError("malformed", text)
 
 
-def _message(raw: object, content_format: ContentFormat) -> dict[str, Any]:
+def message_input(raw: object, content_format: ContentFormat) -> dict[str, Any]:
     """Return one message with the fields that SGLang keeps, its content in the form that the template expects."""
     if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
         raise _malformed("every message must be an object with a role")
@@ -197,7 +209,7 @@ def _tool(raw: dict[str, Any], is_offered: bool) -> dict[str, Any]:
     return {"type": raw.get("type", "function"), "function": kept, "defer_loading": is_deferred}
 
 
-def _tools(body: Mapping[str, Any], raw_messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
+def tools_input(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """Return the tools that the template sees: none for tool_choice "none", one for a named choice, else all."""
     raw_tools = body.get("tools")
     tools = [] if raw_tools is None else [_tool(tool, is_offered=True) for tool in _objects(raw_tools, "tools")]
@@ -209,7 +221,7 @@ def _tools(body: Mapping[str, Any], raw_messages: list[dict[str, Any]]) -> list[
     return tools if tools and choice != "none" else None
 
 
-def _template_kwargs(body: Mapping[str, Any]) -> dict[str, Any]:
+def kwargs_input(body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the template's variables from chat_template_kwargs, reasoning_effort and reasoning."""
     raw = body.get("chat_template_kwargs")
     if raw is not None and not isinstance(raw, dict):

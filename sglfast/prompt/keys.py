@@ -42,7 +42,8 @@ class PromptText:
     add_special_tokens: for text, whether the model's BOS or EOS goes around it (a chat template prints its own);
     continuation: text tokenized apart and put after `text`; cache_salt: "" for none; reason: why there is neither text nor
     ids, "" else; detail: the same as a sentence, for logs.
-    rest: `text` is only the beginning, and this makes what follows it, once (it can raise PromptError); rest_chars: about how much.
+    rest: `text` is only the beginning, and this makes what follows it, once (it can raise PromptError); rest_chars: about how much;
+    is_rest_long: it is no work for an event loop.
     """
 
     text: str | None = None
@@ -54,6 +55,7 @@ class PromptText:
     detail: str = ""
     rest: Callable[[], str] | None = None
     rest_chars: int = 0
+    is_rest_long: bool = False
 
 
 class PromptReader:
@@ -79,7 +81,7 @@ class PromptReader:
             if kind == RequestKind.CHAT:
                 return self._chat(body, head_chars)
             if kind == RequestKind.COMPLETIONS:
-                return self._plain(body.get("prompt"), "prompt", _cache_salt(body))
+                return self._plain(body.get("prompt"), "prompt", cache_salt_of(body))
             if kind == RequestKind.GENERATE:
                 return self._generate(body)
             if kind == RequestKind.RESPONSES:
@@ -132,7 +134,7 @@ class PromptReader:
             raise PromptError(f"no block keys can be made of this prompt: {error}") from error
 
     def _chat(self, body: Mapping[str, Any], head_chars: int) -> PromptText:
-        salt = _cache_salt(body)
+        salt = cache_salt_of(body)
         if body.get("input_ids") is not None:
             return self._plain(body["input_ids"], "input_ids", salt)
         if self._tokenizer is None:
@@ -160,7 +162,7 @@ class PromptReader:
         if body.get("session_params"):
             raise UnkeyableError("session", "the engine puts the session's earlier turns before this prompt")
         field = "text" if body.get("text") is not None else "input_ids"
-        return self._plain(body.get(field), field, _cache_salt(body))
+        return self._plain(body.get(field), field, cache_salt_of(body))
 
     def _plain(self, prompt: object, field: str, salt: str) -> PromptText:
         """Return a prompt that is text or token ids, or a list of one of either; text gets the special tokens."""
@@ -207,7 +209,7 @@ def _head(template: ChatTemplate, given: ChatInput, head_chars: int, salt: str) 
     return PromptText(text=text, continuation=given.continuation, cache_salt=salt, rest=rest, rest_chars=max(0, chars - len(text)))
 
 
-def _cache_salt(body: Mapping[str, Any]) -> str:
+def cache_salt_of(body: Mapping[str, Any]) -> str:
     """Return the request's cache salt, "" for none."""
     salt = body.get("cache_salt")
     if isinstance(salt, list) and len(salt) == 1:

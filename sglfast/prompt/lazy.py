@@ -56,6 +56,25 @@ class LazyKeyer:
             raise PromptError(prompt.detail or "this prompt has no text and no token ids")
         return Keying(self, prompt, tuple(variants), asked)
 
+    def cannot_fill_a_block(self, chains: list[KeyChain], live: list[bool], text: str, start: int, continuation: str = "") -> bool:
+        """Whether even one token a byte of text[start:] would not complete a block of a chain whose overlap goes on."""
+        bytes_per_token = self.tokenizer.normalized_growth
+        if not bytes_per_token:
+            return False
+        missing = _UNBOUNDED_CHARS
+        for chain, is_live in zip(chains, live, strict=True):
+            if is_live:
+                behind = chain.tokens - chain.bigram - chain.pages * chain.page_size
+                if behind < 1:
+                    return False  # with no token behind a full block, the rest decides whether that block counts
+                missing = min(missing, chain.page_size - behind)
+        rest = len(text) - start + len(continuation)
+        around = len(self.pieces.before) + len(self.pieces.after) + 4  # 4: markers before a text and its parts
+        if rest + around >= missing:
+            return False
+        rest_bytes = len(text[start:].encode()) + len(continuation.encode())
+        return rest_bytes * bytes_per_token + around < missing
+
 
 class Keying:
     """One prompt on its way to its keys: `run` until it says True, then `keys`."""
@@ -64,6 +83,7 @@ class Keying:
         "_chains",
         "_end",
         "_ends",
+        "_is_headed",
         "_is_open",
         "_keyer",
         "_keys",
@@ -87,6 +107,7 @@ class Keying:
         self._result: Keys | None = None
         self._text = prompt.text or ""
         self._pos = 0  # characters that are in the chains
+        self._is_headed = False  # the rendered beginning was gone through
         self._is_open = False  # the whole text is rendered and looked up
         self._end = 0  # of the next piece, once it is known
         self._saved: tuple[int, Prefix] | None = None
@@ -137,7 +158,7 @@ class Keying:
         found: dict[Variant, bytes] = {}
         for variant, seed in zip(self._variants, self._seeds, strict=True):
             size, bigram = variant.block_size, variant.bigram
-            n_max = _pages_max(len(ids), variant)
+            n_max = pages_max(len(ids), variant)
             if seed is None:
                 found[variant] = page_keys(ids, size, bigram=bigram, max_pages=n_max, cache_salt=salt)
             else:
@@ -183,6 +204,14 @@ class Keying:
         self._ends = pieces.ends(text, self._pos, borders[-1] if borders else -1, first)
         self._is_open = True
 
+    def _begin_behind(self, chains: Sequence[KeyChain], keys: Sequence[bytes]) -> None:
+        """The text is what stands behind a known beginning, which is looked for no more."""
+        self._chains = [chain.copy() for chain in chains]
+        self._keys = list(keys)
+        borders = self._keyer.pieces.last_borders(self._text, 1)
+        self._ends = self._keyer.pieces.ends(self._text, 0, borders[-1] if borders else -1)
+        self._is_open = True
+
     def _estimated(self, rest_chars: int) -> bool:
         tokens = self._chains[0].tokens if self._chains else 0
         tokens += max(1, self._keyer.pieces.tokens_estimate(rest_chars + len(self._prompt.continuation)))
@@ -193,15 +222,18 @@ class Keying:
         if not self._is_open:
             rest = self._prompt.rest
             if rest is not None:
-                if probe is not None and self._run_head(probe, budget_chars):
+                if probe is not None and not self._is_headed and self._run_head(probe, budget_chars):
                     return self._estimated(len(self._text) - self._pos + self._prompt.rest_chars)
+                self._is_headed = True
+                if self._prompt.is_rest_long and budget_chars < _UNBOUNDED_CHARS:
+                    return False
                 self._text += rest()
             self._open()
         pieces, text, size = self._keyer.pieces, self._text, len(self._text)
         cache = pieces.cache
         is_over = self._ask(probe)
         while not is_over and self._pos < size:
-            if probe is not None and self._cannot_fill_a_block():
+            if probe is not None and self._keyer.cannot_fill_a_block(self._chains, self._live, text, self._pos, self._prompt.continuation):
                 is_over = True
                 break
             if not self._end:
@@ -234,7 +266,7 @@ class Keying:
             tail = self._keyer.tokenizer.encode(self._prompt.continuation, True)
             self._extend(array("I", tail[1:] if tail and tail[0] == self._keyer.tokenizer.bos_token_id else tail))
         tokens = self._chains[0].tokens if self._chains else 0
-        capped = {variant: keys[: 8 * _pages_max(tokens, variant)] for variant, keys in zip(self._variants, self._keys, strict=True)}
+        capped = {variant: keys[: 8 * pages_max(tokens, variant)] for variant, keys in zip(self._variants, self._keys, strict=True)}
         self._result = Keys(tokens, False, capped)
         return True
 
@@ -258,25 +290,6 @@ class Keying:
                 self._live[i] = probe(fresh) == len(fresh) >> 3
         return not any(self._live)
 
-    def _cannot_fill_a_block(self) -> bool:
-        """Whether even one token a byte would not complete a block of a variant whose overlap goes on."""
-        bytes_per_token = self._keyer.tokenizer.normalized_growth
-        if not bytes_per_token:
-            return False
-        missing = _UNBOUNDED_CHARS
-        for chain, is_live in zip(self._chains, self._live, strict=True):
-            if is_live:
-                behind = chain.tokens - chain.bigram - chain.pages * chain.page_size
-                if behind < 1:
-                    return False  # with no token behind a full block, the rest decides whether that block counts
-                missing = min(missing, chain.page_size - behind)
-        rest = len(self._text) - self._pos + len(self._prompt.continuation)
-        around = len(self._keyer.pieces.before) + len(self._keyer.pieces.after) + 4  # 4: markers before a text and its parts
-        if rest + around >= missing:
-            return False
-        rest_bytes = len(self._text[self._pos :].encode()) + len(self._prompt.continuation.encode())
-        return rest_bytes * bytes_per_token + around < missing
-
     def _remember(self, end: int, prefix: Prefix) -> None:
         name = next((name for name in self._names if name[1] == end), None)
         if name is None:
@@ -284,5 +297,6 @@ class Keying:
         self._keyer.prefixes.put(name, prefix)
 
 
-def _pages_max(tokens: int, variant: Variant) -> int:
+def pages_max(tokens: int, variant: Variant) -> int:
+    """Blocks of a prompt that an engine can have: it computes the last token itself."""
     return max(0, (tokens - 1 - variant.bigram) // variant.block_size)

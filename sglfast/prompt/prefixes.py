@@ -11,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Protocol
 
 import xxhash
 
@@ -33,19 +34,27 @@ class Prefix:
         return _OVERHEAD_BYTES + sum(len(keys) for keys in self.keys) + sum(12 * chain.page_size + 150 for chain in self.chains)
 
 
+class Sized(Protocol):
+    """What a cache may hold."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What it costs to remember."""
+
+
 class PrefixCache:
-    """Prefixes by name, bounded."""
+    """What is known of beginnings, by name, bounded. seed: makes the names; it must not leave the process."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._size_bytes = 0
-        self._prefixes: OrderedDict[Name, Prefix] = OrderedDict()
+        self._prefixes: OrderedDict[object, Sized] = OrderedDict()
         self._lock = threading.Lock()
-        self._seed = int.from_bytes(os.urandom(8))
+        self.seed = int.from_bytes(os.urandom(8))
 
     def names(self, text: str, ends: list[int], kind: object) -> list[Name]:
         """Names of text[:end] for ascending `ends`, in one pass. Raises UnicodeEncodeError for half of a surrogate pair."""
-        state = xxhash.xxh3_128(seed=self._seed)
+        state = xxhash.xxh3_128(seed=self.seed)
         names: list[Name] = []
         start = 0
         for end in ends:
@@ -56,22 +65,31 @@ class PrefixCache:
 
     def longest(self, names: list[Name]) -> tuple[int, Prefix] | None:
         """(characters, prefix) of the last of `names` that is known, or None."""
-        with self._lock:
-            for name in reversed(names):
-                prefix = self._prefixes.get(name)
-                if prefix is not None:
-                    self._prefixes.move_to_end(name)
-                    return name[1], prefix
+        for name in reversed(names):
+            prefix = self.get(name)
+            if isinstance(prefix, Prefix):
+                return name[1], prefix
         return None
 
-    def put(self, name: Name, prefix: Prefix) -> None:
-        """Remember a prefix, dropping the least recently used ones when there is no room."""
+    def get(self, name: object) -> Sized | None:
+        """What is known by a name, or None."""
+        with self._lock:
+            known = self._prefixes.get(name)
+            if known is not None:
+                self._prefixes.move_to_end(name)
+            return known
+
+    def put(self, name: object, value: Sized) -> None:
+        """Remember something, dropping what was least recently used when there is no room; what is huge is not remembered."""
+        size_bytes = value.size_bytes
+        if size_bytes > self._limit_bytes // 4:
+            return
         with self._lock:
             known = self._prefixes.pop(name, None)
             if known is not None:
                 self._size_bytes -= known.size_bytes
-            self._prefixes[name] = prefix
-            self._size_bytes += prefix.size_bytes
+            self._prefixes[name] = value
+            self._size_bytes += size_bytes
             while self._size_bytes > self._limit_bytes:
                 self._size_bytes -= self._prefixes.popitem(last=False)[1].size_bytes
 

@@ -46,21 +46,22 @@ CONTINUE_MARK = "SGLFAST_CONTINUES_THIS_MESSAGE_HERE "
 class ChatTemplate:
     """One compiled chat template and the special tokens that it sees as variables.
 
-    content_format: "openai" when the template iterates over content parts, else "string".
+    content_format: "openai" when the template iterates over content parts, else "string"; source, special_tokens: as given.
     """
 
-    __slots__ = ("_special_tokens", "_template", "content_format")
+    __slots__ = ("_template", "content_format", "source", "special_tokens")
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Compile `source`; raises ConfigError with the line when it is no valid template."""
-        environment = _environment()
+        environment = _shared_environment()
         try:
             self._template = environment.from_string(source)
             self.content_format: ContentFormat = _content_format(source, environment.parse(source))
         except TemplateError as error:
             line = getattr(error, "lineno", None)
             raise ConfigError(f"chat template: not valid jinja2 (line {line}): {error}") from error
-        self._special_tokens = dict(special_tokens)
+        self.source = source
+        self.special_tokens = dict(special_tokens)
 
     def render(
         self,
@@ -107,7 +108,7 @@ class ChatTemplate:
         return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
     def _variables(self, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {"documents": None, **self._special_tokens, **(kwargs or {})}
+        return {"documents": None, **self.special_tokens, **(kwargs or {})}
 
 
 class _Generation(Extension):
@@ -142,12 +143,16 @@ _DICT_ATTRIBUTES = frozenset(dir(dict))
 
 
 @functools.cache
-def _environment() -> _Environment:
-    """Return the one jinja2 environment: block trimming, extensions, filters and globals as transformers sets them."""
+def _shared_environment() -> ImmutableSandboxedEnvironment:
+    return make_environment()
+
+
+def make_environment() -> ImmutableSandboxedEnvironment:
+    """Return a new jinja2 environment: block trimming, extensions, filters and globals as transformers sets them."""
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = strftime_now
     return environment
 
 
@@ -166,7 +171,8 @@ def _raise_exception(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _strftime_now(format: str) -> str:
+def strftime_now(format: str) -> str:
+    """Return the time of now in a strftime format."""
     # Local time, as the engine: router and workers must run in one time zone for templates that print the date.
     return datetime.now().strftime(format)
 

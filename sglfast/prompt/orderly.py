@@ -1,0 +1,84 @@
+"""At load: whether a chat template is of the kind that prompt/stable.py can follow, and marks at its loops.
+
+Runs in: shard, when the tokenizer is loaded.
+Contract: in a template that `is_orderly` takes, nothing is carried from one turn of a loop to the next but attributes of namespaces, and
+    nothing decides about the text but its variables and the clock. `mark_loops` changes a syntax tree so that each loop that may be
+    the one over the messages asks the filter LOOP_FILTER what to walk over, and what is printed before it is left out where the test
+    KNOWN_TEST says so; nothing else changes. A template that is refused costs speed, not exactness.
+Why a list of what is refused is enough for the first: jinja2's own `set` does not outlive a turn, its sandbox lets no template change
+    a list or a dict, and what else has a memory is few: iterators that were begun, `loop.changed`, cyclers and joiners, chance.
+"""
+
+from collections.abc import Iterator
+
+from jinja2 import nodes
+
+LOOP_FILTER, KNOWN_TEST = "sglfast_loop", "sglfast_known"
+
+_FOREIGN = (nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport, nodes.Block, nodes.EvalContextModifier)
+_MEMORIES = frozenset({"cycler", "joiner", "lipsum", "changed"})
+# Filters whose result is an iterator, which is empty when it is read again.
+_ITERATORS = frozenset({"map", "select", "reject", "selectattr", "rejectattr", "batch", "slice", "unique", "reverse", "items"})
+_PURE_CALLS = frozenset({"raise_exception", "strftime_now", "range", "dict"})
+
+
+def is_orderly(tree: nodes.Template) -> bool:
+    """Whether nothing in a template keeps a memory but namespaces, and nothing comes from elsewhere."""
+    words = {name.name for name in tree.find_all(nodes.Name)} | {item.attr for item in tree.find_all(nodes.Getattr)}
+    words.update(const.value for const in tree.find_all(nodes.Const) if isinstance(const.value, str))
+    if words & _MEMORIES or next(tree.find_all(_FOREIGN), None) is not None:
+        return False
+    filters = list(tree.find_all(nodes.Filter))
+    at_once = {id(item.node) for item in filters} | {id(loop.iter) for loop in tree.find_all(nodes.For)}
+    return not any(item.name == "random" or (item.name in _ITERATORS and id(item) not in at_once) for item in filters)
+
+
+def mark_loops(tree: nodes.Template) -> int:
+    """Put the marks into a tree; returns how many loops got one. The filter is given the loop's number, from 0."""
+    pure_calls = _PURE_CALLS.difference(macro.name for macro in tree.find_all(nodes.Macro))
+    return _Marking(sum(1 for _ in _loops(tree.body)), pure_calls).mark(tree.body)
+
+
+def _branches(node: nodes.If) -> list[list[nodes.Node]]:
+    return [node.body, *(inner.body for inner in node.elif_), node.else_]
+
+
+def _loops(body: list[nodes.Node]) -> Iterator[nodes.For]:
+    """The loops that may be the one over the messages: not inside anything whose text is collected first, or another loop."""
+    for node in body:
+        if isinstance(node, nodes.If):
+            for branch in _branches(node):
+                yield from _loops(branch)
+        elif isinstance(node, nodes.For) and _is_plain(node):
+            yield node
+
+
+def _is_plain(node: nodes.For) -> bool:
+    return not node.recursive and node.test is None and not node.else_ and isinstance(node.target, nodes.Name)
+
+
+class _Marking:
+    def __init__(self, n_loops: int, pure_calls: frozenset[str]) -> None:
+        self._n_loops = n_loops
+        self._pure_calls = pure_calls
+        self._marked = 0
+
+    def mark(self, body: list[nodes.Node]) -> int:
+        for place, node in enumerate(body):
+            if self._marked == self._n_loops:
+                break  # what is printed behind the last loop is always wanted
+            if isinstance(node, nodes.If):
+                for branch in _branches(node):
+                    self.mark(branch)
+            elif isinstance(node, nodes.For) and _is_plain(node):
+                node.iter = nodes.Filter(node.iter, LOOP_FILTER, [nodes.Const(self._marked)], [], None, None, lineno=node.lineno)
+                self._marked += 1
+            elif isinstance(node, nodes.Output) and self._only_prints(node):
+                messages = nodes.Name("messages", "load", lineno=node.lineno)
+                known = nodes.Test(messages, KNOWN_TEST, [], [], None, None, lineno=node.lineno)
+                body[place] = nodes.If(nodes.Not(known, lineno=node.lineno), [node], [], [], lineno=node.lineno)
+        return self._marked
+
+    def _only_prints(self, node: nodes.Output) -> bool:
+        """Whether to evaluate it leaves no trace: a macro might set an attribute of a namespace."""
+        return all(isinstance(call.node, nodes.Name) and call.node.name in self._pure_calls for call in node.find_all(nodes.Call))

@@ -1,0 +1,314 @@
+"""Chat bodies to keys from their raw bytes: what was seen before is neither parsed, nor rendered, nor tokenized again.
+
+Runs in: shards (the loop and the tokenizer's thread). A RawReader may be used from any thread, what it begins by one at a time.
+Contract: the keys are those of the plain way (prompt/keys.py, prompt/lazy.py), for every body that the engine takes. `begin` says None
+    where it cannot vouch for that or has nothing to gain, and the plain way decides. Of a long conversation that nobody owns only the
+    beginning is read: what is wrong behind it is the engine's to find.
+How: cext/sf_json.h splits the body into messages and names each beginning of them by its bytes. A beginning that was seen leads to the
+    state of its key chains at the last message border (prompt/seen.py), and to the place in the template where the text behind it
+    begins (prompt/stable.py). Other bytes for the same text are not found; then the text's own digest may be (prompt/prefixes.py).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+import xxhash
+
+from sglfast._jsonscan import ChatScan, scan_chat
+from sglfast.errors import PromptError
+from sglfast.prompt.chat import chat_input, closed, is_open, kwargs_input, message_input, tools_input
+from sglfast.prompt.frames import Frame, FrameMaker
+from sglfast.prompt.keys import PromptText, cache_salt_of
+from sglfast.prompt.lazy import Keying, LazyKeyer, Variant
+from sglfast.prompt.prefixes import Prefix
+from sglfast.prompt.seen import Kind, SeenKeying, Turn, Turns
+from sglfast.prompt.stable import Message, Run, StableTemplate
+from sglfast.prompt.template import RESERVED_KWARGS
+
+_LAST_NAMES = 8  # beginnings that are looked for, from the longest down; then those of the first messages, which many share
+_FIRST_NAMES = 2
+_MESSAGE_BYTES = 32  # around the text of a message: {"role":"user","content":""},
+_UNBOUNDED = 1 << 62
+
+
+# What may be parsed at once: bytes of JSON, and objects and arrays in them.
+Budget = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """All of a body but its messages. key: the same for all that lead to the same text and the same keys."""
+
+    key: bytes
+    variables: dict[str, Any]
+    cache_salt: str
+    is_continued: bool
+    has_tools: bool
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """A conversation's first message, which most templates look at again and again."""
+
+    message: Message
+    size_bytes: int
+
+
+class RawReader:
+    """Reads chat bodies for a LazyKeyer, in whose memory it keeps what it has seen."""
+
+    def __init__(self, keyer: LazyKeyer) -> None:
+        self.keyer = keyer
+        chat = keyer.tokenizer.chat
+        self.content_format = chat.content_format if chat is not None else "string"
+        self._template = StableTemplate.of(chat) if chat is not None and keyer.pieces.is_cutting else None
+        if self._template is not None:
+            self._turns = Turns(keyer, self._template)
+            self._frames = FrameMaker(self._template)
+
+    def begin(
+        self, body: bytes, variants: Sequence[Variant], head_chars: int, budget: Budget | None = None
+    ) -> "RawKeying | SeenKeying | None":
+        """Begin with a chat body, rendered to `head_chars` at least; None: not this way. budget: None = as much as it takes."""
+        if self._template is None:
+            return None
+        scan = scan_chat(body, self.keyer.prefixes.seed)
+        if scan is None:
+            return None
+        try:
+            return self._begin(self._template, scan, tuple(variants), head_chars, budget)
+        except Exception:  # a template can raise anything; the plain way finds out what it is, and gives it its name
+            return None
+
+    def _begin(
+        self, template: StableTemplate, scan: ChatScan, variants: tuple[Variant, ...], head_chars: int, budget: Budget | None
+    ) -> "RawKeying | SeenKeying | None":
+        context = self.keyer.prefixes.get(scan.context_name)
+        if not isinstance(context, Context):
+            context = self._context(template, scan)
+            if context is None:
+                return None
+        count = limit = len(scan)
+        if budget is not None and is_too_much(scan, count - 1, budget):
+            return None
+        last = message_input(orjson.loads(scan.message(count - 1)), self.content_format)
+        continuation = ""
+        if is_open(last):
+            limit -= 1
+            if not context.is_continued:
+                last = closed(last)
+            elif limit:
+                count = limit
+                continuation = last["content"]
+            else:
+                return None
+        kind = (context.key, variants, template.stamp())
+        turn = self._longest(scan, limit, kind)
+        if turn is not None:
+            if budget is not None and is_too_much(scan, turn.border.at, budget):
+                return None
+            return self._seen(template, scan, limit, context, turn, kind, [last] if count == len(scan) else [], continuation)
+        messages = _Messages(self, scan, budget, last)
+        run = template.run(count, messages.at, context.variables)
+        if context.has_tools or not scan.is_flat(0):
+            # Tools have a second try, and parts may be media: then all must be known at once.
+            if is_too_much(scan, 0, budget):
+                return None
+            for at in range(count):
+                messages.at(at)
+        is_all = run.go_on(None if context.has_tools else head_chars)
+        prompt = PromptText(
+            text="".join(run.parts),
+            continuation=continuation,
+            cache_salt=context.cache_salt,
+            rest=None if is_all else _rest(self, scan, run, messages),
+            rest_chars=0 if is_all else messages.chars_behind(run),
+            is_rest_long=not is_all and is_too_much(scan, 0, budget),
+        )
+        return RawKeying(self, prompt, scan, limit, kind, run)
+
+    def _seen(
+        self, template: StableTemplate, scan: ChatScan, limit: int, context: Context, turn: Turn, kind: Kind, last: list[Message],
+        continuation: str,
+    ) -> SeenKeying:  # fmt: skip
+        """Only what stands behind a border is read. last: the last message, if it is printed."""
+        at = turn.border.at
+        fresh = len(scan) - 1  # messages before the last
+        count = fresh + len(last)
+        tail = last if at < count else []
+        if at < fresh:
+            content_format = self.content_format
+            tail = [message_input(orjson.loads(scan.message(place)), content_format) for place in range(at, fresh)] + last
+        frame = self._frame(turn, tail, context)
+        if frame is not None:
+            parts = frame.fill(tail)
+            if parts is not None:
+                return SeenKeying(
+ self._turns, scan, limit, kind, turn, parts, frame.borders,
+counts_chars=False, continuation=continuation, salt=context.cache_salt,
+)  # fmt: skip
+        messages = _Messages(self, scan, None, None)
+        messages.known.update(zip(range(at, count), tail, strict=True))
+        run = template.run(count, messages.at, context.variables, turn.border)
+        run.go_on()
+        return SeenKeying(
+ self._turns, scan, limit, kind, turn, run.parts, run.borders,
+counts_chars=True, continuation=continuation, salt=context.cache_salt,
+)  # fmt: skip
+
+    def _frame(self, turn: Turn, tail: list[Message], context: Context) -> Frame | None:
+        roles: tuple[str, ...] = ()
+        for message in tail:
+            if len(message) != 2 or type(message["content"]) is not str:
+                return None
+            roles += (message["role"],)
+        frames = turn.frames
+        frame = frames.get(roles)
+        if frame is None and roles not in frames:
+            frames[roles] = False  # what comes once is not worth one
+        elif frame is False:
+            frame = frames[roles] = self._frames.make(turn.border, turn.opening_role, roles, context.variables)
+        return frame if isinstance(frame, Frame) else None
+
+    def _longest(self, scan: ChatScan, limit: int, kind: Kind) -> Turn | None:
+        get = self.keyer.prefixes.get
+        for count in range(limit, max(0, limit - _LAST_NAMES), -1):
+            known = get((scan.name(count), kind))
+            if known is not None:
+                assert isinstance(known, Turn)
+                return known
+        for count in range(min(_FIRST_NAMES, limit - _LAST_NAMES), 0, -1):
+            known = get((scan.name(count), kind))
+            if known is not None:
+                assert isinstance(known, Turn)
+                return known
+        return None
+
+    def _context(self, template: StableTemplate, scan: ChatScan) -> Context | None:
+        text = scan.context
+        fields = orjson.loads(text)
+        tools, kwargs = tools_input(fields), kwargs_input(fields)
+        if fields.get("input_ids") is not None or not RESERVED_KWARGS.isdisjoint(kwargs):
+            return None
+        salt = cache_salt_of(fields)
+        context = Context(
+            key=xxhash.xxh3_128_digest(orjson.dumps([tools, kwargs, salt]), self.keyer.prefixes.seed),
+            variables=template.variables(tools, kwargs),
+            cache_salt=salt,
+            is_continued=bool(fields.get("continue_final_message")),
+            has_tools=bool(tools),
+            size_bytes=1000 + 12 * len(text),
+        )
+        self.keyer.prefixes.put(scan.context_name, context)
+        return context
+
+    def opening(self, scan: ChatScan, parse: Callable[[int], Message]) -> Message:
+        """The first message of several."""
+        name = scan.name(1)
+        known = self.keyer.prefixes.get(name)
+        if isinstance(known, _Opening):
+            return known.message
+        message = parse(0)
+        self.keyer.prefixes.put(name, _Opening(message, 500 + 12 * (scan.end(0) - scan.start(0))))
+        return message
+
+
+class _Messages:
+    """The messages of a body as a template sees them, each parsed when it is first wanted."""
+
+    __slots__ = ("_budget_bytes", "_reader", "_scan", "known")
+
+    def __init__(self, reader: RawReader, scan: ChatScan, budget: Budget | None, last: Message | None) -> None:
+        self._reader = reader
+        self._scan = scan
+        self._budget_bytes = _UNBOUNDED if budget is None else budget[0]
+        self.known: dict[int, Message] = {} if last is None else {len(scan) - 1: last}
+
+    def at(self, at: int) -> Message:
+        """Message `at`. Raises PromptError for one that the engine refuses, JSONDecodeError."""
+        message = self.known.get(at)
+        if message is None:
+            message = self.known[at] = self._parsed(at) if at else self._reader.opening(self._scan, self._parsed)
+        return message
+
+    def _parsed(self, at: int) -> Message:
+        text = self._scan.message(at)
+        self._budget_bytes -= len(text)
+        if self._budget_bytes < 0:
+            raise PromptError("more than may be parsed now")
+        return message_input(orjson.loads(text), self._reader.content_format)
+
+    def take_all(self) -> None:
+        """From now on as much may be parsed as it takes."""
+        self._budget_bytes = _UNBOUNDED
+
+    def chars_behind(self, run: Run) -> int:
+        """About how many characters follow what is rendered: messages that were not read, by what the read ones had for their bytes."""
+        scan, known = self._scan, self.known
+        read_bytes = sum(scan.end(at) - scan.start(at) - _MESSAGE_BYTES for at in known)
+        all_bytes = scan.end(len(scan) - 1) - scan.start(0) - len(scan) * _MESSAGE_BYTES
+        read_chars = sum(_chars(message) for message in known.values())
+        return max(0, max(0, all_bytes) * read_chars // max(1, read_bytes) - run.chars)
+
+
+class RawKeying(Keying):
+    """A chat body of which nothing was seen, on its way to its keys."""
+
+    __slots__ = ("_kind_of_turns", "_limit", "_reader", "_rendering", "_scan")
+
+    def __init__(self, reader: RawReader, prompt: PromptText, scan: ChatScan, limit: int, kind: Kind, run: Run) -> None:
+        """Use RawReader.begin. limit: messages that stand in `scan` as they were rendered."""
+        super().__init__(reader.keyer, prompt, kind[1])
+        self._reader = reader
+        self._scan = scan
+        self._limit = limit
+        self._kind_of_turns = kind
+        self._rendering = run
+
+    def _remember(self, end: int, prefix: Prefix) -> None:
+        if not self._reader._turns.remember(self._scan, self._limit, self._kind_of_turns, self._rendering, end, prefix, self._text):
+            super()._remember(end, prefix)
+
+
+def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages) -> Callable[[], str]:
+    def rest() -> str:
+        begun = len(run.parts)
+        chars = run.chars
+        messages.take_all()
+        try:
+            run.go_on()
+            return "".join(run.parts[begun:])
+        except Exception:
+            run.borders.clear()
+        # The plain way, for what it says or because the template did something that cannot be followed.
+        chat = reader.keyer.tokenizer.chat
+        assert chat is not None
+        try:
+            given = chat_input(orjson.loads(scan.body), chat.content_format)
+        except orjson.JSONDecodeError as error:
+            raise PromptError("the body is no JSON") from error
+        return chat.render(given.messages, tools=given.tools, kwargs=given.kwargs)[chars:]
+
+    return rest
+
+
+def is_too_much(scan: ChatScan, first: int, budget: Budget | None) -> bool:
+    """Whether the messages from `first` on are more than may be parsed at once."""
+    count = len(scan)
+    if budget is None or first == count:
+        return False
+    start, end = scan.start(first), scan.end(count - 1)
+    if end - start > budget[0]:
+        return True
+    if scan.is_flat(first):
+        return count - first > budget[1]
+    text = scan.body[start:end]
+    return text.count(b"{") + text.count(b"[") > budget[1]
+
+
+def _chars(message: Message) -> int:
+    content = message["content"]
+    return len(content) if isinstance(content, str) else sum(len(part.get("text", "")) for part in content)

@@ -1,0 +1,225 @@
+"""Conversations of which a beginning was seen: what is kept of it, and the short way from there to the keys.
+
+Runs in: shards (the loop and the tokenizer's thread). Turns may be used from any thread, a SeenKeying by one at a time.
+Contract: as prompt/lazy.py. A Turn is the state of the key chains at a cut shortly before a message border, the text between the two,
+    and the border of the template (prompt/stable.py); it is found by the name of the messages that decide about all of that.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from sglfast._blockhash import KeyChain
+from sglfast._jsonscan import ChatScan
+from sglfast.errors import PromptError
+from sglfast.prompt.frames import Frame
+from sglfast.prompt.keys import PromptText
+from sglfast.prompt.lazy import Keying, Keys, LazyKeyer, Probe, Variant, pages_max
+from sglfast.prompt.prefixes import Prefix
+from sglfast.prompt.stable import Border, Run, StableTemplate
+
+# What decides about text and keys besides the messages: name of the context, variants, what the clock says.
+Kind = tuple[bytes, tuple[Variant, ...], tuple[str, ...]]
+# Roles of messages -> what is printed around them; None: it cannot be told; False: they came once.
+Frames = dict[tuple[str, ...], Frame | bool | None]
+
+_REST_CHARS = 256  # more text between a cut and the next message border is not worth remembering
+_SHORT_CHARS = 512  # so much is tokenized in one go
+_FAMILIES = 1024  # Turns whose frames are the same, remembered
+_STATE_CHARS = 1000
+_ENDINGS, _ENDING_CHARS = 64, 64
+_TURN_BYTES = 700  # objects and names around one
+_UNBOUNDED_CHARS = 1 << 62
+
+
+class Turn:
+    """What is known of a beginning; never changed, so chains are copied before use.
+
+    opening_role: see FrameMaker.make; chain_bytes: what the chains cost to remember; size_bytes: what all of it does.
+    """
+
+    __slots__ = ("border", "chain_bytes", "chains", "frames", "keys", "opening_role", "rest", "size_bytes")
+
+    def __init__(
+        self, chains: tuple[KeyChain, ...], keys: tuple[bytes, ...], border: Border, rest: str, frames: Frames, opening_role: str | None,
+        chain_bytes: int,
+    ) -> None:  # fmt: skip
+        self.chains = chains
+        self.keys = keys
+        self.border = border
+        self.rest = rest
+        self.frames = frames
+        self.opening_role = opening_role
+        self.chain_bytes = chain_bytes
+        self.size_bytes = _TURN_BYTES + chain_bytes + sum(map(len, keys)) + border.size_bytes + 4 * len(rest)
+
+
+class Turns:
+    """Remembers Turns in a LazyKeyer's memory."""
+
+    def __init__(self, keyer: LazyKeyer, template: StableTemplate) -> None:
+        self.keyer = keyer
+        self._template = template
+        self._families: OrderedDict[object, Frames] = OrderedDict()
+        self._endings: dict[str, array[int]] = {}
+
+    def remember(self, scan: ChatScan, limit: int, kind: Kind, run: Run, end: int, prefix: Prefix, text: str) -> bool:
+        """Remember the first border of a whole text that is not before text[:end]; False when there is none that can be used."""
+        border = next((border for border in run.borders if border.chars >= end), None)
+        stamp = self._template.stamp()
+        if border is None or not 0 < border.needed <= limit or border.chars > end + _REST_CHARS or not run.is_stamped(stamp):
+            return False
+        opening = run.opening()
+        role = str(opening["role"]) if opening is not None and len(opening) == 2 and type(opening["content"]) is str else None
+        chain_bytes = sum(12 * chain.page_size + 150 for chain in prefix.chains)
+        self.put(scan, (kind[0], kind[1], stamp), prefix.chains, prefix.keys, border, text[end : border.chars], role, chain_bytes)
+        return True
+
+    def ending(self, text: str) -> "array[int]":
+        """Token ids of what stands behind the last message: nearly always the same few characters."""
+        ids = self._endings.get(text)
+        if ids is None:
+            ids = self.keyer.pieces.cache.get(text)
+            if ids is None:
+                ids = self.keyer.pieces.encode_piece(text)
+            if len(text) <= _ENDING_CHARS:
+                if len(self._endings) == _ENDINGS:
+                    self._endings.clear()
+                self._endings[text] = ids
+        return ids
+
+    def is_now(self, kind: Kind) -> bool:
+        """Whether the clock says what it said when the conversation was looked up."""
+        return self._template.stamp() == kind[2]
+
+    def put(
+        self, scan: ChatScan, kind: Kind, chains: tuple[KeyChain, ...], keys: tuple[bytes, ...], border: Border, rest: str,
+        opening_role: str | None, chain_bytes: int,
+    ) -> None:  # fmt: skip
+        """Remember a border under the name of the messages that it needs."""
+        state = repr(border.state) if border.state else ""
+        if len(state) <= _STATE_CHARS:
+            family = (kind[0], kind[2], border.at, border.loop, state, opening_role)
+            frames = self._families.get(family)
+            if frames is None:
+                frames = self._families[family] = {}
+                if len(self._families) > _FAMILIES:
+                    self._families.popitem(last=False)
+        else:
+            frames = {}
+        turn = Turn(chains, keys, border, rest, frames, opening_role, chain_bytes)
+        self.keyer.prefixes.put((scan.name(border.needed), kind), turn)
+
+
+class SeenKeying:
+    """A prompt whose beginning was seen, on its way to its keys; as a Keying."""
+
+    __slots__ = (
+        "_borders", "_continuation", "_counts_chars", "_keys", "_kind", "_limit", "_long", "_parts", "_salt", "_scan", "_turn", "_turns",
+    )  # fmt: skip
+
+    def __init__(
+        self, turns: Turns, scan: ChatScan, limit: int, kind: Kind, turn: Turn, parts: list[str], borders: Sequence[Border], *,
+        counts_chars: bool, continuation: str, salt: str,
+    ) -> None:  # fmt: skip
+        """Use RawReader.begin. parts: the text behind the turn's border; borders: in it, their `chars` being characters or parts;
+        limit: messages that stand in `scan` as they were printed."""
+        self._turns = turns
+        self._scan = scan
+        self._limit = limit
+        self._kind = kind
+        self._turn = turn
+        self._parts = parts
+        self._borders = borders
+        self._counts_chars = counts_chars
+        self._continuation = continuation
+        self._salt = salt
+        self._keys: Keys | None = None
+        self._long: Keying | None = None
+
+    @property
+    def keys(self) -> Keys:
+        """The result, after `run` has returned True."""
+        assert self._keys is not None
+        return self._keys
+
+    def run(self, probe: Probe | None, budget_chars: int = _UNBOUNDED_CHARS) -> bool:
+        """See Keying.run."""
+        if self._long is None:
+            turn = self._turn
+            text = turn.rest + "".join(self._parts)
+            if probe is not None and not self._continuation and len(text) <= _SHORT_CHARS and len(text) <= budget_chars:
+                self._run_short(probe, text)
+                return True
+            self._long = _LongKeying(self, text)
+        if not self._long.run(probe, budget_chars):
+            return False
+        self._keys = self._long.keys
+        return True
+
+    def _run_short(self, probe: Probe, text: str) -> None:
+        turn, turns, variants = self._turn, self._turns, self._kind[1]
+        keyer = turns.keyer
+        keys = list(turn.keys)
+        live = [not known or probe(known) == len(known) >> 3 for known in keys]
+        chains = [chain.copy() for chain in turn.chains]
+        border = keyer.pieces.border
+        cut = text.rfind(border) + len(border) if border in text else 0
+        start = 0
+        try:
+            while start < len(text):
+                if not any(live) or keyer.cannot_fill_a_block(chains, live, text, start):
+                    tokens = chains[0].tokens + max(1, keyer.pieces.tokens_estimate(len(text) - start))
+                    self._keys = Keys(tokens, True, dict(zip(variants, keys, strict=True)))
+                    return
+                ids = turns.ending(text[cut:]) if start == cut else keyer.pieces.encode_piece(text[:cut])
+                for place, chain in enumerate(chains):
+                    fresh = chain.extend(ids)
+                    if fresh:
+                        keys[place] += fresh
+                        if live[place]:
+                            live[place] = probe(fresh) == len(fresh) >> 3
+                if start == cut:
+                    break
+                start = cut
+                self.remember(cut, tuple(chains), tuple(keys), text)
+                chains = [chain.copy() for chain in chains]
+        except (TypeError, ValueError) as error:
+            raise PromptError(f"no block keys can be made of this prompt: {error}") from error
+        tokens = chains[0].tokens if chains else 0
+        capped = {variant: known[: 8 * pages_max(tokens, *variant)] for variant, known in zip(variants, keys, strict=True)}
+        self._keys = Keys(tokens, False, capped)
+
+    def remember(self, end: int, chains: tuple[KeyChain, ...], keys: tuple[bytes, ...], text: str) -> None:
+        """Remember the first border behind the old one that is not before text[:end]."""
+        turn = self._turn
+        chars = len(turn.rest)
+        counted = 0
+        for border in self._borders:
+            if self._counts_chars:
+                at = chars + border.chars
+            else:
+                while counted < border.chars:
+                    chars += len(self._parts[counted])
+                    counted += 1
+                at = chars
+            if at < end:
+                continue
+            if at <= end + _REST_CHARS and border.needed <= self._limit and self._turns.is_now(self._kind):
+                opening_role, chain_bytes = turn.opening_role, turn.chain_bytes
+                self._turns.put(self._scan, self._kind, chains, keys, border, text[end:at], opening_role, chain_bytes)
+            return
+
+
+class _LongKeying(Keying):
+    """The long way behind a Turn: piece by piece, and maybe with a rest of the assistant's own text."""
+
+    __slots__ = ("_seen",)
+
+    def __init__(self, seen: SeenKeying, text: str) -> None:
+        super().__init__(seen._turns.keyer, PromptText(text=text, continuation=seen._continuation, cache_salt=seen._salt), seen._kind[1])
+        self._seen = seen
+        self._begin_behind(seen._turn.chains, seen._turn.keys)
+
+    def _remember(self, end: int, prefix: Prefix) -> None:
+        self._seen.remember(end, prefix.chains, prefix.keys, self._text)

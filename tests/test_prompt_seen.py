@@ -1,0 +1,220 @@
+"""sglfast.prompt.raw and seen: what of a chat is read, rendered and tokenized, and what is not; and how much is remembered."""
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from chat_paths import TOOL, VARIANTS, Chats, everybody, nobody, plain, tokenizers_of
+from chat_templates import TEMPLATES
+from tokenizer_kinds import build
+
+from sglfast.prompt import raw as raw_module
+from sglfast.prompt import seen as seen_module
+from sglfast.prompt import stable as stable_module
+from sglfast.prompt.frames import Frame
+from sglfast.prompt.keys import RequestKind
+from sglfast.prompt.lazy import Keys, LazyKeyer, Variant
+from sglfast.prompt.raw import RawKeying, RawReader
+from sglfast.prompt.seen import SeenKeying
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    return tokenizers_of(tmp_path_factory.mktemp("tokenizers"))
+
+
+def chat(*texts: str, **context: Any) -> bytes:
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    return orjson.dumps({"model": "m", "messages": messages, **context})
+
+
+LONG = [f"{n} " + "the words of this message are known to all " * 10 for n in range(20)]
+
+
+class Counted:
+    """How many messages were parsed, and how much was rendered and tokenized."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+        self.path = Chats(tokenizer, 1 << 22)
+        self.parsed: list[Any] = []
+        self.runs = 0
+        self.frames = 0
+        parse, run, fill = raw_module.message_input, stable_module.StableTemplate.run, Frame.fill
+
+        def message_input(raw: Any, content_format: Any) -> Any:
+            self.parsed.append(raw)
+            return parse(raw, content_format)
+
+        def counted_run(*args: Any, **kwargs: Any) -> Any:
+            self.runs += 1
+            return run(*args, **kwargs)
+
+        def counted_fill(*args: Any, **kwargs: Any) -> Any:
+            self.frames += 1
+            return fill(*args, **kwargs)
+
+        monkeypatch.setattr(raw_module, "message_input", message_input)
+        monkeypatch.setattr(stable_module.StableTemplate, "run", counted_run)
+        monkeypatch.setattr(Frame, "fill", counted_fill)
+
+    def keys(self, body: bytes, probe: Any = everybody) -> Keys:
+        self.parsed.clear()
+        self.runs = self.frames = 0
+        found = self.path.keys(body, [(16, False)], probe)
+        assert found is not None
+        return found
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(monkeypatch, load_tokenizer(DEMO_TOKENIZER_PATH))
+
+
+def test_of_a_seen_conversation_only_the_newest_message_is_read(counted: Counted) -> None:
+    counted.keys(chat(*LONG[:19]))
+    assert len(counted.parsed) == 19
+    for number in range(4):
+        body = chat(*LONG[:19], f"and what of {number}?")
+        found = counted.keys(body)
+        assert counted.parsed == [{"role": "assistant", "content": f"and what of {number}?"}]
+        assert (counted.runs, counted.frames) == ((1, 0) if number == 0 else (1, 1) if number == 1 else (0, 1))
+        whole = plain(counted.path.tokenizer, body)
+        assert whole is not None
+        assert found.keys[16, False] == whole.keys[16, False]
+
+
+def test_a_conversation_that_goes_on_is_read_turn_by_turn(counted: Counted) -> None:
+    for turns in range(1, 20, 2):
+        body = chat(*LONG[:turns])
+        found = counted.keys(body)
+        assert len(counted.parsed) == (2 if turns > 1 else 1)
+        whole = plain(counted.path.tokenizer, body)
+        assert whole is not None
+        assert found == Keys(whole.tokens, False, {(16, False): whole.keys[16, False]})
+
+
+def test_of_an_unowned_conversation_only_the_beginning_is_read(counted: Counted) -> None:
+    body = chat(*LONG)
+    found = counted.keys(body, nobody)
+    assert found.is_estimated
+    assert len(counted.parsed) <= 3
+    whole = plain(counted.path.tokenizer, body)
+    assert whole is not None
+    assert found.tokens == pytest.approx(whole.tokens, rel=0.3)
+
+
+def test_parts_and_tools_are_read_at_once(counted: Counted) -> None:
+    """Media has no keys, however late it comes; and what the template says to the tools may come late."""
+    counted.keys(chat(*LONG, tools=[TOOL]), nobody)
+    assert len(counted.parsed) == 20
+    media = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
+    body = orjson.loads(chat(*LONG))
+    body["messages"].append(media)
+    assert counted.path.keys(orjson.dumps(body), [(16, False)], nobody) is None
+
+
+def test_other_contexts_are_other_conversations(counted: Counted) -> None:
+    counted.keys(chat(*LONG[:19]))
+    for context in ({"cache_salt": "s"}, {"tools": [TOOL]}, {"chat_template_kwargs": {"x": 1}}, {"reasoning_effort": "low"}):
+        body = chat(*LONG[:19], "new", **context)
+        found = counted.keys(body)
+        assert len(counted.parsed) >= 19, context
+        whole = plain(counted.path.tokenizer, body)
+        assert whole is not None
+        assert found.keys[16, False] == whole.keys[16, False]
+    for context in ({"temperature": 0.5}, {"seed": 7}, {"stream": True, "user": "me"}, {"tools": [TOOL], "tool_choice": "none"}):
+        counted.keys(chat(*LONG[:19], "new", **context))
+        assert len(counted.parsed) == 1, context
+
+
+def test_variants_are_kept_apart(counted: Counted) -> None:
+    body = chat(*LONG[:19])
+    choices: list[list[Variant]] = [[(16, False)], [(16, True)], [(16, False), (64, False)], [(16, False)]]
+    for variants in choices:
+        for _ in range(2):
+            found = counted.path.keys(body, variants, everybody)
+            assert found is not None
+            assert found.keys.keys() == set(variants)
+            for variant in variants:
+                ids = counted.path.reader.tokens_of(counted.path.reader.text_of(RequestKind.CHAT, orjson.loads(body)))
+                assert found.keys[variant] == counted.path.reader.keys_of(ids, variant[0], bigram=variant[1])
+
+
+def test_an_open_turn_of_the_assistant_is_not_taken_for_a_closed_one(counted: Counted) -> None:
+    """The last message of the assistant is printed as one of the user, or goes behind the prompt; both only while it is the last."""
+    for body in (
+        chat(*LONG[:4]), chat(*LONG[:4], continue_final_message=True), chat(*LONG[:5]), chat(*LONG[:4]), chat(*LONG[:6]),
+        chat(*LONG[:6], continue_final_message=True), chat(*LONG[:7]), chat(*LONG[:6]), chat(*LONG[:5]),
+    ):  # fmt: skip
+        found = counted.keys(body)
+        whole = plain(counted.path.tokenizer, body)
+        assert whole is not None
+        assert found == Keys(whole.tokens, False, {(16, False): whole.keys[16, False]})
+
+
+def test_the_clock_ends_what_is_known(tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    now = ["Monday"]
+    monkeypatch.setattr(stable_module, "strftime_now", lambda format: now[0])
+    counted = Counted(monkeypatch, tokenizers["clock"])
+    counted.keys(chat(*LONG[:5]))
+    keys = counted.keys(chat(*LONG[:5], "new"))
+    assert len(counted.parsed) == 1
+    now[0] = "Tuesday"
+    assert counted.keys(chat(*LONG[:5], "new")) != keys
+    assert len(counted.parsed) >= 5
+    counted.keys(chat(*LONG[:5]))
+    assert counted.keys(chat(*LONG[:5], "new")) != keys
+    assert len(counted.parsed) == 1
+    now[0] = "Monday"
+    assert counted.keys(chat(*LONG[:5], "new")) == keys
+    assert len(counted.parsed) == 1
+
+
+def test_what_may_be_parsed_at_once_is_bounded(counted: Counted) -> None:
+    raw, small = counted.path.raw, (2000, 10)
+    begin = raw.begin(chat(*LONG[:19]), [(16, False)], 500, small)
+    assert isinstance(begin, RawKeying)
+    assert not begin.run(everybody, 1000), "the rest is long"
+    assert begin.run(everybody)
+    assert isinstance(raw.begin(chat(*LONG[:19], "more"), [(16, False)], 500, small), SeenKeying)
+    assert raw.begin(chat(*LONG[:19], "x" * 3000), [(16, False)], 500, small) is None, "the newest is too long"
+    assert raw.begin(chat(*LONG[:19], "x" * 1500, "y" * 1500), [(16, False)], 500, small) is None, "what is new is too long"
+    assert raw.begin(chat("x" * 3000, "new"), [(16, False)], 500, small) is None, "the first is too long"
+    assert raw.begin(chat(*LONG[:19], tools=[TOOL]), [(16, False)], 500, small) is None, "all must be read"
+    assert raw.begin(chat(*LONG[:3], *(["."] * 12)), [(16, False)], 500, (1 << 20, 10)) is not None
+    assert raw.begin(chat(*LONG[:19], *"123456"), [(16, False)], 500, (1 << 20, 5)) is None, "too many messages"
+    assert isinstance(raw.begin(chat(*LONG[:19], "x" * 3000), [(16, False)], 500), SeenKeying)
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seen_module, "_FAMILIES", 5)
+    path = Chats(load_tokenizer(DEMO_TOKENIZER_PATH), 1 << 20)
+    for n in range(150):
+        path.keys(chat(*LONG[: n % 19], f"other {n}"), [(16, False)], everybody)
+        path.keys(chat(f"other {n}", *LONG[: n % 7], user="u" * 1000 * n), [(16, False)], everybody)
+    assert 0 < path.keyer.prefixes.size_bytes <= 1 << 18
+    assert len(path.raw._turns._families) <= 5
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "llama2"])
+def test_tokenizers_of_other_kinds(tmp_path: Path, kind: str) -> None:
+    build(kind, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["chatml"])
+    tokenizer = load_tokenizer(str(tmp_path))
+    path = Chats(tokenizer, 1 << 22)
+    for turns in (*range(1, 20, 2), 19, 7):
+        body = chat(*LONG[:turns])
+        whole = plain(tokenizer, body)
+        assert whole is not None
+        found = path.keys(body, VARIANTS, everybody)
+        assert found == whole
+
+
+def test_no_template_or_none_that_can_be_followed(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
+    assert RawReader(LazyKeyer(build("byte_level", tmp_path), 1 << 20)).begin(chat("x"), VARIANTS, 500) is None
+    path = Chats(tokenizers["qwen3"], 1 << 20)
+    for _ in range(2):
+        assert isinstance(path.raw.begin(chat(*LONG), VARIANTS, 500), RawKeying)
+        path.keys(chat(*LONG), VARIANTS, everybody)

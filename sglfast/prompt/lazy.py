@@ -28,6 +28,9 @@ Probe = Callable[[bytes], int]
 
 _LAST_BORDERS = 8  # message borders from the end at which a known beginning is looked for
 _UNBOUNDED_CHARS = 1 << 62
+# The first piece shall fill a block, but not much more: that one tells whether anybody owns anything.
+_CHARS_PER_TOKEN = 5
+_FIRST_CHARS = (64, 640)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class LazyKeyer:
         self.tokenizer = tokenizer
         self.pieces = PieceTokenizer(tokenizer, cache_bytes - cache_bytes // 4)
         self.prefixes = PrefixCache(cache_bytes // 4)
+        self._bytes_per_token = tokenizer.normalized_growth
+        self._around = len(self.pieces.before) + len(self.pieces.after) + 4  # 4: markers before a text and its parts
 
     def begin(self, prompt: PromptText, variants: Sequence[Variant], asked: tuple[str, str] = ("", "")) -> "Keying":
         """Begin with a prompt that has text or token ids; raises PromptError for one that has neither, or is no Unicode.
@@ -58,8 +63,7 @@ class LazyKeyer:
 
     def cannot_fill_a_block(self, chains: list[KeyChain], live: list[bool], text: str, start: int, continuation: str = "") -> bool:
         """Whether even one token a byte of text[start:] would not complete a block of a chain whose overlap goes on."""
-        bytes_per_token = self.tokenizer.normalized_growth
-        if not bytes_per_token:
+        if not self._bytes_per_token:
             return False
         missing = _UNBOUNDED_CHARS
         for chain, is_live in zip(chains, live, strict=True):
@@ -68,12 +72,10 @@ class LazyKeyer:
                 if behind < 1:
                     return False  # with no token behind a full block, the rest decides whether that block counts
                 missing = min(missing, chain.page_size - behind)
-        rest = len(text) - start + len(continuation)
-        around = len(self.pieces.before) + len(self.pieces.after) + 4  # 4: markers before a text and its parts
-        if rest + around >= missing:
+        if len(text) - start + len(continuation) + self._around >= missing:
             return False
         rest_bytes = len(text[start:].encode()) + len(continuation.encode())
-        return rest_bytes * bytes_per_token + around < missing
+        return rest_bytes * self._bytes_per_token + self._around < missing
 
 
 class Keying:
@@ -83,6 +85,7 @@ class Keying:
         "_chains",
         "_end",
         "_ends",
+        "_first_chars",
         "_is_headed",
         "_is_open",
         "_keyer",
@@ -115,6 +118,8 @@ class Keying:
         if prompt.text is None:
             return
         self._live = [True] * len(variants)
+        least = min((variant.block_size for variant in variants), default=0)
+        self._first_chars = max(_FIRST_CHARS[0], min(_FIRST_CHARS[1], least * _CHARS_PER_TOKEN))
         self._kind = (variants, self._seeds, prompt.cache_salt, prompt.add_special_tokens)
         self._names: list[Name] = []
         self._ends: Iterator[int] = iter(())
@@ -170,7 +175,7 @@ class Keying:
         pieces, head = self._keyer.pieces, self._text
         # A token that is cut off at the end of the beginning could reach back so far.
         limit = len(head) - pieces.longest_token if pieces.is_cutting else 0
-        for end in pieces.ends(head):
+        for end in pieces.ends(head, first_chars=self._first_chars):
             if end > limit:
                 break
             piece = head[self._pos : end]
@@ -201,7 +206,7 @@ class Keying:
                 self._chains = [chain.copy() for chain in known[1].chains]
                 self._keys = list(known[1].keys)
                 self._probed = [0] * len(self._keys)
-        self._ends = pieces.ends(text, self._pos, borders[-1] if borders else -1, first)
+        self._ends = pieces.ends(text, self._pos, borders[-1] if borders else -1, first, self._first_chars)
         self._is_open = True
 
     def _begin_behind(self, chains: Sequence[KeyChain], keys: Sequence[bytes]) -> None:
@@ -209,7 +214,7 @@ class Keying:
         self._chains = [chain.copy() for chain in chains]
         self._keys = list(keys)
         borders = self._keyer.pieces.last_borders(self._text, 1)
-        self._ends = self._keyer.pieces.ends(self._text, 0, borders[-1] if borders else -1)
+        self._ends = self._keyer.pieces.ends(self._text, 0, borders[-1] if borders else -1, first_chars=self._first_chars)
         self._is_open = True
 
     def _estimated(self, rest_chars: int) -> bool:

@@ -28,6 +28,7 @@ from sglfast.prompt.tokenizer import Tokenizer
 PIECE_CHARS = 2048
 # (characters behind the first cut, length of pieces up to there)
 _SHORTEST_CHARS = 64  # less is not worth a look-up: short messages go together
+FIRST_CHARS = 256
 _SIZES = ((512, 256), (2048, 512), (8192, 1024))
 # Before anything was tokenized; English prose and code have 3 to 5 with the vocabularies of today.
 _CHARS_PER_TOKEN = 4.0
@@ -148,21 +149,24 @@ class PieceTokenizer:
             start = end
         return pieces
 
-    def ends(self, text: str, start: int = 0, last_border: int = -1, first: int | None = None) -> Iterator[int]:
+    def ends(
+        self, text: str, start: int = 0, last_border: int = -1, first: int | None = None, first_chars: int = FIRST_CHARS
+    ) -> Iterator[int]:
         """Where the pieces of text[start:] end. `start` must be a cut. One pass, whatever stands in the text.
 
-        last_border: a cut that ends a piece in any case; first: the cut from which pieces grow, `start` if None.
+        last_border: a cut that ends a piece in any case; first: the cut from which pieces grow, `start` if None; first_chars: about the
+        length of the piece there.
         """
         if start < last_border:
-            yield from self._ends(text, start, last_border, start if first is None else first)
+            yield from self._ends(text, start, last_border, start if first is None else first, first_chars)
             start, first = last_border, None
-        yield from self._ends(text, start, len(text), start if first is None else first)
+        yield from self._ends(text, start, len(text), start if first is None else first, first_chars)
 
-    def _ends(self, text: str, start: int, size: int, first: int) -> Iterator[int]:
+    def _ends(self, text: str, start: int, size: int, first: int, first_chars: int) -> Iterator[int]:
         border = -1  # end of the first added token behind a piece of at least the shortest length
         while start < size:
             behind = start - first
-            piece_chars = next((chars for limit, chars in _SIZES if behind < limit), PIECE_CHARS)
+            piece_chars = next((chars for limit, chars in _SIZES if behind < limit), PIECE_CHARS) if behind else first_chars
             if size - start <= _SHORTEST_CHARS or not self.is_cutting:
                 yield size
                 return
@@ -218,9 +222,9 @@ class PieceTokenizer:
             for _ in range(3):  # unknown, to be known, known
                 if self._by_words(text).tolist() != tokenizer.encode(text, False):
                     return None
-        words = tokenizer.first_words(min(_FIRST_WORDS, size_bytes // 64))
-        for word, ids in zip(words, tokenizer.encode_all(words), strict=True):
-            self._words.learn(word, ids)
+        words = tokenizer.first_words(min(_FIRST_WORDS, size_bytes // 256))
+        for word, ids in zip(reversed(words), reversed(tokenizer.encode_all(words)), strict=True):
+            self._words.learn(word, ids)  # the most frequent last, so that they stay longest
         return self._words
 
     def _keeps_theory(self, tokens: list[str]) -> bool:

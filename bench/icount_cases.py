@@ -79,7 +79,7 @@ def words_of_2_kb_to_token_ids() -> Call:
     """English prose of words that all came before."""
     from sglfast._wordtable import GPT2, WordTable
 
-    table = WordTable(1 << 20, 1, GPT2)
+    table = WordTable(1 << 20, 1, GPT2, {})
     text = "".join(f" {word} of them, and then some {word}s more." for word in ("many", "few", "one", "all", "some") * 10)[:2048]
     for _ in range(3):
         table.encode(text, lambda runs: [[len(run)] for run in runs])

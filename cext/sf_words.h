@@ -8,7 +8,8 @@
  * more than it did. All is allocated at once; nothing here ever fails later.
  *
  * A text is cut into stretches before each space that stands between two ASCII letters (prompt/pieces.py tells why there), and those
- * that are ASCII into words as the tokenizer's own pattern does it (sf_pretoken.h).
+ * that are ASCII into words as the tokenizer's own pattern does it (sf_pretoken.h). Before all that, added tokens are taken out: the
+ * first place where one stands, the longest of those that stand there.
  */
 #ifndef SF_WORDS_H
 #define SF_WORDS_H
@@ -45,6 +46,42 @@ typedef struct {
     uint64_t seed;
     uint32_t n_seen, n_slots, arena_units;
 } sf_words_t;
+
+typedef struct {
+    const char *text;
+    uint32_t n_bytes, id;
+    uint32_t stop; /* behind the last token of this length */
+} sf_token_t;
+
+/* Added tokens, the longest first, those of a length in the order of memcmp; firsts: which bytes they begin with. */
+typedef struct {
+    const sf_token_t *tokens;
+    size_t n_tokens;
+    uint8_t firsts[256];
+} sf_tokens_t;
+
+/* The token of those with equal length, from `i` to `stop`, that is the text at `p`; NULL. Models have hundreds that begin alike. */
+static inline const sf_token_t *_sf_token_at(const sf_tokens_t *t, size_t i, size_t stop, const char *p) {
+    while (i < stop) {
+        size_t middle = (i + stop) / 2;
+        int order = memcmp(p, t->tokens[middle].text, t->tokens[middle].n_bytes);
+        if (!order) return &t->tokens[middle];
+        if (order < 0) stop = middle;
+        else i = middle + 1;
+    }
+    return NULL;
+}
+
+/* The first place in the text where a token stands, `end` when there is none. found: the longest that stands there. */
+static inline const char *sf_tokens_find(const sf_tokens_t *t, const char *p, const char *end, const sf_token_t **found) {
+    for (; p < end; p++) {
+        if (!t->firsts[(uint8_t)*p]) continue;
+        for (size_t i = 0; i < t->n_tokens; i = t->tokens[i].stop) {
+            if ((size_t)(end - p) >= t->tokens[i].n_bytes && (*found = _sf_token_at(t, i, t->tokens[i].stop, p))) return p;
+        }
+    }
+    return end;
+}
 
 /* 0, or -1 without memory: then nothing is held. bytes: of everything together, at least 64 KiB. */
 static inline int sf_words_init(sf_words_t *w, size_t bytes, uint64_t seed) {

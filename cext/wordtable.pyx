@@ -10,11 +10,12 @@ cimport cython
 from cpython cimport array
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
-from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 import array
+from bisect import bisect_right
 
 
 cdef extern from "Python.h":
@@ -34,6 +35,18 @@ cdef extern from "sf_words.h" nogil:
     ctypedef struct sf_words_t:
         uint64_t seed
 
+    ctypedef struct sf_token_t:
+        const char *text
+        uint32_t n_bytes
+        uint32_t id
+        uint32_t stop
+
+    ctypedef struct sf_tokens_t:
+        const sf_token_t *tokens
+        size_t n_tokens
+        uint8_t firsts[256]
+
+    const char *sf_tokens_find(const sf_tokens_t *tokens, const char *p, const char *end, const sf_token_t **found) noexcept
     int sf_words_init(sf_words_t *words, size_t n_bytes, uint64_t seed) noexcept
     void sf_words_free(sf_words_t *words) noexcept
     uint64_t sf_words_hash(const sf_words_t *words, const char *word, size_t n) noexcept
@@ -134,15 +147,35 @@ cdef int _make_plan(sf_words_t *words, int kind, const char *p, const char *end,
     return _add_gap(plan, run, end, False) if run != NULL else 0
 
 
+cdef int _make_whole_plan(sf_words_t *words, int kind, const sf_tokens_t *tokens, const char *p, const char *end,
+                          plan_t *plan) noexcept nogil:
+    """With the added tokens, which stand between texts that are cut each for itself."""
+    cdef const sf_token_t *token = NULL
+    cdef const char *stop
+    while p < end:
+        stop = sf_tokens_find(tokens, p, end, &token)
+        if _make_plan(words, kind, p, stop, plan):
+            return -1
+        if stop < end:
+            if _add_ids(plan, &token.id, 1):
+                return -1
+            stop += token.n_bytes
+        p = stop
+    return 0
+
+
 @cython.final
 cdef class WordTable:
     """Words and their token ids; see the stub."""
 
     cdef sf_words_t words
+    cdef sf_tokens_t tokens
+    cdef sf_token_t *token_list
+    cdef tuple token_texts  # what the list points into
     cdef readonly Py_ssize_t size_bytes
     cdef readonly int pattern
 
-    def __cinit__(self, Py_ssize_t size_bytes, uint64_t seed, int pattern):
+    def __cinit__(self, Py_ssize_t size_bytes, uint64_t seed, int pattern, dict tokens not None):
         if size_bytes < 65536 or size_bytes > 1 << 34:
             raise ValueError(f"a table of words takes from 64 KiB to 16 GiB, not {size_bytes} bytes")
         if pattern < 0 or pattern >= SF_PRE_KINDS:
@@ -151,9 +184,29 @@ cdef class WordTable:
         self.pattern = pattern
         if sf_words_init(&self.words, size_bytes, seed):
             raise MemoryError
+        # As sf_tokens_t wants them.
+        self.token_texts = tuple(sorted([text.encode() for text in tokens], key=lambda text: (-len(text), text)))
+        lengths = [-len(text) for text in self.token_texts]
+        self.token_list = <sf_token_t *> calloc(len(tokens) + 1, sizeof(sf_token_t))
+        if self.token_list == NULL:
+            raise MemoryError
+        self.tokens.tokens = self.token_list
+        self.tokens.n_tokens = len(tokens)
+        cdef Py_ssize_t i
+        cdef bytes utf8
+        for i in range(len(tokens)):
+            utf8 = self.token_texts[i]
+            if not utf8:
+                raise ValueError("an added token must have a text")
+            self.token_list[i].text = PyBytes_AS_STRING(utf8)
+            self.token_list[i].n_bytes = PyBytes_GET_SIZE(utf8)
+            self.token_list[i].id = tokens[utf8.decode()]
+            self.token_list[i].stop = bisect_right(lengths, -len(utf8))
+            self.tokens.firsts[<uint8_t> self.token_list[i].text[0]] = True
 
     def __dealloc__(self):
         sf_words_free(&self.words)
+        free(self.token_list)
 
     def learn(self, str word not None, ids):
         cdef bytes utf8 = word.encode()
@@ -174,7 +227,7 @@ cdef class WordTable:
         plan.gaps = NULL
         plan.n_ids = plan.ids_room = plan.n_gaps = plan.gaps_room = 0
         try:
-            if _make_plan(&self.words, self.pattern, base, base + size, &plan):
+            if _make_whole_plan(&self.words, self.pattern, &self.tokens, base, base + size, &plan):
                 raise MemoryError
             return self._fill(&plan, encode_all)
         finally:

@@ -11,12 +11,13 @@ class WordTable:
     """Words that came twice and their token ids, in `size_bytes` of memory (at least 64 KiB); what was used least recently goes first.
 
     seed: 64 random bits, so that nobody can choose words that fall on one place; pattern: GPT2, LLAMA3 or QWEN2, how the tokenizer cuts
-    ASCII text into words. Raises ValueError, MemoryError.
+    ASCII text into words; tokens: what is taken out of a text before all else, with its id; the longest where several begin at one
+    place. Raises ValueError, MemoryError.
     """
 
     size_bytes: int
     pattern: int
-    def __new__(cls, size_bytes: int, seed: int, pattern: int) -> WordTable: ...
+    def __new__(cls, size_bytes: int, seed: int, pattern: int, tokens: dict[str, int]) -> WordTable: ...
     def encode(self, text: str, encode_all: Callable[[list[str]], Sequence[Sequence[int]]]) -> array[int]:
         """Token ids of a text, as an array of type "I".
 

@@ -102,7 +102,7 @@ class PieceTokenizer:
         self._tokens = 0
         added = tokenizer.added_tokens()
         tokens = sorted((text for text, is_alone in added.items() if is_alone and text), key=len, reverse=True)
-        self._added = re.compile(f"({'|'.join(map(re.escape, tokens))})") if tokens else None
+        self._added = re.compile("|".join(map(re.escape, tokens))) if tokens else None
         border = _message_end(tokenizer, self._added)
         self.longest_token = max(map(len, added), default=0)
         self.border = border if _is_clean(border, list(added)) else ""
@@ -111,6 +111,11 @@ class PieceTokenizer:
         self.is_cutting = tokenizer.has_pre_tokenizer and not spans_a_cut and self._keeps_theory(tokens)
         if self.is_cutting and all(added.values()):
             self._words = self._word_table(cache_bytes // _WORDS_SHARE, tokens)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether short texts cost next to nothing, as their words are known."""
+        return self._words is not None
 
     def encode(self, text: str, add_special_tokens: bool) -> "array[int]":
         """Token ids of a text. Raises what the tokenizer raises for text that is no Unicode."""
@@ -126,8 +131,9 @@ class PieceTokenizer:
 
     def encode_piece(self, piece: str) -> "array[int]":
         """Token ids of a piece that is not in the cache, where it is put."""
-        ids = self._by_words(piece) if self._words is not None else array("I", self._tokenizer.encode(piece, False))
-        if self._words is None or len(piece) >= _CACHED_CHARS:
+        words = self._words
+        ids = words.encode(piece, self._tokenizer.encode_all) if words is not None else array("I", self._tokenizer.encode(piece, False))
+        if words is None or len(piece) >= _CACHED_CHARS:
             self.cache.put(piece, ids)
         self._chars += len(piece)
         self._tokens += len(ids)
@@ -195,37 +201,24 @@ class PieceTokenizer:
             found.reverse()
         return found
 
-    def _by_words(self, piece: str) -> "array[int]":
-        words, encode_all = self._words, self._tokenizer.encode_all
-        assert words is not None
-        if self._added is None:
-            return words.encode(piece, encode_all)
-        ids = array("I")
-        # Texts and added tokens by turns: the latter are taken out before all else.
-        for place, part in enumerate(self._added.split(piece)):
-            if place & 1:
-                ids.extend(self._token_ids[part])
-            elif part:
-                ids.extend(words.encode(part, encode_all))
-        return ids
-
     def _word_table(self, size_bytes: int, tokens: list[str]) -> WordTable | None:
         """The table of words for a tokenizer that can have one, tried with texts made to break it."""
         tokenizer, pattern = self._tokenizer, self._tokenizer.word_pattern
         if pattern is None or size_bytes < _LEAST_WORDS_BYTES:
             return None
-        self._token_ids = {token: array("I", tokenizer.encode(token, False)) for token in tokens}
-        if any(len(ids) != 1 for ids in self._token_ids.values()):
+        ids_of_tokens = tokenizer.encode_all(tokens)
+        if any(len(ids) != 1 for ids in ids_of_tokens):
             return None
-        self._words = WordTable(size_bytes, int.from_bytes(os.urandom(8)), pattern)
+        token_ids = {token: ids[0] for token, ids in zip(tokens, ids_of_tokens, strict=True)}
+        table = WordTable(size_bytes, int.from_bytes(os.urandom(8)), pattern, token_ids)
         for text in _hard_texts(tokens):
             for _ in range(3):  # unknown, to be known, known
-                if self._by_words(text).tolist() != tokenizer.encode(text, False):
+                if table.encode(text, tokenizer.encode_all).tolist() != tokenizer.encode(text, False):
                     return None
         words = tokenizer.first_words(min(_FIRST_WORDS, size_bytes // 256))
         for word, ids in zip(reversed(words), reversed(tokenizer.encode_all(words)), strict=True):
-            self._words.learn(word, ids)  # the most frequent last, so that they stay longest
-        return self._words
+            table.learn(word, ids)  # the most frequent last, so that they stay longest
+        return table
 
     def _keeps_theory(self, tokens: list[str]) -> bool:
         rng = random.Random(1)

@@ -160,35 +160,35 @@ class SeenKeying:
     def _run_short(self, probe: Probe, text: str) -> None:
         turn, turns, variants = self._turn, self._turns, self._kind[1]
         keyer = turns.keyer
+        pieces = keyer.pieces
         keys = list(turn.keys)
         live = [not known or probe(known) == len(known) >> 3 for known in keys]
         chains = [chain.copy() for chain in turn.chains]
-        border = keyer.pieces.border
+        border = pieces.border
         cut = text.rfind(border) + len(border) if border in text else 0
-        start = 0
         try:
-            while start < len(text):
-                if not any(live) or keyer.cannot_fill_a_block(chains, live, text, start):
-                    tokens = chains[0].tokens + max(1, keyer.pieces.tokens_estimate(len(text) - start))
-                    self._keys = Keys(tokens, True, dict(zip(variants, keys, strict=True)))
+            if cut:
+                if True not in live or (not pieces.has_words and keyer.cannot_fill_a_block(chains, live, text, 0)):
+                    self._estimate(chains, keys, len(text))
                     return
-                ids = turns.ending(text[cut:]) if start == cut else keyer.pieces.encode_piece(text[:cut])
-                for place, chain in enumerate(chains):
-                    fresh = chain.extend(ids)
-                    if fresh:
-                        keys[place] += fresh
-                        if live[place]:
-                            live[place] = probe(fresh) == len(fresh) >> 3
-                if start == cut:
-                    break
-                start = cut
+                _extend(chains, keys, live, pieces.encode_piece(text[:cut]), probe)
                 self.remember(cut, tuple(chains), tuple(keys), text)
                 chains = [chain.copy() for chain in chains]
+            if cut < len(text):
+                if True not in live:
+                    self._estimate(chains, keys, len(text) - cut)
+                    return
+                _extend(chains, keys, live, turns.ending(text[cut:]), probe)
         except (TypeError, ValueError) as error:
             raise PromptError(f"no block keys can be made of this prompt: {error}") from error
         tokens = chains[0].tokens if chains else 0
         capped = {variant: known[: 8 * pages_max(tokens, *variant)] for variant, known in zip(variants, keys, strict=True)}
         self._keys = Keys(tokens, False, capped)
+
+    def _estimate(self, chains: list[KeyChain], keys: list[bytes], rest_chars: int) -> None:
+        tokens = chains[0].tokens if chains else 0
+        tokens += max(1, self._turns.keyer.pieces.tokens_estimate(rest_chars))
+        self._keys = Keys(tokens, True, dict(zip(self._kind[1], keys, strict=True)))
 
     def remember(self, end: int, chains: tuple[KeyChain, ...], keys: tuple[bytes, ...], text: str) -> None:
         """Remember the first border behind the old one that is not before text[:end]."""
@@ -209,6 +209,15 @@ class SeenKeying:
                 opening_role, chain_bytes = turn.opening_role, turn.chain_bytes
                 self._turns.put(self._scan, self._kind, chains, keys, border, text[end:at], opening_role, chain_bytes)
             return
+
+
+def _extend(chains: list[KeyChain], keys: list[bytes], live: list[bool], ids: "array[int]", probe: Probe) -> None:
+    for place, chain in enumerate(chains):
+        fresh = chain.extend(ids)
+        if fresh:
+            keys[place] += fresh
+            if live[place]:
+                live[place] = probe(fresh) == len(fresh) >> 3
 
 
 class _LongKeying(Keying):

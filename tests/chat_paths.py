@@ -9,16 +9,19 @@ from chat_templates import TEMPLATES
 from tokenizer_kinds import build
 from tokenizers import Tokenizer as RustTokenizer
 
+from sglfast._blockhash import token_keys
 from sglfast.errors import PromptError
+from sglfast.prompt.adapters import asked_for, seeds_of
 from sglfast.prompt.keys import PromptReader, RequestKind
-from sglfast.prompt.lazy import Keying, Keys, LazyKeyer, Variant
+from sglfast.prompt.lazy import Keying, Keys, LazyKeyer
 from sglfast.prompt.pieces import PieceCache
 from sglfast.prompt.prefixes import PrefixCache
 from sglfast.prompt.raw import RawReader
 from sglfast.prompt.seen import SeenKeying, Turns
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
+from sglfast.shm import Variant
 
-VARIANTS: list[Variant] = [(1, False), (4, True), (16, False), (64, False)]
+VARIANTS = [Variant(1), Variant(4, True), Variant(16), Variant(64)]
 MARKS = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|END|>", "</s>", "<s>", "<|end_of_sentence|>"]
 NAMES = [
     "demo",
@@ -69,10 +72,17 @@ def nobody(keys: bytes) -> int:
 def plain(tokenizer: Tokenizer, body: bytes) -> Keys | None:
     """By the tokenize-everything path; None when there are no keys."""
     reader = PromptReader(tokenizer)
+    keys: dict[Variant, bytes] = {}
     try:
-        prompt = reader.text_of(RequestKind.CHAT, orjson.loads(body))
+        fields = orjson.loads(body)
+        prompt = reader.text_of(RequestKind.CHAT, fields)
         ids = reader.tokens_of(prompt)
-        keys = {v: reader.keys_of(ids, v[0], bigram=v[1], cache_salt=prompt.cache_salt) for v in VARIANTS}
+        salt = prompt.cache_salt
+        for variant, seed in zip(VARIANTS, seeds_of(tuple(VARIANTS), *asked_for(fields), salt), strict=True):
+            size, bigram = variant.block_size, variant.bigram
+            keys[variant] = reader.keys_of(ids, size, bigram=bigram, cache_salt=salt)
+            if seed is not None:
+                keys[variant] = token_keys(ids, size, bigram=bigram, max_pages=len(keys[variant]) // 8, seed=seed)
     except (orjson.JSONDecodeError, PromptError):
         return None
     return Keys(len(ids), False, keys)
@@ -102,8 +112,9 @@ class Chats:
         if keying is not None:
             return keying
         try:
-            prompt = self.reader.text_of(RequestKind.CHAT, orjson.loads(body), head_chars)
-            return self.keyer.begin(prompt, variants)
+            fields = orjson.loads(body)
+            prompt = self.reader.text_of(RequestKind.CHAT, fields, head_chars)
+            return self.keyer.begin(prompt, variants, asked_for(fields))
         except (orjson.JSONDecodeError, PromptError):
             return None
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sglfast import shm
 from sglfast._hashtree import TreeReader, TreeWriter
-from sglfast.prompt.lazy import Keys, Variant
+from sglfast.prompt.lazy import Keys
+from sglfast.shm import Variant
 
 Body = dict[str, Any]
 
@@ -82,7 +83,8 @@ WRONG = st.sampled_from(
 CONTEXT = st.fixed_dictionaries(
     {},
     optional={
-        "model": st.just("m"),
+        "model": st.sampled_from(["m", "m", "m:adapter"]),
+        "lora_path": st.sampled_from([None, None, "adapter", ["other"]]),
         "temperature": st.sampled_from([0, 0.5, 1e-3]),
         "cache_salt": st.sampled_from(["", "tenant", None]),
         "tools": st.sampled_from([[], [TOOL], [TOOL, TOOL]]),

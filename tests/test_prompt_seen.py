@@ -14,10 +14,11 @@ from sglfast.prompt import seen as seen_module
 from sglfast.prompt import stable as stable_module
 from sglfast.prompt.frames import Frame
 from sglfast.prompt.keys import RequestKind
-from sglfast.prompt.lazy import Keys, LazyKeyer, Variant
+from sglfast.prompt.lazy import Keys, LazyKeyer
 from sglfast.prompt.raw import RawKeying, RawReader
 from sglfast.prompt.seen import SeenKeying
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
+from sglfast.shm import Variant
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ class Counted:
     def keys(self, body: bytes, probe: Any = everybody) -> Keys:
         self.parsed.clear()
         self.runs = self.frames = 0
-        found = self.path.keys(body, [(16, False)], probe)
+        found = self.path.keys(body, [Variant(16)], probe)
         assert found is not None
         return found
 
@@ -82,7 +83,7 @@ def test_of_a_seen_conversation_only_the_newest_message_is_read(counted: Counted
         assert (counted.runs, counted.frames) == ((1, 0) if number == 0 else (1, 1) if number == 1 else (0, 1))
         whole = plain(counted.path.tokenizer, body)
         assert whole is not None
-        assert found.keys[16, False] == whole.keys[16, False]
+        assert found.keys[Variant(16)] == whole.keys[Variant(16)]
 
 
 def test_a_conversation_that_goes_on_is_read_turn_by_turn(counted: Counted) -> None:
@@ -92,7 +93,7 @@ def test_a_conversation_that_goes_on_is_read_turn_by_turn(counted: Counted) -> N
         assert len(counted.parsed) == (2 if turns > 1 else 1)
         whole = plain(counted.path.tokenizer, body)
         assert whole is not None
-        assert found == Keys(whole.tokens, False, {(16, False): whole.keys[16, False]})
+        assert found == Keys(whole.tokens, False, {Variant(16): whole.keys[Variant(16)]})
 
 
 def test_of_an_unowned_conversation_only_the_beginning_is_read(counted: Counted) -> None:
@@ -112,18 +113,24 @@ def test_parts_and_tools_are_read_at_once(counted: Counted) -> None:
     media = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
     body = orjson.loads(chat(*LONG))
     body["messages"].append(media)
-    assert counted.path.keys(orjson.dumps(body), [(16, False)], nobody) is None
+    assert counted.path.keys(orjson.dumps(body), [Variant(16)], nobody) is None
 
 
 def test_other_contexts_are_other_conversations(counted: Counted) -> None:
     counted.keys(chat(*LONG[:19]))
-    for context in ({"cache_salt": "s"}, {"tools": [TOOL]}, {"chat_template_kwargs": {"x": 1}}, {"reasoning_effort": "low"}):
+    for context in (
+        {"cache_salt": "s"},
+        {"tools": [TOOL]},
+        {"chat_template_kwargs": {"x": 1}},
+        {"reasoning_effort": "low"},
+        {"lora_path": "a"},
+    ):
         body = chat(*LONG[:19], "new", **context)
         found = counted.keys(body)
         assert len(counted.parsed) >= 19, context
         whole = plain(counted.path.tokenizer, body)
         assert whole is not None
-        assert found.keys[16, False] == whole.keys[16, False]
+        assert found.keys[Variant(16)] == whole.keys[Variant(16)]
     for context in ({"temperature": 0.5}, {"seed": 7}, {"stream": True, "user": "me"}, {"tools": [TOOL], "tool_choice": "none"}):
         counted.keys(chat(*LONG[:19], "new", **context))
         assert len(counted.parsed) == 1, context
@@ -131,7 +138,7 @@ def test_other_contexts_are_other_conversations(counted: Counted) -> None:
 
 def test_variants_are_kept_apart(counted: Counted) -> None:
     body = chat(*LONG[:19])
-    choices: list[list[Variant]] = [[(16, False)], [(16, True)], [(16, False), (64, False)], [(16, False)]]
+    choices: list[list[Variant]] = [[Variant(16)], [Variant(16, True)], [Variant(16), Variant(64)], [Variant(16)]]
     for variants in choices:
         for _ in range(2):
             found = counted.path.keys(body, variants, everybody)
@@ -139,7 +146,7 @@ def test_variants_are_kept_apart(counted: Counted) -> None:
             assert found.keys.keys() == set(variants)
             for variant in variants:
                 ids = counted.path.reader.tokens_of(counted.path.reader.text_of(RequestKind.CHAT, orjson.loads(body)))
-                assert found.keys[variant] == counted.path.reader.keys_of(ids, variant[0], bigram=variant[1])
+                assert found.keys[variant] == counted.path.reader.keys_of(ids, variant.block_size, bigram=variant.bigram)
 
 
 def test_an_open_turn_of_the_assistant_is_not_taken_for_a_closed_one(counted: Counted) -> None:
@@ -151,7 +158,7 @@ def test_an_open_turn_of_the_assistant_is_not_taken_for_a_closed_one(counted: Co
         found = counted.keys(body)
         whole = plain(counted.path.tokenizer, body)
         assert whole is not None
-        assert found == Keys(whole.tokens, False, {(16, False): whole.keys[16, False]})
+        assert found == Keys(whole.tokens, False, {Variant(16): whole.keys[Variant(16)]})
 
 
 def test_the_clock_ends_what_is_known(tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,26 +181,26 @@ def test_the_clock_ends_what_is_known(tokenizers: dict[str, Tokenizer], monkeypa
 
 def test_what_may_be_parsed_at_once_is_bounded(counted: Counted) -> None:
     raw, small = counted.path.raw, (2000, 10)
-    begin = raw.begin(chat(*LONG[:19]), [(16, False)], 500, small)
+    begin = raw.begin(chat(*LONG[:19]), [Variant(16)], 500, small)
     assert isinstance(begin, RawKeying)
     assert not begin.run(everybody, 1000), "the rest is long"
     assert begin.run(everybody)
-    assert isinstance(raw.begin(chat(*LONG[:19], "more"), [(16, False)], 500, small), SeenKeying)
-    assert raw.begin(chat(*LONG[:19], "x" * 3000), [(16, False)], 500, small) is None, "the newest is too long"
-    assert raw.begin(chat(*LONG[:19], "x" * 1500, "y" * 1500), [(16, False)], 500, small) is None, "what is new is too long"
-    assert raw.begin(chat("x" * 3000, "new"), [(16, False)], 500, small) is None, "the first is too long"
-    assert raw.begin(chat(*LONG[:19], tools=[TOOL]), [(16, False)], 500, small) is None, "all must be read"
-    assert raw.begin(chat(*LONG[:3], *(["."] * 12)), [(16, False)], 500, (1 << 20, 10)) is not None
-    assert raw.begin(chat(*LONG[:19], *"123456"), [(16, False)], 500, (1 << 20, 5)) is None, "too many messages"
-    assert isinstance(raw.begin(chat(*LONG[:19], "x" * 3000), [(16, False)], 500), SeenKeying)
+    assert isinstance(raw.begin(chat(*LONG[:19], "more"), [Variant(16)], 500, small), SeenKeying)
+    assert raw.begin(chat(*LONG[:19], "x" * 3000), [Variant(16)], 500, small) is None, "the newest is too long"
+    assert raw.begin(chat(*LONG[:19], "x" * 1500, "y" * 1500), [Variant(16)], 500, small) is None, "what is new is too long"
+    assert raw.begin(chat("x" * 3000, "new"), [Variant(16)], 500, small) is None, "the first is too long"
+    assert raw.begin(chat(*LONG[:19], tools=[TOOL]), [Variant(16)], 500, small) is None, "all must be read"
+    assert raw.begin(chat(*LONG[:3], *(["."] * 12)), [Variant(16)], 500, (1 << 20, 10)) is not None
+    assert raw.begin(chat(*LONG[:19], *"123456"), [Variant(16)], 500, (1 << 20, 5)) is None, "too many messages"
+    assert isinstance(raw.begin(chat(*LONG[:19], "x" * 3000), [Variant(16)], 500), SeenKeying)
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seen_module, "_FAMILIES", 5)
     path = Chats(load_tokenizer(DEMO_TOKENIZER_PATH), 1 << 20)
     for n in range(150):
-        path.keys(chat(*LONG[: n % 19], f"other {n}"), [(16, False)], everybody)
-        path.keys(chat(f"other {n}", *LONG[: n % 7], user="u" * 1000 * n), [(16, False)], everybody)
+        path.keys(chat(*LONG[: n % 19], f"other {n}"), [Variant(16)], everybody)
+        path.keys(chat(f"other {n}", *LONG[: n % 7], user="u" * 1000 * n), [Variant(16)], everybody)
     assert 0 < path.keyer.prefixes.size_bytes <= 1 << 18
     assert len(path.raw._turns._families) <= 5
 

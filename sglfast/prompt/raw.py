@@ -18,14 +18,16 @@ import xxhash
 
 from sglfast._jsonscan import ChatScan, scan_chat
 from sglfast.errors import PromptError
+from sglfast.prompt.adapters import asked_for
 from sglfast.prompt.chat import chat_input, closed, is_open, kwargs_input, message_input, tools_input
 from sglfast.prompt.frames import Frame, FrameMaker
 from sglfast.prompt.keys import PromptText, cache_salt_of
-from sglfast.prompt.lazy import Keying, LazyKeyer, Variant
+from sglfast.prompt.lazy import Keying, LazyKeyer
 from sglfast.prompt.prefixes import Prefix
 from sglfast.prompt.seen import Kind, SeenKeying, Turn, Turns
 from sglfast.prompt.stable import Message, Run, StableTemplate
 from sglfast.prompt.template import RESERVED_KWARGS
+from sglfast.shm import Variant
 
 _LAST_NAMES = 8  # beginnings that are looked for, from the longest down; then those of the first messages, which many share
 _FIRST_NAMES = 2
@@ -39,9 +41,10 @@ Budget = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """All of a body but its messages. key: the same for all that lead to the same text and the same keys."""
+    """All of a body but its messages. key: the same for all that lead to the same text and keys; asked: see LazyKeyer.begin."""
 
     key: bytes
+    asked: tuple[str, str]
     variables: dict[str, Any]
     cache_salt: str
     is_continued: bool
@@ -128,7 +131,7 @@ class RawReader:
             rest_chars=0 if is_all else messages.chars_behind(run),
             is_rest_long=not is_all and is_too_much(scan, 0, budget),
         )
-        return RawKeying(self, prompt, scan, limit, kind, run)
+        return RawKeying(self, prompt, scan, limit, kind, context.asked, run)
 
     def _seen(
         self, template: StableTemplate, scan: ChatScan, limit: int, context: Context, turn: Turn, kind: Kind, last: list[Message],
@@ -148,7 +151,7 @@ class RawReader:
             if parts is not None:
                 return SeenKeying(
  self._turns, scan, limit, kind, turn, parts, frame.borders,
-counts_chars=False, continuation=continuation, salt=context.cache_salt,
+counts_chars=False, continuation=continuation, salt=context.cache_salt, asked=context.asked,
 )  # fmt: skip
         messages = _Messages(self, scan, None, None)
         messages.known.update(zip(range(at, count), tail, strict=True))
@@ -156,7 +159,7 @@ counts_chars=False, continuation=continuation, salt=context.cache_salt,
         run.go_on()
         return SeenKeying(
  self._turns, scan, limit, kind, turn, run.parts, run.borders,
-counts_chars=True, continuation=continuation, salt=context.cache_salt,
+counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=context.asked,
 )  # fmt: skip
 
     def _frame(self, turn: Turn, tail: list[Message], context: Context) -> Frame | None:
@@ -193,9 +196,10 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt,
         tools, kwargs = tools_input(fields), kwargs_input(fields)
         if fields.get("input_ids") is not None or not RESERVED_KWARGS.isdisjoint(kwargs):
             return None
-        salt = cache_salt_of(fields)
+        salt, asked = cache_salt_of(fields), asked_for(fields)
         context = Context(
-            key=xxhash.xxh3_128_digest(orjson.dumps([tools, kwargs, salt]), self.keyer.prefixes.seed),
+            key=xxhash.xxh3_128_digest(orjson.dumps([tools, kwargs, salt, asked]), self.keyer.prefixes.seed),
+            asked=asked,
             variables=template.variables(tools, kwargs),
             cache_salt=salt,
             is_continued=bool(fields.get("continue_final_message")),
@@ -259,9 +263,11 @@ class RawKeying(Keying):
 
     __slots__ = ("_kind_of_turns", "_limit", "_reader", "_rendering", "_scan")
 
-    def __init__(self, reader: RawReader, prompt: PromptText, scan: ChatScan, limit: int, kind: Kind, run: Run) -> None:
+    def __init__(
+        self, reader: RawReader, prompt: PromptText, scan: ChatScan, limit: int, kind: Kind, asked: tuple[str, str], run: Run
+    ) -> None:
         """Use RawReader.begin. limit: messages that stand in `scan` as they were rendered."""
-        super().__init__(reader.keyer, prompt, kind[1])
+        super().__init__(reader.keyer, prompt, kind[1], asked)
         self._reader = reader
         self._scan = scan
         self._limit = limit

@@ -14,9 +14,10 @@ from sglfast._jsonscan import ChatScan
 from sglfast.errors import PromptError
 from sglfast.prompt.frames import Frame
 from sglfast.prompt.keys import PromptText
-from sglfast.prompt.lazy import Keying, Keys, LazyKeyer, Probe, Variant, pages_max
+from sglfast.prompt.lazy import Keying, Keys, LazyKeyer, Probe, pages_max
 from sglfast.prompt.prefixes import Prefix
 from sglfast.prompt.stable import Border, Run, StableTemplate
+from sglfast.shm import Variant
 
 # What decides about text and keys besides the messages: name of the context, variants, what the clock says.
 Kind = tuple[bytes, tuple[Variant, ...], tuple[str, ...]]
@@ -115,12 +116,13 @@ class SeenKeying:
     """A prompt whose beginning was seen, on its way to its keys; as a Keying."""
 
     __slots__ = (
-        "_borders", "_continuation", "_counts_chars", "_keys", "_kind", "_limit", "_long", "_parts", "_salt", "_scan", "_turn", "_turns",
+        "_asked", "_borders", "_continuation", "_counts_chars", "_keys", "_kind", "_limit", "_long", "_parts", "_salt", "_scan", "_turn",
+        "_turns",
     )  # fmt: skip
 
     def __init__(
         self, turns: Turns, scan: ChatScan, limit: int, kind: Kind, turn: Turn, parts: list[str], borders: Sequence[Border], *,
-        counts_chars: bool, continuation: str, salt: str,
+        counts_chars: bool, continuation: str, salt: str, asked: tuple[str, str],
     ) -> None:  # fmt: skip
         """Use RawReader.begin. parts: the text behind the turn's border; borders: in it, their `chars` being characters or parts;
         limit: messages that stand in `scan` as they were printed."""
@@ -134,6 +136,7 @@ class SeenKeying:
         self._counts_chars = counts_chars
         self._continuation = continuation
         self._salt = salt
+        self._asked = asked
         self._keys: Keys | None = None
         self._long: Keying | None = None
 
@@ -182,7 +185,7 @@ class SeenKeying:
         except (TypeError, ValueError) as error:
             raise PromptError(f"no block keys can be made of this prompt: {error}") from error
         tokens = chains[0].tokens if chains else 0
-        capped = {variant: known[: 8 * pages_max(tokens, *variant)] for variant, known in zip(variants, keys, strict=True)}
+        capped = {variant: known[: 8 * pages_max(tokens, variant)] for variant, known in zip(variants, keys, strict=True)}
         self._keys = Keys(tokens, False, capped)
 
     def _estimate(self, chains: list[KeyChain], keys: list[bytes], rest_chars: int) -> None:
@@ -226,7 +229,8 @@ class _LongKeying(Keying):
     __slots__ = ("_seen",)
 
     def __init__(self, seen: SeenKeying, text: str) -> None:
-        super().__init__(seen._turns.keyer, PromptText(text=text, continuation=seen._continuation, cache_salt=seen._salt), seen._kind[1])
+        prompt = PromptText(text=text, continuation=seen._continuation, cache_salt=seen._salt)
+        super().__init__(seen._turns.keyer, prompt, seen._kind[1], seen._asked)
         self._seen = seen
         self._begin_behind(seen._turn.chains, seen._turn.keys)
 

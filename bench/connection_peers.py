@@ -242,7 +242,7 @@ async def idle(port: int, count: int) -> None:
             transport.write(request)
             if number % 64 == 63:
                 await asyncio.sleep(0.005)
-    while IdleEnd.answered < count // 2 and time.monotonic() - begun_s < 120:
+    while IdleEnd.answered < count // 2 and time.monotonic() - begun_s < 120:  # noqa: ASYNC110 - other processes are waited for
         await asyncio.sleep(0.01)
     _say(opened=IdleEnd.open_count, answered=IdleEnd.answered, seconds=round(time.monotonic() - begun_s, 2))
     await _stdin_line()
@@ -316,7 +316,7 @@ class Slow:
         """A large answer in small bites."""
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(sock, request)
-        while await loop.sock_recv(sock, _SLOW_READ_BYTES):
+        while await loop.sock_recv(sock, _SLOW_READ_BYTES):  # noqa: ASYNC110
             await asyncio.sleep(SLOW_PAUSE_S)
         return "closed"
 
@@ -324,7 +324,7 @@ class Slow:
 async def slow(port: int, count: int) -> None:
     clients = Slow(port, count)
     begun_s = time.monotonic()
-    while clients.connected < 0.95 * count and time.monotonic() - begun_s < 60:
+    while clients.connected < 0.95 * count and time.monotonic() - begun_s < 60:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     _say(connected=clients.connected)
     await _stdin_line()

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icount_prompts import PROMPT_CASES
+
 if TYPE_CHECKING:
     from sglfast._segment import Segment
     from sglfast.shm import KeyRoute
@@ -49,78 +51,10 @@ def token_keys_of_8192_tokens_by_16() -> Call:
     return partial(token_keys, array("I", range(8192)), 16, seed=1)
 
 
-# ---- a chat prompt to block keys, as far as anybody owns its blocks ----
+# ---- a chat prompt to block keys, as far as anybody owns its blocks; its parts ----
 
-
-@case
-def prompt_path_of_a_32_kb_chat_seen_but_for_its_newest_message() -> Call:
-    """Bytes of a body to keys: 19 messages were seen and are owned, the 20th is another one in each call, of words that are known."""
-    return prompt_path(is_seen=True)
-
-
-@case
-def prompt_path_of_a_32_kb_chat_that_nobody_owns() -> Call:
-    """Bytes of a body to the first key, which no rank owns; nothing of the conversation is remembered from call to call."""
-    return prompt_path(is_seen=False)
-
-
-@case
-def split_of_a_32_kb_chat_into_its_messages() -> Call:
-    """What both begin with, with an escape in every 60 characters or so."""
-    from sglfast._jsonscan import scan_chat
-
-    return partial(
-        scan_chat, chat_body([f"{n} " + "a line of text with something said in it, and then\\nanother " * 30 for n in range(20)]), 1
-    )
-
-
-@case
-def words_of_2_kb_to_token_ids() -> Call:
-    """English prose of words that all came before."""
-    from sglfast._wordtable import GPT2, WordTable
-
-    table = WordTable(1 << 20, 1, GPT2, {})
-    text = "".join(f" {word} of them, and then some {word}s more." for word in ("many", "few", "one", "all", "some") * 10)[:2048]
-    for _ in range(3):
-        table.encode(text, lambda runs: [[len(run)] for run in runs])
-    return partial(table.encode, text, lambda runs: [])
-
-
-def prompt_path(*, is_seen: bool) -> Call:
-    from itertools import cycle
-
-    from sglfast._hashtree import TreeReader, TreeWriter
-    from sglfast.prompt.keys import PromptReader, RequestKind
-    from sglfast.prompt.lazy import LazyKeyer
-    from sglfast.prompt.raw import RawReader
-    from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
-    from sglfast.shm import Variant
-
-    _, segment = small_segment()
-    tokenizer = load_tokenizer(DEMO_TOKENIZER_PATH)
-    raw, tree = RawReader(LazyKeyer(tokenizer, 32 << 20)), TreeReader(segment)
-    text = "for every word that was said before there is a block of tokens " * 27
-    texts = [f"{n} {text}" for n in range(19)]
-    variants = (Variant(64),)
-    if is_seen:
-        messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(texts)]
-        plain = PromptReader(tokenizer)
-        ids = plain.tokens_of(plain.text_of(RequestKind.CHAT, {"messages": messages}))
-        TreeWriter(segment).store(0, 0, plain.keys_of(ids, 64))
-    words = tokenizer.plain_words()[:1200]
-    bodies = cycle([chat_body([*texts, f"and what now, {word}?"] if is_seen else [f"{word} {text}", *texts]) for word in words])
-
-    def key() -> None:
-        keying = raw.begin(next(bodies), variants, 1024)
-        assert keying is not None
-        assert keying.run(tree.match)
-
-    if is_seen:
-        keying = raw.begin(chat_body(texts), variants, 1024)
-        assert keying is not None
-        assert keying.run(tree.match)
-        key()  # the second of a kind makes the frame
-    return key
+for prepare in PROMPT_CASES:
+    case(prepare)
 
 
 def chat_body(texts: list[str]) -> bytes:

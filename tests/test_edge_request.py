@@ -15,6 +15,7 @@ from sglfast.edge import request as request_module
 from sglfast.edge.request import ENDPOINTS, Facts, PromptKeyer, model_of
 from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
 from sglfast.prompt.lazy import LazyKeyer
+from sglfast.prompt.raw import RawReader
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 from sglfast.shm import Variant
 
@@ -63,9 +64,10 @@ def test_model_of(body: bytes, model: str | None) -> None:
 class Keyed:
     """A keyer in a running loop; `facts` waits for what it found."""
 
-    def __init__(self, reader: Any) -> None:
+    def __init__(self, reader: Any, *, is_raw: bool = False) -> None:
         keyer = LazyKeyer(TOKENIZER, 1 << 20)
-        self.keyer = PromptKeyer(reader, keyer, RequestKind, asyncio.get_running_loop(), here=self.here, there=self.there)
+        raw = RawReader(keyer) if is_raw else None
+        self.keyer = PromptKeyer(reader, keyer, RequestKind, asyncio.get_running_loop(), here=self.here, there=self.there, raw=raw)
         self.threads: set[str] = set()  # where the KV index was asked
         self.owns_all = True
 
@@ -155,6 +157,60 @@ def test_a_long_prompt_that_nobody_owns_is_estimated(reader: PromptReader, chars
             facts = await whole
             assert not facts.is_estimated
             assert len(facts.keys[Variant(64)]) == (facts.prompt_tokens - 1) // 64 * 8
+
+    run(test())
+
+
+def chat(*texts: str) -> bytes:
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+    return orjson.dumps({"messages": messages, "stream": True})
+
+
+LONG_CHAT = ["word " * 2000] * 19  # 190 KB
+
+
+def test_a_chat_that_is_longer_than_the_loop_would_parse(reader: PromptReader) -> None:
+    """Nobody owns it: the loop looks at its beginning. Owned and seen: at its newest message. Else all of it goes to the thread."""
+
+    async def test() -> None:
+        with Keyed(reader, is_raw=True) as keyed:
+            keyed.owns_all = False
+            [facts] = keyed.now(0, chat(*LONG_CHAT))
+            assert facts.is_estimated
+            assert facts.prompt_tokens == pytest.approx(38_000, rel=0.3)
+            keyed.owns_all = True
+            assert keyed.now(0, chat(*LONG_CHAT)) == []
+            facts = await keyed.later(0, chat(*LONG_CHAT))
+            keyed.threads.clear()
+            [more] = keyed.now(0, chat(*LONG_CHAT, "what?", "and then?"))
+            assert keyed.threads == {"loop"}
+            assert not more.is_estimated
+            assert more.prompt_tokens > facts.prompt_tokens > 38_000
+            ids = reader.tokens_of(reader.text_of(RequestKind(0), orjson.loads(chat(*LONG_CHAT, "what?", "and then?"))))
+            assert more == Facts(len(ids), {Variant(64): reader.keys_of(ids, 64)})
+            assert keyed.now(0, chat(*LONG_CHAT, "what?", "word " * 20_000)) == [], "what is new is long"
+            assert (await keyed.later(0, chat(*LONG_CHAT, "what?", "word " * 20_000))).prompt_tokens > 58_000
+            assert keyed.now(0, chat(*["word " * 2000] * 60)) == [], "even to split it takes a while"
+            assert (await keyed.later(0, chat(*["word " * 2000] * 60))).prompt_tokens > 120_000
+            assert keyed.threads == {"loop", "thread"}
+
+    run(test())
+
+
+def test_what_a_chat_says_of_itself_is_the_same_from_its_bytes(reader: PromptReader) -> None:
+    async def test() -> None:
+        with Keyed(reader) as plain, Keyed(reader, is_raw=True) as raw:
+            bodies = [b"", b"{", b'{"messages":[]}', b'{"messages":[{"role":7}]}', b'{"messages":[{"role":"user","content":"\\ud800"}]}']
+            bodies += [chat("hi"), chat("hi", "there"), chat("hi", "there", "again"), chat("hi", "there", "again") + b"x"]
+            bodies += [b'{"messages":[{"role":"user","content":"x"}],"input_ids":[1,2,3]}', chat("")]
+            for body in bodies * 2:
+                found, wanted = await raw.later(0, body), await plain.later(0, body)
+                assert (found.keys, found.why_unkeyed) == (wanted.keys, wanted.why_unkeyed)
+                assert found.prompt_tokens == wanted.prompt_tokens or found.is_estimated or wanted.is_estimated
+                whole = [asyncio.get_running_loop().create_future() for _ in range(2)]
+                for keyed, future in zip((plain, raw), whole, strict=True):
+                    keyed.keyer.key(0, body, (Variant(4),), future.set_result, is_whole=True)
+                assert await whole[0] == await whole[1]
 
     run(test())
 

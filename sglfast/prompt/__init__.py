@@ -7,6 +7,9 @@ Runs in: shard, simulator, load generator. Life of a prompt:
     PromptText --tokens_of--> token ids                tokenizer.py
     token ids --keys_of--> block keys                  the compiled module _blockhash
 
+That is the plain way, and the measure of the others: lazy.py goes only as far as somebody owns the blocks, raw.py does so from a chat's
+bytes and what was seen of them.
+
 Contract: a difference of one token from the engine costs all overlap after it, silently, so every rule here names its
     source. The reference is SGLang 0.5.23 with transformers 5. What cannot be known (media, sessions) is said, not guessed.
     Nothing here blocks on I/O after loading, and what a client sent can only cause PromptError.

@@ -10,6 +10,7 @@ Contract: for any tree, matching `Keys.keys` gives the overlap that matching all
     token itself; where a text is left in the middle that changes nothing.
 """
 
+import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,8 @@ class Keying:
     def run(self, probe: Probe | None, budget_chars: int = _UNBOUNDED_CHARS) -> bool:
         """Go on until the keys are known (True), or until more than `budget_chars` would have to be tokenized (False: call again).
 
-        probe: of the calling thread; None = all keys of the prompt, whoever owns them. Raises PromptError.
+        probe: of the calling thread; None = all keys of the prompt, whoever owns them. Without a budget other threads get their turn
+        after each piece. Raises PromptError.
         """
         try:
             if self._prompt.token_ids is not None:
@@ -236,6 +238,7 @@ class Keying:
             self._open()
         pieces, text, size = self._keyer.pieces, self._text, len(self._text)
         cache = pieces.cache
+        gives_way = budget_chars >= _UNBOUNDED_CHARS
         is_over = self._ask(probe)
         while not is_over and self._pos < size:
             if probe is not None and self._keyer.cannot_fill_a_block(self._chains, self._live, text, self._pos, self._prompt.continuation):
@@ -250,6 +253,8 @@ class Keying:
                 if budget_chars < 0:
                     return False
                 ids = pieces.encode_piece(piece)
+                if gives_way:
+                    time.sleep(0)  # lets the loop have the GIL, which it would else wait for until the switch interval is over
             self._extend(ids)
             self._pos, self._end = self._end, 0
             border = pieces.border

@@ -31,6 +31,8 @@ from sglfast.shm import Variant
 
 _LAST_NAMES = 8  # beginnings that are looked for, from the longest down; then those of the first messages, which many share
 _FIRST_NAMES = 2
+_FRAME_MESSAGES = 6  # more new messages than that have no frame
+_FRAMES = 32  # for each kind of place in a conversation
 _MESSAGE_BYTES = 32  # around the text of a message: {"role":"user","content":""},
 _UNBOUNDED = 1 << 62
 
@@ -163,6 +165,8 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
 )  # fmt: skip
 
     def _frame(self, turn: Turn, tail: list[Message], context: Context) -> Frame | None:
+        if len(tail) > _FRAME_MESSAGES:
+            return None
         roles: tuple[str, ...] = ()
         for message in tail:
             if len(message) != 2 or type(message["content"]) is not str:
@@ -171,6 +175,8 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
         frames = turn.frames
         frame = frames.get(roles)
         if frame is None and roles not in frames:
+            if len(frames) == _FRAMES:
+                frames.clear()
             frames[roles] = False  # what comes once is not worth one
         elif frame is False:
             frame = frames[roles] = self._frames.make(turn.border, turn.opening_role, roles, context.variables)

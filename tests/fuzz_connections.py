@@ -52,8 +52,6 @@ class StubShard(ShardBase):
         self.loop = cast(Any, SimpleNamespace(call_soon=lambda call, *args: self.later.append((call, args))))
         self.router = StubRouter(self)
         self.retry = RetryPolicy(ServeConfig(disable_retries=True))
-        self.cors, self.guard = Cors(config), Guard(config)
-        self.has_own_ids = False
         self.started_s = 0
         self.segment = SimpleNamespace(state=1)
         self.later: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()

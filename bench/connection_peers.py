@@ -15,6 +15,7 @@ import collections
 import functools
 import json
 import os
+import random
 import resource
 import socket
 import statistics
@@ -27,8 +28,8 @@ from load import MODEL, chat
 
 NORMAL_CONNECTIONS = 32
 LARGE_BYTES = 4 << 20
-SLOW_PAUSE_S = 0.5  # between two bytes of a slow sender, and two reads of a slow reader
-_SLOW_READ_BYTES = 2048
+SLOW_PAUSE_S = 1.0  # on average between two bytes of a slow sender, and two reads of a slow reader
+_SLOW_READ_BYTES = 4096
 _PIECE = b"data: " + b"x" * 16000 + b"\n\n"
 _STREAM_PIECE = b"%x\r\n%b\r\n" % (len(_PIECE), _PIECE)
 _PLAIN = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
@@ -283,7 +284,7 @@ class Slow:
         self.tasks = [asyncio.create_task(self.repeat(names[number % len(names)], number)) for number in range(count)]
 
     async def repeat(self, kind: str, number: int) -> None:
-        await asyncio.sleep(number % 1000 / 1000)
+        await asyncio.sleep(random.uniform(0.0, 2.0))
         while True:
             try:
                 is_reader = kind in ("large", "stream")
@@ -304,7 +305,7 @@ class Slow:
         await loop.sock_sendall(sock, at_once)
         for at in range(len(then)):
             await loop.sock_sendall(sock, then[at : at + 1])
-            await asyncio.sleep(SLOW_PAUSE_S)
+            await _pause()
             try:
                 answer = sock.recv(4096)
             except BlockingIOError:
@@ -317,8 +318,12 @@ class Slow:
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(sock, request)
         while await loop.sock_recv(sock, _SLOW_READ_BYTES):
-            await asyncio.sleep(SLOW_PAUSE_S)
+            await _pause()
         return "closed"
+
+
+async def _pause() -> None:
+    await asyncio.sleep(random.uniform(0.5, 1.5) * SLOW_PAUSE_S)
 
 
 async def slow(port: int, count: int) -> None:

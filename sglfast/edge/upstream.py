@@ -8,6 +8,7 @@ Runs in: shards, event loop. Contract: an UpstreamConnection carries one Exchang
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
 
@@ -17,6 +18,8 @@ from sglfast._relay import IDLE, UNTIL_CLOSE, UpstreamBase, WorkerConnectionBase
 if TYPE_CHECKING:
     from sglfast.edge.exchange import Exchange
     from sglfast.edge.shard import Shard
+
+_OUR_OWN = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # errors of a connection that are not the worker's
 
 
 class UpstreamConnection(WorkerConnectionBase, asyncio.Protocol):
@@ -94,6 +97,9 @@ class Upstream(UpstreamBase):
                 tls = shard.worker_tls if self.is_tls else None
                 _, connection = await shard.loop.create_connection(lambda: UpstreamConnection(self), self.host, self.port, ssl=tls)
         except (OSError, TimeoutError, ValueError) as error:  # ValueError: a host that is no name; OSError: ssl.SSLError too
+            if isinstance(error, OSError) and error.errno in _OUR_OWN:
+                exchange.on_no_room()
+                return
             shard.column.add_worker(self.worker_idx, _counters.W_CONNECT_ERRORS)
             exchange.on_unreachable(error)
             return

@@ -21,6 +21,7 @@ import socket
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import cast
 
 import uvloop
@@ -115,6 +116,13 @@ async def _stdin_line() -> str:
     return await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
 
 
+async def _until(is_true: Callable[[], bool], within_s: float) -> None:
+    """Return when it is true, or when the time is over."""
+    end_s = time.monotonic() + within_s
+    while not is_true() and time.monotonic() < end_s:  # noqa: ASYNC110 - protocols of many connections count into it
+        await asyncio.sleep(0.01)
+
+
 def _say(**found: object) -> None:
     print(json.dumps(found), flush=True)
 
@@ -183,10 +191,7 @@ class NormalLoad:
                 else:
                     self.waiting.append(now_s)
             await asyncio.sleep(0.001)
-        for _ in range(1000):
-            if len(self.latencies) + self.failures >= total:
-                break
-            await asyncio.sleep(0.01)
+        await _until(lambda: len(self.latencies) + self.failures >= total, 10.0)
         windows: dict[int, list[float]] = collections.defaultdict(list)
         for sent_s, took_s in self.latencies:
             windows[int(sent_s - begun_s)].append(took_s)
@@ -243,8 +248,7 @@ async def idle(port: int, count: int) -> None:
             transport.write(request)
             if number % 64 == 63:
                 await asyncio.sleep(0.005)
-    while IdleEnd.answered < count // 2 and time.monotonic() - begun_s < 120:
-        await asyncio.sleep(0.01)
+    await _until(lambda: IdleEnd.answered >= count // 2, 120.0)
     _say(opened=IdleEnd.open_count, answered=IdleEnd.answered, seconds=round(time.monotonic() - begun_s, 2))
     await _stdin_line()
     _say(open_at_end=IdleEnd.open_count)
@@ -328,9 +332,7 @@ async def _pause() -> None:
 
 async def slow(port: int, count: int) -> None:
     clients = Slow(port, count)
-    begun_s = time.monotonic()
-    while clients.connected < 0.95 * count and time.monotonic() - begun_s < 60:
-        await asyncio.sleep(0.05)
+    await _until(lambda: clients.connected >= 0.95 * count, 60.0)
     _say(connected=clients.connected)
     await _stdin_line()
     _say(connected=clients.connected, outcomes=dict(clients.outcomes))

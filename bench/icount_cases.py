@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sglfast._segment import Segment
+    from sglfast.edge.shard import Shard
     from sglfast.shm import KeyRoute
 
 Call = Callable[[], object]
@@ -229,18 +230,14 @@ class Wire:
         return 0
 
 
-@case
-def relay_of_a_2_kb_chat_round_robin() -> Call:
-    """Bytes of a request in, bytes of the answer out, over connections that exist already."""
+def shard_with_four_workers() -> "Shard":
     import asyncio
     import logging
 
     from sglfast._workers import READY, WorkerTable
     from sglfast.boot import Boot
     from sglfast.config import ServeConfig
-    from sglfast.edge.server import ClientConnection
     from sglfast.edge.shard import Shard
-    from sglfast.edge.upstream import UpstreamConnection
     from sglfast.shm import WorkerRecord, WorkerView, put_worker
 
     _, segment = small_segment()
@@ -254,6 +251,16 @@ def relay_of_a_2_kb_chat_round_robin() -> Call:
     boot = Boot(config=config, segment=segment, control=None, shard=0, listener=None, control_address="")  # type: ignore[arg-type]
     shard = Shard(boot, asyncio.new_event_loop(), None, logging.getLogger("icount"))
     shard.router.refresh()
+    return shard
+
+
+@case
+def relay_of_a_2_kb_chat_round_robin() -> Call:
+    """Bytes of a request in, bytes of the answer out, over connections that exist already."""
+    from sglfast.edge.server import ClientConnection
+    from sglfast.edge.upstream import UpstreamConnection
+
+    shard = shard_with_four_workers()
     connections = []
     for upstream in shard.router.pools["m"].upstreams:
         connection = UpstreamConnection(upstream)
@@ -271,6 +278,17 @@ def relay_of_a_2_kb_chat_round_robin() -> Call:
         client.exchange.connection.data_received(ANSWER)
 
     return relay
+
+
+@case
+def tick_over_10000_idle_connections() -> Call:
+    """One turn of the sweep: a fifth of them is looked at."""
+    from sglfast.edge.server import ClientConnection
+
+    shard = shard_with_four_workers()
+    for _ in range(10_000):
+        ClientConnection(shard).connection_made(Wire())  # type: ignore[arg-type]
+    return partial(shard.clients.sweep, 0, shard.now_s)
 
 
 def small_segment() -> tuple[int, "Segment"]:

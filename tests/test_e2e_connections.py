@@ -1,4 +1,4 @@
-"""One shard with thousands of idle connections and hundreds of slow clients: what each costs, how each ends, and that others notice nothing.
+"""One shard with thousands of idle connections and hundreds of slow clients: what each costs, how each ends, others notice nothing.
 
 How the latency of normal requests bears it is measured by bench/connections.py. Where few descriptors are allowed, fewer take part.
 """
@@ -99,7 +99,7 @@ class Slow:
         self.sock = connect(port, 4096 if self.is_reader else 0)
         self.sock.setblocking(False)
         body = post(b"y" * 10_000)
-        opening = {"head": b"", "body": body[: -9_999], "large": post(b"large"), "stream": post(b"stream")}[kind]
+        opening = {"head": b"", "body": body[:-9_999], "large": post(b"large"), "stream": post(b"stream")}[kind]
         self.sock.send(opening)
         self.rest = iter(body[len(opening) :])
         self.answer: bytes | None = None

@@ -22,6 +22,7 @@ from sglfast.edge.request import PromptKeyer
 from sglfast.edge.shard import Shard
 from sglfast.logs import setup_logs
 
+
 def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | None:
     """The prompt path, when the settings name a tokenizer; loaded only then, because it is most of a shard's memory."""
     if boot.config.tokenizer_path is None:

@@ -15,11 +15,13 @@ import collections
 import functools
 import json
 import os
+import random
 import resource
 import socket
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import cast
 
 import uvloop
@@ -27,8 +29,8 @@ from load import MODEL, chat
 
 NORMAL_CONNECTIONS = 32
 LARGE_BYTES = 4 << 20
-SLOW_PAUSE_S = 0.5  # between two bytes of a slow sender, and two reads of a slow reader
-_SLOW_READ_BYTES = 2048
+SLOW_PAUSE_S = 1.0  # on average between two bytes of a slow sender, and two reads of a slow reader
+_SLOW_READ_BYTES = 4096
 _PIECE = b"data: " + b"x" * 16000 + b"\n\n"
 _STREAM_PIECE = b"%x\r\n%b\r\n" % (len(_PIECE), _PIECE)
 _PLAIN = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
@@ -114,6 +116,13 @@ async def _stdin_line() -> str:
     return await asyncio.get_running_loop().run_in_executor(None, sys.stdin.readline)
 
 
+async def _until(is_true: Callable[[], bool], within_s: float) -> None:
+    """Return when it is true, or when the time is over."""
+    end_s = time.monotonic() + within_s
+    while not is_true() and time.monotonic() < end_s:  # noqa: ASYNC110 - protocols of many connections count into it
+        await asyncio.sleep(0.01)
+
+
 def _say(**found: object) -> None:
     print(json.dumps(found), flush=True)
 
@@ -182,10 +191,7 @@ class NormalLoad:
                 else:
                     self.waiting.append(now_s)
             await asyncio.sleep(0.001)
-        for _ in range(1000):
-            if len(self.latencies) + self.failures >= total:
-                break
-            await asyncio.sleep(0.01)
+        await _until(lambda: len(self.latencies) + self.failures >= total, 10.0)
         windows: dict[int, list[float]] = collections.defaultdict(list)
         for sent_s, took_s in self.latencies:
             windows[int(sent_s - begun_s)].append(took_s)
@@ -242,8 +248,7 @@ async def idle(port: int, count: int) -> None:
             transport.write(request)
             if number % 64 == 63:
                 await asyncio.sleep(0.005)
-    while IdleEnd.answered < count // 2 and time.monotonic() - begun_s < 120:  # noqa: ASYNC110 - other processes are waited for
-        await asyncio.sleep(0.01)
+    await _until(lambda: IdleEnd.answered >= count // 2, 120.0)
     _say(opened=IdleEnd.open_count, answered=IdleEnd.answered, seconds=round(time.monotonic() - begun_s, 2))
     await _stdin_line()
     _say(open_at_end=IdleEnd.open_count)
@@ -283,7 +288,7 @@ class Slow:
         self.tasks = [asyncio.create_task(self.repeat(names[number % len(names)], number)) for number in range(count)]
 
     async def repeat(self, kind: str, number: int) -> None:
-        await asyncio.sleep(number % 1000 / 1000)
+        await asyncio.sleep(random.uniform(0.0, 2.0))
         while True:
             try:
                 is_reader = kind in ("large", "stream")
@@ -304,7 +309,7 @@ class Slow:
         await loop.sock_sendall(sock, at_once)
         for at in range(len(then)):
             await loop.sock_sendall(sock, then[at : at + 1])
-            await asyncio.sleep(SLOW_PAUSE_S)
+            await _pause()
             try:
                 answer = sock.recv(4096)
             except BlockingIOError:
@@ -316,16 +321,18 @@ class Slow:
         """A large answer in small bites."""
         loop = asyncio.get_running_loop()
         await loop.sock_sendall(sock, request)
-        while await loop.sock_recv(sock, _SLOW_READ_BYTES):  # noqa: ASYNC110
-            await asyncio.sleep(SLOW_PAUSE_S)
+        while await loop.sock_recv(sock, _SLOW_READ_BYTES):
+            await _pause()
         return "closed"
+
+
+async def _pause() -> None:
+    await asyncio.sleep(random.uniform(0.5, 1.5) * SLOW_PAUSE_S)
 
 
 async def slow(port: int, count: int) -> None:
     clients = Slow(port, count)
-    begun_s = time.monotonic()
-    while clients.connected < 0.95 * count and time.monotonic() - begun_s < 60:  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
+    await _until(lambda: clients.connected >= 0.95 * count, 60.0)
     _say(connected=clients.connected)
     await _stdin_line()
     _say(connected=clients.connected, outcomes=dict(clients.outcomes))

@@ -17,6 +17,7 @@ from icount_prompts import PROMPT_CASES
 
 if TYPE_CHECKING:
     from sglfast._segment import Segment
+    from sglfast.edge.shard import Shard
     from sglfast.shm import KeyRoute
 
 Call = Callable[[], object]
@@ -304,28 +305,14 @@ class Wire:
         return 0
 
 
-@case
-def relay_of_a_2_kb_chat_round_robin() -> Call:
-    """Bytes of a request in, bytes of the answer out, over connections that exist already."""
-    return relay(takes_rid=False)
-
-
-@case
-def relay_of_a_2_kb_chat_that_gets_a_rid() -> Call:
-    """The same to an SGLang that is told when the client leaves."""
-    return relay(takes_rid=True)
-
-
-def relay(*, takes_rid: bool) -> Call:
+def shard_with_four_workers(*, takes_rid: bool = False) -> "Shard":
     import asyncio
     import logging
 
     from sglfast._workers import READY, WorkerTable
     from sglfast.boot import Boot
     from sglfast.config import ServeConfig
-    from sglfast.edge.server import ClientConnection
     from sglfast.edge.shard import Shard
-    from sglfast.edge.upstream import UpstreamConnection
     from sglfast.shm import WorkerRecord, WorkerView, put_worker
 
     _, segment = small_segment()
@@ -339,6 +326,26 @@ def relay(*, takes_rid: bool) -> Call:
     boot = Boot(config=config, segment=segment, control=None, shard=0, listener=None, control_address="")  # type: ignore[arg-type]
     shard = Shard(boot, asyncio.new_event_loop(), None, logging.getLogger("icount"))
     shard.router.refresh()
+    return shard
+
+
+@case
+def relay_of_a_2_kb_chat_round_robin() -> Call:
+    """Bytes of a request in, bytes of the answer out, over connections that exist already."""
+    return relay(takes_rid=False)
+
+
+@case
+def relay_of_a_2_kb_chat_that_gets_a_rid() -> Call:
+    """The same to an SGLang that is told when the client leaves."""
+    return relay(takes_rid=True)
+
+
+def relay(*, takes_rid: bool) -> Call:
+    from sglfast.edge.server import ClientConnection
+    from sglfast.edge.upstream import UpstreamConnection
+
+    shard = shard_with_four_workers(takes_rid=takes_rid)
     connections = []
     for upstream in shard.router.pools["m"].upstreams:
         connection = UpstreamConnection(upstream)
@@ -356,6 +363,17 @@ def relay(*, takes_rid: bool) -> Call:
         client.exchange.connection.data_received(ANSWER)
 
     return relay_one
+
+
+@case
+def tick_over_10000_idle_connections() -> Call:
+    """One turn of the sweep: a fifth of them is looked at."""
+    from sglfast.edge.server import ClientConnection
+
+    shard = shard_with_four_workers()
+    for _ in range(10_000):
+        ClientConnection(shard).connection_made(Wire())  # type: ignore[arg-type]
+    return partial(shard.clients.sweep, 0, shard.now_s)
 
 
 def small_segment() -> tuple[int, "Segment"]:

@@ -16,6 +16,7 @@ from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from libc.string cimport memchr, memcpy, strlen
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
+cimport cython
 from sf_shm cimport sf_header, sf_header_t, sf_load
 from sglfast._counters cimport Column
 from sglfast._httphead cimport Chunks, RequestHead, ResponseHead, scan_request, scan_response

@@ -240,7 +240,6 @@ cdef class ClientBase:
             data, self.pending = self.pending, b""
             self.read(data)
 
-
     # ---- time ----
 
     cpdef tick(self, double now_s):
@@ -291,9 +290,10 @@ cdef class ClientBase:
 
 cdef enum:
     PARTS = 5  # a sweep is spread over so many ticks, so that none of them takes long
-    CLOSED_AT_ONCE = 200  # by one tick; closing costs 20 us, and connections that came together become idle together
+    CLOSED_AT_ONCE = 200  # by one tick; closing costs 15 us, and connections that came together become idle together
 
 
+@cython.final
 cdef class Clients:
     """The open connections of a shard: a set in PARTS parts, of which each tick looks at one.
 

@@ -1,6 +1,6 @@
 import asyncio
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, final
 
 from typing_extensions import disjoint_base
 
@@ -126,7 +126,7 @@ class ClientBase:
     def go_on(self) -> None: ...
     def tick(self, now_s: float) -> None: ...
 
-@disjoint_base
+@final
 class Clients:
     def add(self, client: ClientBase) -> None: ...
     def discard(self, client: ClientBase) -> None: ...

@@ -305,5 +305,16 @@ def run(test: Coroutine[Any, Any, T]) -> T:
         return runner.run(asyncio.wait_for(test, WAIT_S))
 
 
+def in_process(test: Any) -> None:
+    """Run `test(shard, connection, transport)` on a connection whose network the test plays."""
+    memory = Memory(["http://127.0.0.1:9"])
+
+    async def wrapped() -> None:
+        shard = shard_in_loop(memory)
+        await test(shard, *stub_client(shard))
+
+    run(wrapped())
+
+
 def indexes(*worker_idxs: int) -> array[int]:
     return array("i", worker_idxs)

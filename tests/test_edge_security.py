@@ -203,6 +203,7 @@ def test_a_long_url(worker: Worker) -> None:
 
 def test_connections_of_a_shard(worker: Worker) -> None:
     with Edge([worker], max_connections=3) as edge, settled(edge):
+        edge.allowed_log = ("connections above 3 are refused",)
         worker.plan(says(answer()))
         clients = [edge.client() for _ in range(3)]
         assert [client.ask(post()).status for client in clients] == [200] * 3

@@ -60,12 +60,15 @@ class ServeConfig:
     host: str = _setting("0.0.0.0", "address to listen on (127.0.0.1 for this machine only)", "server", section="server.host")
     port: int = _setting(30000, "port to listen on; 0 picks a free one", "server", low=0, high=65535, section="server.port")
     shards: int = _setting(0, "serving processes; 0 = one a core", "server", low=0, high=256)
-    max_connections: int = _setting(32768, "client connections of each shard at most", "server", low=1, high=1 << 20, live=True)
+    max_connections: int = _setting(
+        32768, "client connections of each shard at most; fewer where its limit of open files is lower than that and an eighth", "server",
+        low=1, high=1 << 20, live=True)
     max_payload_size: int = _setting(64 << 20, "largest request body in bytes", "server", low=1, live=True)
     max_header_bytes: int = _setting(64 << 10, "largest request head in bytes", "server", low=1024, high=1 << 20, live=True)
     max_url_bytes: int = _setting(16 << 10, "longest request target in bytes", "server", low=64, high=1 << 20, live=True)
     header_timeout_secs: float = _setting(10.0, "a request head must arrive within this time", "server", low=0.1, live=True)
-    body_timeout_secs: float = _setting(30.0, "longest pause inside a request body", "server", low=0.1, live=True)
+    body_timeout_secs: float = _setting(
+        30.0, "longest pause inside a request body; 100 bytes a second must come over this time", "server", low=0.1, live=True)
     idle_timeout_secs: float = _setting(75.0, "an idle client connection is closed after this time", "server", low=0.1, live=True)
     send_timeout_secs: float = _setting(
         120.0, "a client that takes nothing of its answer for this long is cut", "server", low=0.1, live=True)

@@ -104,6 +104,12 @@ class Exchange(ExchangeBase):
             self.failed_attempts = Attempts(self)
         return self.failed_attempts
 
+    def on_no_room(self) -> None:
+        """We have no socket for one more connection, to any worker."""
+        if not self.is_over:
+            self.leave_worker(_counters.W_CANCELLED)
+            self.refuse(errors.TOO_MANY_CONNECTIONS)
+
     def kept_with_key(self, upstream: Upstream) -> bytes:
         """The header lines with the worker's key in the place of the client's."""
         return without(self.kept, b"authorization") + (upstream.key_line or b"")

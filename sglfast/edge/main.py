@@ -17,14 +17,10 @@ import uvloop
 from sglfast._hashtree import TreeReader
 from sglfast.boot import Boot, boot_child, hear
 from sglfast.config import ServeConfig
+from sglfast.edge.door import Door
 from sglfast.edge.request import PromptKeyer
-from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
 from sglfast.logs import setup_logs
-
-_TLS_END_SECS = 2.0  # for a client's part in the end of a TLS connection
-
-_UNSENT_BYTES = 128 << 10  # of an answer that the kernel holds for a client beyond what is on its way
 
 
 def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | None:
@@ -81,15 +77,8 @@ async def serve(boot: Boot) -> None:
     assert boot.listener is not None
     boot.segment.process_start(boot.process_slot, os.getpid(), int(time.time() * 1000))
     shard.router.refresh()
-    # Inherited by what is accepted. Without it the kernel takes megabytes of an answer for a client that does not read.
-    boot.listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-    tls = shard.client_tls
-    server = await loop.create_server(
-        lambda: ClientConnection(shard), sock=boot.listener, backlog=4096, ssl=tls,
-        # Until the handshake is done a connection is unknown to us, its limits are here: as a request's head, and as what lingers.
-        ssl_handshake_timeout=boot.config.header_timeout_secs if tls is not None else None,
-        ssl_shutdown_timeout=_TLS_END_SECS if tls is not None else None,
-    )  # fmt: skip
+    door = shard.door = Door(shard, boot.listener)
+    await door.open()
     # What is here now stays; what comes is freed by reference count. A full collection over thousands of connections would stall all.
     gc.collect()
     gc.freeze()
@@ -99,7 +88,7 @@ async def serve(boot: Boot) -> None:
     log.debug("serving")
     why = await _wait_for_stop(boot.control, shard.apply)
     log.debug("stopping", extra={"fields": {"why": why}})
-    server.close()
+    door.close()
     for client in list(shard.clients):
         client.close_after_write()
     if keyer is not None:

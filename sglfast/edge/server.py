@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sglfast.edge.tokenize import Answer
 
 _SMALL_BYTES = 64 << 10  # bodies of all paths but those of the data plane
+_LINGERING = 64  # connections above the limit that get the time to read why they are refused
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -42,8 +43,10 @@ class ClientConnection(ClientBase, asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.shard.clients.add(self)
-        if len(self.shard.clients) > self.shard.config.max_connections:
-            self._refuse(errors.TOO_MANY_CONNECTIONS)
+        above = len(self.shard.clients) - self.shard.max_clients
+        if above > 0:
+            self.shard.note_full(f"connections above {self.shard.max_clients} are refused")
+            self._refuse(errors.TOO_MANY_CONNECTIONS, lingers=above <= _LINGERING)
         self.shard.column.add(_counters.S_CONNECTIONS, 1)
         self.shard.column.add(_counters.S_CONNECTIONS_TOTAL, 1)
 
@@ -268,13 +271,13 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             self.answer_error(found[0], request_id, found[1])
         self.on_exchange_end()
 
-    def _refuse(self, reason: errors.Reason, request_id: bytes | None = None) -> None:
+    def _refuse(self, reason: errors.Reason, request_id: bytes | None = None, *, lingers: bool = True) -> None:
         """The request cannot be read: answer and close, because nobody knows where the next one would begin.
 
-        Only our side is closed at first: a client that is still sending would lose the answer to a reset (RFC 9112 9.6).
+        lingers: only our side is closed at first, because a client that is still sending would lose the answer to a reset (RFC 9112 9.6).
         """
         self.closes = True
-        self.lingers = True
+        self.lingers = lingers
         self.pieces = []
         self.answer_error(reason, request_id)
         self.close_after_write()

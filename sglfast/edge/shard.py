@@ -22,6 +22,7 @@ from sglfast.config import REQUEST_ID_HEADERS
 from sglfast.edge.admission import Admission
 from sglfast.edge.breaker import BreakerDesk
 from sglfast.edge.cors import Cors
+from sglfast.edge.door import Door, most_clients
 from sglfast.edge.guard import Guard
 from sglfast.edge.header_lines import value_of
 from sglfast.edge.request import ENDPOINTS
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _TICK_SECS = 0.1
 _SWEEP_TICKS = 5  # each connection is looked at every 0.5 s; their timeouts are seconds
 _LOG_PAUSE_SECS = 5.0
+_FULL_PAUSE_SECS = 60.0
 
 
 class Shard(ShardBase):
@@ -61,11 +63,14 @@ class Shard(ShardBase):
         self.tree = TreeReader(boot.segment)
         self.table = WorkerTable(boot.segment)
         self.clients = Clients()
+        self.max_clients = most_clients(boot.config)
+        self.door: Door | None = None
         self.is_draining = False
         self.endpoints = ENDPOINTS
         self.started_s = int(time.time())
         self.now_s = loop.time()  # coarse: moved by the tick
         self._silent_until_s = 0.0
+        self._full_until_s = 0.0
         self._ticks = 0
         self.guard = Guard(boot.config)
         self.cors = Cors(boot.config)
@@ -151,6 +156,12 @@ class Shard(ShardBase):
             self._silent_until_s = self.now_s + _LOG_PAUSE_SECS
             self.log.warning("worker cannot be reached", extra={"fields": {"worker": upstream.url, "error": str(error) or repr(error)}})
 
+    def note_full(self, what: str) -> None:
+        """Log that connections are turned away; once a minute, because there may be very many."""
+        if self.now_s >= self._full_until_s:
+            self._full_until_s = self.now_s + _FULL_PAUSE_SECS
+            self.log.warning(what)
+
     def cut(self, gone: set[Upstream]) -> None:
         """End the exchanges with workers that were removed: control takes a worker out when it is idle, or to cut what it has."""
         for client in self.clients:
@@ -169,6 +180,8 @@ class Shard(ShardBase):
             self.column.add(_counters.S_LOG_LINES_LOST, self.request_log.newly_lost())
         if not self.is_draining and self.segment.state >= _segment.DRAINING:
             self.is_draining = True
+        if self.door is not None:
+            self.door.take_waiting()
         self.clients.sweep(self._ticks, now_s)
         self.router.refresh()  # a shard without requests follows too
         if self._ticks % _SWEEP_TICKS == 0:

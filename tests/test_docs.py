@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
+    "BENCHMARKS.md",
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",

@@ -48,6 +48,7 @@ class StubShard(ShardBase):
         self.guard = Guard(config)
         self.cors = Cors(config)
         self.has_own_ids = False
+        self.max_clients = 1000
         self.is_gated = True  # every request passes `dispatch`
         self.loop = cast(Any, SimpleNamespace(call_soon=lambda call, *args: self.later.append((call, args))))
         self.router = StubRouter(self)

@@ -89,6 +89,7 @@ class Shard(ShardBase):
         had_log = self.config.request_log
         self.configure(config)
         set_level(config.log_level)
+        self.max_clients = most_clients(config)
         self.retry = RetryPolicy(config)
         self.breakers = BreakerDesk(self)
         self.guard = Guard(config)

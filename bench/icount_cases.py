@@ -316,14 +316,12 @@ def shard_with_four_workers(*, takes_rid: bool = False) -> "Shard":
     from sglfast.shm import WorkerRecord, WorkerView, put_worker
 
     _, segment = small_segment()
-    table = WorkerTable(segment)
     urls = tuple(f"http://127.0.0.1:{9001 + i}" for i in range(4))
     for i, url in enumerate(urls):
         record = WorkerRecord(url=url, model="m", takes_rid=takes_rid)
         view = WorkerView(worker_idx=i, generation=0, state=READY, rank_base=i, dp_size=1, block_size=0, bigram=False, record=record)
-        put_worker(table, view, is_new=True)
-    config = ServeConfig(worker_urls=urls, policy="round_robin", shards=1)
-    boot = Boot(config=config, segment=segment, control=None, shard=0, listener=None, control_address="")  # type: ignore[arg-type]
+        put_worker(WorkerTable(segment), view, is_new=True)
+    boot = Boot(ServeConfig(worker_urls=urls, policy="round_robin", shards=1), segment, None, 0, None, "")  # type: ignore[arg-type]
     shard = Shard(boot, asyncio.new_event_loop(), None, logging.getLogger("icount"))
     shard.router.refresh()
     return shard

@@ -13,23 +13,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, IMBALANCED, UNKEYED, PoolView, Prompt
-from sglfast.edge.policy.cache_aware import lightest
+from sglfast.edge.policy.cache_aware import CacheAware, lightest
 
 if TYPE_CHECKING:
     from sglfast._counters import Loads
 
 
-class ApproximateCacheAware:
+class ApproximateCacheAware(CacheAware):
     """Longest known share within a balanced pool."""
-
-    name = "cache_aware"
-    needs_prompt = True
-    plain_decision = UNKEYED
-
-    def __init__(self, *, cache_threshold: float, balance_abs_threshold: int, balance_rel_threshold: float) -> None:
-        self._cache_threshold = cache_threshold
-        self._balance_abs_threshold = balance_abs_threshold
-        self._balance_rel_threshold = balance_rel_threshold
 
     def score(self, requests: int, work_tokens: int) -> float | None:
         return requests

@@ -57,6 +57,8 @@ KeyRoute = Literal["sha256", "tokens"]
 # How LoRA adapters show in a worker's events: under the name that requests give it ("base:adapter", `lora_path`), as the base model's
 # blocks (SGLang before 0.5.23), or under the name that requests give as their model (vLLM).
 Adapters = Literal["named", "shared", "models"]
+# What a worker does of a request: all of it, or the prompt, or the tokens behind it.
+Role = Literal["regular", "prefill", "decode"]
 
 
 class Variant(NamedTuple):
@@ -91,6 +93,8 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_connects_out: bool = False
     adapters: Adapters = "named"
     takes_rid: bool = False  # requests may carry a `rid` by which /abort_request ends them
+    role: Role = "regular"
+    bootstrap_port: int | None = None  # where a prefill worker meets its decode workers; None = it has told none
 
     def __repr__(self) -> str:
         """Without the key: what is shown in an error or a log must not hold it."""

@@ -108,6 +108,16 @@ def test_siblings_in_one_shard_land_together_before_index_knows() -> None:
     shards(memory_of(), test, keyer=ColdKeyer(), **EXACT)
 
 
+def test_less_than_a_block_in_common_is_no_hit() -> None:
+    def test(shard: Shard, index: Index) -> None:
+        common = words(1, 150)
+        routes = [route_of(shard.router, body(common, words(n, 200_000))) for n in range(8)]
+        assert shard.column.get(c.S_PREDICTED) > 0, "it is seen, and only too little"
+        assert {route.decision for route in routes} == {CACHE_MISS}
+
+    shards(memory_of(), test, keyer=ColdKeyer(Facts(50_000, {Variant(64): COLD}, is_estimated=True)), **EXACT)
+
+
 def test_siblings_in_two_shards_land_together_as_soon_as_index_has_read() -> None:
     def test(one: Shard, other: Shard, index: Index) -> None:
         common = words(1, 16_000)

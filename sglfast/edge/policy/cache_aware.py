@@ -44,8 +44,9 @@ class CacheAware:
         if not hits:
             return loads.least(pool.worker_idxs, _counters.W_INFLIGHT_TOKENS)[0], CACHE_MISS
         best_tokens, best_blocks = max((hit.overlap_tokens, hit.overlap_blocks) for hit in hits)
-        block_tokens = best_tokens // best_blocks  # workers of one pool may cut prompts differently
-        if best_tokens > self._cache_threshold * (prompt.prompt_tokens // block_tokens * block_tokens):
+        # Workers of one pool may cut prompts differently. Without a block: a prediction of less than one, only its load counts.
+        block_tokens = best_tokens // best_blocks if best_blocks else 0
+        if block_tokens and best_tokens > self._cache_threshold * (prompt.prompt_tokens // block_tokens * block_tokens):
             owners = [hit for hit in hits if hit.overlap_tokens == best_tokens]
             return lightest(owners, pool, loads).position, CACHE_HIT
         # Only owners can beat the least queued of all: compare those few with it.

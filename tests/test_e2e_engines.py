@@ -97,7 +97,7 @@ def test_requests_go_to_the_vllm_worker_that_owns_their_blocks(vllm: EngineStack
     texts = {seed: prompts.text(seed, 16 * 20 + 1) for seed in range(1, 13)}
     first = {seed: ask(vllm, text) for seed, text in texts.items()}
     assert {reply.overlap_blocks for reply in first.values()} == {0}
-    assert len({reply.worker for reply in first.values()}) == 3
+    assert len({reply.worker for reply in first.values()}) >= 2, "equal loads: one of three at random"
     wait_blocks(vllm, 12 * 20)
     for seed, text in texts.items():
         reply = ask(vllm, text + prompts.text(seed + 50, 16 * 5))

@@ -56,9 +56,10 @@ cdef class PrefillLegBase(ExchangeBase):
         return not self.is_over
 
     cdef on_body(self, bytes data):
-        if self.heir is not None:
-            self.heir.was_active = True
-            self.heir.on_body(data)
+        cdef ExchangeBase heir = self.heir  # held here: it may end, and let go of this
+        if heir is not None:
+            heir.was_active = True
+            heir.on_body(data)
         else:
             self.drop(data)
 
@@ -70,8 +71,9 @@ cdef class PrefillLegBase(ExchangeBase):
             self.look_for_cached_tokens(data)
 
     cdef on_end(self, WorkerConnectionBase connection, bint is_reusable):
-        if self.heir is not None:
-            self.heir.on_end(connection, is_reusable)
+        cdef ExchangeBase heir = self.heir
+        if heir is not None:
+            heir.on_end(connection, is_reusable)
             return
         self.connection = None
         if is_reusable and self.keeps_alive:

@@ -39,8 +39,8 @@ class _Batch(msgspec.Struct):
     sampling_params: msgspec.Raw = msgspec.Raw()
 
 
-_decode_batch = msgspec.json.Decoder(_Batch).decode
-_decode_sampling = msgspec.json.Decoder(_Sampling).decode
+_decode_batch = msgspec.json.Decoder(_Batch, strict=False).decode  # pydantic takes 2.0 for 2, too
+_decode_sampling = msgspec.json.Decoder(_Sampling, strict=False).decode
 _decode_items = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _PROMPTS = (("prompt",), ("prompt",), ("text", "input_ids"))  # by kind; a chat has none of its own
 

@@ -130,6 +130,7 @@ class Exchange(Leg):
         """It has ended without success: so does this half, and maybe another pair is tried."""
         route = self.route
         assert route is not None
+        leg.held = None
         connection = self.abandon()
         self.leave_worker(_counters.W_CANCELLED)
         self.outcome = leg.outcome
@@ -140,7 +141,7 @@ class Exchange(Leg):
 
     def take_over(self, leg: PrefillLeg, connection: UpstreamConnection) -> None:
         """The prefill worker answers 4xx: what it says is the answer, as if the request had gone there alone."""
-        leg.exchange = None
+        leg.exchange = leg.held = None
         self.abandon()
         self.leave_worker(_counters.W_CANCELLED)
         self.route, self.tokens, self.probe, self.rid = leg.route, leg.tokens, leg.probe, leg.rid

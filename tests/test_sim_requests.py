@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from sglfast.prompt.keys import RequestKind
-from sglfast.sim.requests import INFERENCE_PATHS, RequestError, parse_body, read
+from sglfast.sim.requests import INFERENCE_PATHS, Bootstrap, RequestError, parse_body, read, read_bootstrap, read_room
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -100,3 +100,25 @@ def test_bodies() -> None:
         with pytest.raises(RequestError, match=message) as caught:
             parse_body(wrong, content_type, RequestKind.CHAT)
         assert caught.value.status == 400
+
+
+def test_where_a_decode_worker_finds_its_prompt() -> None:
+    body = {"bootstrap_host": "::1", "bootstrap_port": 9000, "bootstrap_room": 2**64 - 1}
+    assert read_bootstrap(body, 8998) == Bootstrap("::1", 9000, 2**64 - 1)
+    assert read_bootstrap({**body, "bootstrap_port": None}, 8998).port == 8998
+    assert read_room({"bootstrap_room": 0}) == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("bootstrap_room", value) for value in (None, True, 1.0, "1", -1, 2**64)),
+        *(("bootstrap_host", value) for value in (None, "", 7)),
+        *(("bootstrap_port", value) for value in (True, 0, 65_536, "9000")),
+    ],
+)
+def test_fields_by_which_it_cannot_be_found(field: str, value: object) -> None:
+    body = {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 1, field: value}
+    with pytest.raises(RequestError, match=field if value is not None else "Disaggregated request received without") as caught:
+        read_bootstrap(body, 8998)
+    assert caught.value.status == 400

@@ -13,11 +13,13 @@ import orjson
 
 from sglfast.prompt.keys import RequestKind
 from sglfast.sim.output import MAX_OUTPUT_TOKENS
+from sglfast.sim.settings import PORT_LIMIT
 
 # SGLang's defaults when a request names no length: 16 for completions, 128 for /generate; a chat goes on until the model
 # stops, which here is its natural length.
 COMPLETIONS_DEFAULT_TOKENS = 16
 GENERATE_DEFAULT_TOKENS = 128
+ROOM_LIMIT = 2**64 - 1
 
 INFERENCE_PATHS: dict[str, RequestKind] = {
     "/v1/chat/completions": RequestKind.CHAT,
@@ -51,6 +53,15 @@ class Asked:
     max_tokens: int | None
     ignores_eos: bool
     rank: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """Where the two workers of one request meet. port: of the prefill worker at `host`; room: 0 .. 2**64 - 1."""
+
+    host: str
+    port: int
+    room: int
 
 
 def parse_body(body: bytes, content_type: bytes, kind: RequestKind) -> dict[str, Any]:
@@ -97,6 +108,28 @@ def read(kind: RequestKind, body: dict[str, Any], rank_header: bytes, default_mo
         ignores_eos=_flag(params, "ignore_eos"),
         rank=_rank(body, rank_header),
     )
+
+
+def read_room(body: dict[str, Any]) -> int:
+    """Return the room that a request to a prefill or decode worker names. Raises RequestError."""
+    room = body.get("bootstrap_room")
+    if room is None:
+        raise RequestError(400, "Invalid request: Disaggregated request received without bootstrap room id.")
+    if isinstance(room, bool) or not isinstance(room, int) or not 0 <= room <= ROOM_LIMIT:
+        raise _invalid("Input should be an integer of 0 to 2**64 - 1", ("body", "bootstrap_room"))
+    return room
+
+
+def read_bootstrap(body: dict[str, Any], default_port: int) -> Bootstrap:
+    """Return where a decode worker finds its prompt. default_port: for a port that is absent or null. Raises RequestError."""
+    room, host, port = read_room(body), body.get("bootstrap_host"), body.get("bootstrap_port")
+    if not isinstance(host, str) or not host:
+        raise RequestError(400, "Invalid request: Disaggregated request received without bootstrap_host, the prefill worker's address.")
+    if port is None:
+        port = default_port
+    if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= PORT_LIMIT:
+        raise _invalid("Input should be a port, 1 to 65535, or null", ("body", "bootstrap_port"))
+    return Bootstrap(host, port, room)
 
 
 def _require_prompt(kind: RequestKind, body: dict[str, Any]) -> None:

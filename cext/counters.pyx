@@ -68,6 +68,10 @@ S_WAITING_HEAD = 50       # order of the first of them; 0 = nobody waits
 S_QUEUED = 51
 S_QUEUE_WAIT_US = 52
 S_LOG_LINES_LOST = 53     # request lines that nobody will read
+# Why a decode worker was chosen for a prefill worker: it is on the same host, or that one's breaker or load was in the way
+S_AFFINITY_SAME_HOST = 54
+S_AFFINITY_BREAKER = 55
+S_AFFINITY_LOAD = 56
 S_REASONS = 64            # 64 words, one per row of errors.REASONS
 S_TTFT = 128              # histogram: buckets, then count and sum in microseconds
 S_DURATION = 160

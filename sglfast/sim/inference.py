@@ -16,14 +16,15 @@ import xxhash
 
 from sglfast.errors import PromptError
 from sglfast.prompt.keys import RequestKind
-from sglfast.sim.answers import ANSWERS
+from sglfast.sim.answers import ANSWERS, Answer
+from sglfast.sim.batches import Batch, Part, split
 from sglfast.sim.engine import Engine, Generation
-from sglfast.sim.http import Connection, Request
+from sglfast.sim.http import Connection, Outlet, Request
 from sglfast.sim.jobs import DecodeJob, Job, PrefillJob
 from sglfast.sim.output import OutputText
 from sglfast.sim.pacer import Pacer
 from sglfast.sim.prompts import LONG_PROMPT_CHARS, Prompt, Prompts
-from sglfast.sim.requests import Asked, RequestError, parse_body, read, read_bootstrap, read_room
+from sglfast.sim.requests import Asked, RequestError, new_request_id, parse_body, read, read_bootstrap, read_room, wants_usage
 from sglfast.sim.rooms import Rooms
 from sglfast.sim.settings import SimSettings
 
@@ -52,7 +53,8 @@ class Rank:
 
 @dataclass(slots=True)
 class InferenceTotals:
-    """Requests let in, and those of them that were refused, failed or aborted; the rest were or will be answered.
+    """Requests let in, and those of them that were refused, failed or aborted; the rest were or will be answered. A batch is one
+    request; each of its parts counts among the others.
 
     abort_calls: of /abort_request by id; abort_calls_known: those whose id a request here had, one that had just ended included.
     """
@@ -83,7 +85,26 @@ class Inference:
         self.totals.requests += 1
         try:
             body = parse_body(request.body, request.content_type, kind)
+            rid = body.get("rid")
+            request_id = rid if isinstance(rid, str) and rid else new_request_id()
+            parts = split(kind, body, request_id, has_rooms=self._settings.disaggregation_mode != "null")
+        except RequestError as error:
+            self._refuse(kind, connection, error)
+            return
+        if len(parts) == 1:
+            self._begin(kind, body, request, connection, None)
+            return
+        batch = Batch(kind, connection, request_id, len(parts), with_usage=wants_usage(body))
+        for index, (part, outlet) in enumerate(zip(parts, batch.parts, strict=True)):
+            if not batch.is_over:
+                self._begin(kind, part, request, outlet, index)
+
+    def _begin(self, kind: RequestKind, body: dict[str, Any], request: Request, connection: Outlet, index: int | None) -> None:
+        """Let one request in. index: of its choice, when it is a part of a batch."""
+        try:
             asked = read(kind, body, request.rank, self._settings.model)
+            if index is not None:
+                asked = replace(asked, index=index, is_part=True, with_usage=False)
             if self._rooms is not None and asked.max_tokens != 0:
                 asked = replace(asked, max_tokens=1)  # what a prefill is asked for is the first token
             rank = self._rank_of(asked)
@@ -108,8 +129,14 @@ class Inference:
         else:
             self._was_read(job, lambda: self._shared.prompts.read(prompt))
 
-    def _job_of(self, asked: Asked, body: dict[str, Any], connection: Connection, rank: Rank) -> Job:
+    def _answer_of(self, asked: Asked, connection: Outlet) -> Answer:
         answer = ANSWERS[asked.kind](asked, connection, self._shared.output)
+        if isinstance(connection, Part):
+            connection.answer = answer
+        return answer
+
+    def _job_of(self, asked: Asked, body: dict[str, Any], connection: Outlet, rank: Rank) -> Job:
+        answer = self._answer_of(asked, connection)
         mode, timeout_s = self._settings.disaggregation_mode, self._settings.disaggregation_bootstrap_timeout
         if asked.kind != RequestKind.EMBEDDINGS:  # they have no KV cache that anybody would fetch
             if self._rooms is not None:
@@ -123,12 +150,15 @@ class Inference:
         return Job(self, answer, rank)
 
     def abort(self, request_id: str, *, is_all: bool) -> None:
-        """End one request, or all; an unknown id is no error."""
+        """End one request (a batch with all its parts), or all; an unknown id is no error."""
+
+        def is_meant(key: str) -> bool:
+            return key == request_id or key.startswith(f"{request_id}_")
+
         if not is_all:
             self.totals.abort_calls += 1
-            self.totals.abort_calls_known += request_id in self._jobs or request_id in self._past_ids
-        jobs = list(self._jobs.values()) if is_all else [job for key, job in self._jobs.items() if key == request_id]
-        for job in jobs:
+            self.totals.abort_calls_known += any(map(is_meant, (*self._jobs, *self._past_ids)))
+        for job in [job for key, job in self._jobs.items() if is_all or is_meant(key)]:
             job.cut()
 
     def drop_all(self) -> None:
@@ -190,14 +220,14 @@ class Inference:
         )
         job.begin(generation)
 
-    def _refuse(self, kind: RequestKind, connection: Connection, error: RequestError | PromptError) -> None:
+    def _refuse(self, kind: RequestKind, connection: Outlet, error: RequestError | PromptError) -> None:
         self.totals.refused += 1
         status, name = (error.status, error.kind) if isinstance(error, RequestError) else (400, "BadRequestError")
         connection.respond_json(status, error_body(str(error), name, status, kind))
 
-    def _answer_instantly(self, asked: Asked, request: Request, connection: Connection) -> None:
+    def _answer_instantly(self, asked: Asked, request: Request, connection: Outlet) -> None:
         start = xxhash.xxh3_64_intdigest(request.body, self._settings.seed & 0xFFFF_FFFF_FFFF_FFFF)
-        answer = ANSWERS[asked.kind](asked, connection, self._shared.output)
+        answer = self._answer_of(asked, connection)
         n = self._answer_tokens(asked, start)
         prompt_tokens = max(1, len(request.body) // INSTANT_BYTES_PER_TOKEN)
         generation = Generation([], prompt_tokens, b"", n, start, answer)

@@ -52,6 +52,12 @@ cdef class ClientBase:
 
     def data_received(self, bytes data not None):
         """The transport's call: bytes of the client."""
+        try:
+            self.receive(data)
+        except Exception as error:
+            self.on_broken(error)
+
+    cdef receive(self, bytes data):
         self.was_active = True
         if self.state == c_HEAD:
             if PyBytes_GET_SIZE(self.pending):
@@ -241,7 +247,10 @@ cdef class ClientBase:
         cdef bytes data
         if self.state == c_HEAD and PyBytes_GET_SIZE(self.pending):
             data, self.pending = self.pending, b""
-            self.read(data)
+            try:
+                self.read(data)
+            except Exception as error:
+                self.on_broken(error)
 
     # ---- time ----
 
@@ -347,11 +356,16 @@ cdef class Clients:
         cdef Py_ssize_t i = len(part)
         cdef ClientBase client
         cdef int was, closed = 0
-        while i > 0 and closed < CLOSED_AT_ONCE:  # the others when their turn comes again
-            i -= 1
-            if i >= len(part):
-                continue  # some have left meanwhile
-            client = <ClientBase>part[i]
-            was = client.state
-            client.tick(now_s)
-            closed += client.state == c_CLOSED and was != c_CLOSED
+        while True:
+            try:  # around the loop: it would cost as much as the look at an idle client
+                while i > 0 and closed < CLOSED_AT_ONCE:  # the others when their turn comes again
+                    i -= 1
+                    if i >= len(part):
+                        continue  # some have left meanwhile
+                    client = <ClientBase>part[i]
+                    was = client.state
+                    client.tick(now_s)
+                    closed += client.state == c_CLOSED and was != c_CLOSED
+                return
+            except Exception as error:
+                client.on_broken(error)

@@ -43,6 +43,12 @@ cdef class WorkerConnectionBase:
             self.close()  # a worker that speaks out of turn
             return
         exchange.was_active = True
+        try:
+            self.receive(exchange, data)
+        except Exception as error:
+            exchange.client.on_broken(error)
+
+    cdef receive(self, ExchangeBase exchange, bytes data):
         if self.state == c_ANSWER_CHUNKED:
             self.read_chunked(exchange, data)
         elif self.state == c_LENGTH:

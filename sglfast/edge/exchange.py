@@ -57,7 +57,10 @@ class Exchange(Leg):
 
     def choose(self) -> None:
         """Choose a worker, at once or when the prompt has been tokenized, and send the request."""
-        self.shard.router.choose(self.endpoint, self.body, self.on_route)
+        try:
+            self.shard.router.choose(self.endpoint, self.body, self.on_route)
+        except Exception as error:  # here, because it may be another client's end that made place for this one
+            self.client.on_broken(error)
 
     def on_route(self, route: Route | errors.Reason) -> None:
         """The router has chosen: a route, or the reason why there is none."""
@@ -304,6 +307,15 @@ class Exchange(Leg):
         self.leave_worker(_counters.W_CANCELLED)
         self.shard.column.add(_counters.S_CLIENT_GONE)
         self.finish()
+
+    def on_broken(self) -> None:
+        """Our own code has failed in the middle of it: that is nothing against the worker."""
+        connection = self._abandon()
+        self.leave_worker(_counters.W_CANCELLED)
+        if self.has_answer:
+            self._cut(connection, errors.INTERNAL_ERROR)
+        else:
+            self.refuse(errors.INTERNAL_ERROR)
 
     # ---- ends ----
 

@@ -137,11 +137,14 @@ class Attempts:
     def _go_on(self, route: Route, reason: errors.Reason) -> None:
         """The pause is over."""
         self._pause = None
-        following = self._exchange.shard.router.next_choice(route, self._tried)
-        if following is None:
-            self.give_up(reason)
-        else:
-            self._next(following)
+        try:
+            following = self._exchange.shard.router.next_choice(route, self._tried)
+            if following is None:
+                self.give_up(reason)
+            else:
+                self._next(following)
+        except Exception as error:
+            self._exchange.client.on_broken(error)
 
     def _next(self, following: Route) -> None:
         exchange = self._exchange

@@ -15,6 +15,7 @@ from sglfast import _counters, _workers, errors
 from sglfast._breaker import CLOSED
 from sglfast._relay import RouterBase
 from sglfast.edge.bootstrap import address_of
+from sglfast.edge.mishap import report
 from sglfast.edge.pairs import Decodes, least_untried, make_decodes, pair
 from sglfast.edge.policy import FAILOVER, Hit, Prompt
 from sglfast.edge.pools import Pool, Route, policy_for, why_unserved
@@ -227,10 +228,15 @@ class Router(RouterBase):
             self.keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(self._choose_after(chosen, facts, body)))
 
     def _choose_after(self, pool: Pool, facts: Facts, body: bytes) -> Route | errors.Reason:
-        # A prompt may have spent a while in the tokenizer's thread: its pool may have changed or gone.
-        self.refresh()
-        now = self.pools.get(pool.model)
-        return self._choose_keyed(now, facts, body) if now is not None else self.closed.get(pool.model, errors.NO_HEALTHY_WORKERS)
+        # A prompt may have spent a while in the tokenizer's thread: its pool may have changed or gone. And then nobody is above us who
+        # would answer the client when something fails here.
+        try:
+            self.refresh()
+            now = self.pools.get(pool.model)
+            return self._choose_keyed(now, facts, body) if now is not None else self.closed.get(pool.model, errors.NO_HEALTHY_WORKERS)
+        except Exception as error:
+            report(self._shard.log, error)
+            return errors.INTERNAL_ERROR
 
     def _choose_keyed(self, pool: Pool, facts: Facts, body: bytes) -> Route:
         column = self._shard.column

@@ -16,6 +16,7 @@ from sglfast._relay import BODY, BUSY, CHUNKED, CLOSED, HEAD, UNUSUAL, ClientBas
 from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
 from sglfast.edge.later import LATER
+from sglfast.edge.mishap import report
 from sglfast.edge.relay import relay, relayed
 from sglfast.edge.request import ENDPOINTS, OTHER_KIND, Endpoint, is_under_v1
 from sglfast.edge.unusual import UnusualRequest
@@ -80,6 +81,18 @@ class ClientConnection(ClientBase, asyncio.Protocol):
                 exchange.connection.transport.pause_reading()
             else:
                 exchange.connection.transport.resume_reading()
+
+    def on_broken(self, error: Exception) -> None:
+        """Our own code has failed in the middle of this client's request."""
+        report(self.shard.log, error)
+        self.closes = True
+        if self.exchange is not None:
+            self.exchange.on_broken()
+        elif self.state != BUSY:
+            if self.state != CLOSED:
+                self._refuse(errors.INTERNAL_ERROR)
+        elif self.transport is not None:
+            self.transport.abort()  # a part of an answer may have gone out already
 
     # ---- reading requests ----
 

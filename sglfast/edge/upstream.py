@@ -151,7 +151,10 @@ class Upstream(UpstreamBase):
             connection.uses = 1  # it will have been idle when it is used
             self.give_back(connection)
         else:
-            exchange.on_connected(connection)
+            try:
+                exchange.on_connected(connection)
+            except Exception as error:
+                exchange.client.on_broken(error)
 
     def forget(self, connection: UpstreamConnection) -> None:
         """A connection was closed."""

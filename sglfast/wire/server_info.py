@@ -57,7 +57,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     key_route: whether the engine's block hashes can be recomputed ("sha256"), or keys are to be made of the events' tokens.
     takes_rid: an SGLang whose requests may carry a `rid` in their body, and which has /abort_request to end them by it.
     kv_connects_out: the engine connects its event socket to whoever listens; nothing is heard by connecting to it.
-    adapters: how LoRA adapters show in its events, see shm.Adapters.
+    adapters: how LoRA adapters show in its events, see shm.Adapters. load_balance_method: how its data-parallel ranks get their requests.
     """
 
     model: str | None
@@ -73,6 +73,8 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     kv_connects_out: bool = False
     adapters: Literal["named", "shared", "models"] = "named"
     takes_rid: bool = False
+    tp_size: int | None = None
+    load_balance_method: str | None = None
 
 
 def zmq_endpoint(host: str, port: int) -> str | None:
@@ -112,6 +114,8 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         adapters="models" if "vllm_config" in fields else "named" if _tells_adapters(version, is_dynamo=is_dynamo) else "shared",
         # Of a prefill and decode pair one leg alone must not be ended.
         takes_rid=_numbers_of(sglang_version) >= _FIRST_RID and mode in (None, "null"),
+        tp_size=_positive(fields, "tp_size"),
+        load_balance_method=_take(fields, "load_balance_method", str) or None,
     )
 
 

@@ -308,9 +308,15 @@ class Exchange(Leg):
         self.shard.column.add(_counters.S_CLIENT_GONE)
         self.finish()
 
+    def on_mishap(self, error: Exception) -> None:
+        """Our own code has failed for bytes of the worker."""
+        self.client.on_broken(error)
+
     def on_broken(self) -> None:
         """Our own code has failed in the middle of it: that is nothing against the worker."""
-        connection = self._abandon()
+        if self.pair is not None:
+            self.pair.cancel()
+        connection = self.abandon()
         self.leave_worker(_counters.W_CANCELLED)
         if self.has_answer:
             self._cut(connection, errors.INTERNAL_ERROR)

@@ -11,6 +11,10 @@ from edge_harness import Edge, wait_until
 from raw_client import WAIT_S, chunk
 from scripted_worker import SSE_HEAD, Call, Script, Worker, answer, says
 
+from sglfast import _counters as c
+
+P, D = 0, 1  # rows of the prefill and the decode worker where there is one of each
+OUTCOMES = {"ok": c.W_OK, "client_error": c.W_CLIENT_ERRORS, "busy": c.W_BUSY, "error": c.W_ERRORS, "cancelled": c.W_CANCELLED}
 ABORT = b"POST /abort_request HTTP/1.1"
 SENT = b'{"model":"demo","messages":[{"role":"user","content":"hello"}]}'
 AT_ONCE_S = 1.0  # "at once", on a machine with other things to do; what else would end a half takes 5 s or longer
@@ -101,3 +105,26 @@ def after(is_time: Callable[[], object], script: Script) -> Script:
         script(call)
 
     return waits
+
+
+class Ends:
+    """How the requests of both workers have ended since this was made."""
+
+    def __init__(self, edge: Edge) -> None:
+        self._edge = edge
+        self._before = self._now()
+
+    def _now(self) -> list[dict[str, int]]:
+        return [{name: self._edge.worker_word(row, word) for name, word in OUTCOMES.items()} for row in (P, D)]
+
+    @property
+    def found(self) -> tuple[list[str], ...]:
+        """The outcomes of the prefill and of the decode worker's requests."""
+        return tuple(
+            [name for name, count in now.items() for _ in range(count - before[name])]
+            for now, before in zip(self._now(), self._before, strict=True)
+        )
+
+
+def status(line: str, body: bytes = b'{"error":"why"}') -> Script:
+    return says(answer(body, "x-why: because", "content-type: application/json", status=line))

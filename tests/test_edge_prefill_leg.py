@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import orjson
 import pytest
 from edge_harness import BOOTSTRAP_PORT, Edge, settled, wait_until
-from pair_scripts import SENT, Half, Hang, after, fields, rid_of, room_of, stream, unloaded, was_aborted
+from pair_scripts import SENT, D, Half, Hang, P, after, fields, rid_of, room_of, stream, unloaded, was_aborted
 from raw_client import chunk, post
 from scripted_worker import SSE_HEAD, Worker, answer, answer_head, echoes, late, says
 
@@ -14,7 +14,6 @@ from sglfast import _counters as c
 from sglfast._breaker import CLOSED, Breakers
 
 DONE = says(answer(b'{"prefill":"is done"}'))
-P, D = 0, 1
 
 
 @pytest.fixture(scope="module")

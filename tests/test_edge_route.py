@@ -19,8 +19,9 @@ from sglfast.edge.policy.least_load import LeastLoad
 from sglfast.edge.policy.power_of_two import PowerOfTwo
 from sglfast.edge.policy.random import Random
 from sglfast.edge.policy.round_robin import RoundRobin
+from sglfast.edge.pools import Route, make_policy
 from sglfast.edge.request import ENDPOINTS, Facts
-from sglfast.edge.route import Route, Router, make_policy
+from sglfast.edge.route import Router
 from sglfast.edge.shard import Shard
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 from sglfast.shm import PARITY_HIGH, Variant

@@ -133,6 +133,7 @@ class Exchange(Leg):
         """It has ended without success: so does this half, and maybe another pair is tried."""
         route = self.route
         assert route is not None
+        leg.held = None
         connection = self.abandon()
         self.leave_worker(_counters.W_CANCELLED)
         self.outcome = leg.outcome
@@ -143,7 +144,7 @@ class Exchange(Leg):
 
     def take_over(self, leg: PrefillLeg, connection: UpstreamConnection) -> None:
         """The prefill worker answers 4xx: what it says is the answer, as if the request had gone there alone."""
-        leg.exchange = None
+        leg.exchange = leg.held = None
         self.abandon()
         self.leave_worker(_counters.W_CANCELLED)
         self.route, self.tokens, self.probe, self.rid = leg.route, leg.tokens, leg.probe, leg.rid
@@ -307,8 +308,14 @@ class Exchange(Leg):
         self.shard.column.add(_counters.S_CLIENT_GONE)
         self.finish()
 
+    def on_mishap(self, error: Exception) -> None:
+        """Our own code has failed for bytes of the worker."""
+        self.client.on_broken(error)
+
     def on_broken(self) -> None:
         """Our own code has failed in the middle of it: that is nothing against the worker."""
+        if self.pair is not None:
+            self.pair.cancel()
         connection = self.abandon()
         self.leave_worker(_counters.W_CANCELLED)
         if self.has_answer:

@@ -39,6 +39,10 @@ class Leg(ExchangeBase):
         """We have no socket for one more connection, to any worker."""
         raise NotImplementedError
 
+    def on_mishap(self, error: Exception) -> None:
+        """Our own code has failed for bytes of the worker."""
+        raise NotImplementedError
+
     def kept_with_key(self, upstream: Upstream) -> bytes:
         """The header lines with the worker's key in the place of the client's."""
         return without(self.kept, b"authorization") + (upstream.key_line or b"")

@@ -76,7 +76,7 @@ def make_decodes(
     loads: Loads,
 ) -> Decodes:
     """The decode side of a pool. kept: the pool as it was, whose policy goes on."""
-    name = getattr(config, "decode_policy", None)
+    name = config.decode_policy
     before = kept.decodes.policy if kept is not None and kept.decodes is not None else None
     policy = policy_for(name, workers, before, config, loads) if name is not None else None
     return Decodes(model, workers, upstreams, policy, shut_hosts)

@@ -22,6 +22,7 @@ from sglfast.edge.bootstrap import with_bootstrap
 from sglfast.edge.breaker import NO_PROBE, PROBE
 from sglfast.edge.header_lines import without
 from sglfast.edge.leg import Leg
+from sglfast.edge.mishap import report
 
 if TYPE_CHECKING:
     from sglfast.edge.exchange import Exchange
@@ -42,11 +43,10 @@ class PrefillLeg(PrefillLegBase, Leg):
     first: Route
     decode: Upstream
 
-    def __init__(self, exchange: Exchange, route: Route, probe: int) -> None:
+    def __init__(self, exchange: Exchange, route: Route) -> None:
         assert route.prefill is not None
         kept = without(exchange.kept, _DECODE_URL) + route.upstream.decode_url_line
         super().__init__(exchange, route, with_bootstrap(exchange.body, exchange.endpoint.kind, route.prefill), kept)
-        self.probe = probe
 
     def start(self) -> None:
         """Count the load, and send on an idle connection or open one."""
@@ -62,7 +62,7 @@ class PrefillLeg(PrefillLegBase, Leg):
             self.on_connected(connection)
 
     def give_probe_back(self) -> None:
-        """It will not start: its other half must not."""
+        """It will not start: another may be the probe."""
         if self.probe == PROBE:
             self.shard.breakers.left(self.first.upstream, _counters.W_CANCELLED, PROBE)
         self.probe = NO_PROBE
@@ -159,6 +159,16 @@ class PrefillLeg(PrefillLegBase, Leg):
             self._over()
             self.abandon()
             self.leave_worker(outcome)
+            self.give_probe_back()  # if it has not started
+
+    def on_mishap(self, error: Exception) -> None:
+        """Our own code has failed for bytes of the worker: that ends the request, if it has not ended."""
+        exchange = self.heir or self.exchange
+        self.cancel()
+        if exchange is not None:
+            exchange.on_mishap(error)
+        else:
+            report(self.shard.log, error)
 
     def tick(self, now_s: float) -> None:
         """From the sweep: the worker fails its health checks, or takes too long over an answer that nobody waits for."""
@@ -183,11 +193,13 @@ def send_pair(exchange: Exchange, route: Route) -> None:
     """Give a request to both workers of a route, or to neither: a half-open one's probe is claimed before anything is sent."""
     first = route.prefill
     assert first is not None
+    leg = PrefillLeg(exchange, route)
     probe = exchange.shard.breakers.claim(first.upstream) if first.upstream.needs_probe else NO_PROBE
     if probe is None:
         exchange.attempts().go_elsewhere(route, first.upstream)
         return
-    leg = exchange.pair = PrefillLeg(exchange, route, probe)
+    leg.probe = probe
+    exchange.pair = leg
     exchange.body, exchange.kept = leg.body, leg.kept
     exchange.dispatch(route)
     if exchange.route is route:  # else the decode worker's probe was out, and the request has gone elsewhere

@@ -145,7 +145,7 @@ class Router(RouterBase):
         name: str = config.policy
         decodes: Decodes | None = None
         if any(worker.record.role == "prefill" for worker in firsts):
-            name = getattr(config, "prefill_policy", None) or name
+            name = config.prefill_policy or name
             shut_hosts = {self._upstream_of(view).host for view in shut if view.record.model == model and view.record.role == "decode"}
             upstreams = [self._upstream_of(worker) for worker in seconds]
             decodes = make_decodes(model, seconds, upstreams, shut_hosts, before, config, loads)

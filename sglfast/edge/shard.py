@@ -192,6 +192,9 @@ class Shard(ShardBase):
         self.router.refresh()  # a shard without requests follows too
         if self._ticks % _SWEEP_TICKS == 0:
             for leg in [*self.prefill_legs]:
-                leg.tick(now_s)
+                try:
+                    leg.tick(now_s)
+                except Exception as error:
+                    leg.on_mishap(error)
             self.router.sweep(now_s - self.config.upstream_keepalive_secs)
             self.segment.process_heartbeat(self.process_slot, int(time.time() * 1000))

@@ -154,7 +154,7 @@ class Upstream(UpstreamBase):
             try:
                 exchange.on_connected(connection)
             except Exception as error:
-                exchange.client.on_broken(error)
+                exchange.on_mishap(error)
 
     def forget(self, connection: UpstreamConnection) -> None:
         """A connection was closed."""

@@ -2,8 +2,8 @@
 
 Runs in: sim, on the event loop. Contract: `split` raises RequestError; parts are bodies that inference.py takes like any other. A Batch
     owns the client's connection; each part answers through an outlet of its own, and when one fails, the others are ended and the
-    client gets that failure. Shapes: sglang 0.5.23. Ids of parts are `rid_0`, `rid_1`, ..., so that /abort_request with the rid ends them all; a
-    bootstrap_room that is one number counts up from part to part, as the engine has it.
+    client gets that failure. Shapes: sglang 0.5.23. Ids of parts are `rid_0`, `rid_1`, ..., so that /abort_request with the rid ends
+    them all; a bootstrap_room that is one number counts up from part to part, as the engine has it.
 """
 
 from collections.abc import Callable

@@ -12,6 +12,10 @@ The protocol, one room a connection, integers little-endian:
     decode -> prefill    u8 1: it has everything, the room is free. The end of the connection instead: it gave up
 
     An ask for a room that is not there yet waits; how long is the decode worker's business.
+
+Why a decode worker notices late that there is no prefill process (any more): a real one has no connection that breaks, it counts missed
+    heartbeats (two of 5 s by SGLang's defaults) and asks again. A router that waits for that keeps its client waiting, so the double
+    must not be better.
 """
 
 import array
@@ -37,6 +41,7 @@ _CAUSE_LIMIT_BYTES = 4096
 _PAST_ROOMS = 1024
 _REBIND_TRIES = 500
 _REBIND_PAUSE_S = 0.01
+HEARTBEATS_S = 10.0
 
 log = logging.getLogger("sim")
 
@@ -129,6 +134,8 @@ class Rooms:
 
     def leave(self, number: int, cause: str) -> None:
         """Give up a room; who asks for it is told why."""
+        if number not in self._rooms:
+            return  # all were closed
         room = self._end(number, cause)
         self.failed += 1
         if room.caller is not None:
@@ -236,16 +243,18 @@ async def fetch(host: str, port: int, room: int, token_ids: TokenIds, timeout_s:
     where = f"the prefill worker at {host}:{port}"
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host.strip("[]"), port)
-            with contextlib.closing(writer):
-                writer.write(_ROOM.pack(room))
-                cached_tokens = await _read(reader, where, token_ids)
-                writer.write(_TAKEN)
-                return cached_tokens
+            try:
+                reader, writer = await asyncio.open_connection(host.strip("[]"), port)
+                with contextlib.closing(writer):
+                    writer.write(_ROOM.pack(room))
+                    cached_tokens = await _read(reader, where, token_ids)
+                    writer.write(_TAKEN)
+                    return cached_tokens
+            except (EOFError, ConnectionError):
+                await asyncio.sleep(HEARTBEATS_S)
+                raise TransferError(f"{where} is not there, or died before it gave room {room}") from None
     except TimeoutError:
         raise TransferError(f"{where} did not give room {room} within {timeout_s:g} s") from None
-    except EOFError:
-        raise TransferError(f"{where} ended the connection before it gave room {room}") from None
     except (OSError, UnicodeError, OverflowError) as error:  # the latter two: a host or port that can be none
         raise TransferError(f"{where} failed: {error}") from None
 

@@ -150,9 +150,9 @@ class SimWorker:
             self._server = None
         for rank in self._inference.ranks:
             rank.pacer.stop()
-        self._inference.drop_all()
         if self.rooms is not None:
             self.rooms.close()
+        self._inference.drop_all()
         for connection in list(self.connections):
             if connection is not keep:
                 connection.reset()

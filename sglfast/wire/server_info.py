@@ -98,12 +98,11 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
     is_dynamo = config is not None and config.format == "dynamo"
     # vLLM answers this path, too, with its own version numbers.
     sglang_version = None if "vllm_config" in fields else version
-    mode = _take(fields, "disaggregation_mode", str) or None
     return WorkerFacts(
         model=_take(fields, "served_model_name", str) or None,
         kv=kv,
         dp_size=dp_size,
-        disaggregation_mode=mode,
+        disaggregation_mode=_take(fields, "disaggregation_mode", str) or None,
         disaggregation_bootstrap_port=_port(fields, "disaggregation_bootstrap_port"),
         bigram=algorithm.upper() in _BIGRAM_ALGORITHMS,
         version=version,
@@ -112,8 +111,7 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         key_route=key_route_of(sglang_version, is_dynamo=is_dynamo),
         kv_connects_out=kv is not None and config is not None and not _binds(config),
         adapters="models" if "vllm_config" in fields else "named" if _tells_adapters(version, is_dynamo=is_dynamo) else "shared",
-        # Of a prefill and decode pair one leg alone must not be ended.
-        takes_rid=_numbers_of(sglang_version) >= _FIRST_RID and mode in (None, "null"),
+        takes_rid=_numbers_of(sglang_version) >= _FIRST_RID,
         tp_size=_positive(fields, "tp_size"),
         load_balance_method=_take(fields, "load_balance_method", str) or None,
     )

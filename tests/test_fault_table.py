@@ -1,7 +1,7 @@
 """DESIGN.md 8, "When things fail", row by row: real router processes, simulated workers, and a proxy between them that does the harm.
 
-Elsewhere: a shard, index or control that is killed, and shutdown, are in test_e2e.py; overload belongs to admission; what the table
-says of prefill and decode pairs has no test, because the router serves none.
+Elsewhere: a shard, index or control that is killed, and shutdown, are in test_e2e.py; overload belongs to admission; prefill and decode
+pairs are in test_fault_table_pairs.py.
 """
 
 import os

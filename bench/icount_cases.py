@@ -18,7 +18,7 @@ from icount_prompts import PROMPT_CASES
 if TYPE_CHECKING:
     from sglfast._segment import Segment
     from sglfast.edge.shard import Shard
-    from sglfast.shm import KeyRoute
+    from sglfast.shm import KeyRoute, Role
 
 Call = Callable[[], object]
 
@@ -305,7 +305,7 @@ class Wire:
         return 0
 
 
-def shard_with_four_workers(*, takes_rid: bool = False) -> "Shard":
+def shard_with_four_workers(*, takes_rid: bool = False, roles: "tuple[Role, ...]" = ("regular",) * 4) -> "Shard":
     import asyncio
     import logging
 
@@ -318,7 +318,7 @@ def shard_with_four_workers(*, takes_rid: bool = False) -> "Shard":
     _, segment = small_segment()
     urls = tuple(f"http://127.0.0.1:{9001 + i}" for i in range(4))
     for i, url in enumerate(urls):
-        record = WorkerRecord(url=url, model="m", takes_rid=takes_rid)
+        record = WorkerRecord(url=url, model="m", takes_rid=takes_rid, role=roles[i], bootstrap_port=8998)
         view = WorkerView(worker_idx=i, generation=0, state=READY, rank_base=i, dp_size=1, block_size=0, bigram=False, record=record)
         put_worker(WorkerTable(segment), view, is_new=True)
     boot = Boot(ServeConfig(worker_urls=urls, policy="round_robin", shards=1), segment, None, 0, None, "")  # type: ignore[arg-type]
@@ -359,6 +359,36 @@ def relay(*, takes_rid: bool) -> Call:
         assert client.exchange is not None
         assert client.exchange.connection is not None
         client.exchange.connection.data_received(ANSWER)
+
+    return relay_one
+
+
+@case
+def relay_of_a_2_kb_chat_to_a_pair() -> Call:
+    """The same to two workers at once, by round robin over two prefill workers; the second answer is the client's."""
+    from sglfast.edge.server import ClientConnection
+    from sglfast.edge.upstream import UpstreamConnection
+
+    shard = shard_with_four_workers(takes_rid=True, roles=("prefill", "prefill", "decode", "decode"))
+    pool = shard.router.pools["m"]
+    assert pool.decodes is not None
+    for upstream in (*pool.upstreams, *pool.decodes.upstreams):
+        connection = UpstreamConnection(upstream)
+        connection.connection_made(Wire())  # type: ignore[arg-type]
+        upstream.give_back(connection)
+    client = ClientConnection(shard)
+    client.connection_made(Wire())  # type: ignore[arg-type]
+    request = CHAT_HEAD + CHAT_BODY
+
+    def relay_one() -> None:
+        client.data_received(request)
+        exchange = client.exchange
+        assert exchange is not None
+        assert exchange.pair is not None
+        assert exchange.pair.connection is not None
+        assert exchange.connection is not None
+        exchange.pair.connection.data_received(ANSWER)
+        exchange.connection.data_received(ANSWER)
 
     return relay_one
 

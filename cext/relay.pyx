@@ -28,6 +28,10 @@ from itertools import chain
 cdef extern from "sf_rid.h" nogil:
     int64_t sf_rid_place(const char *text, size_t length) noexcept
 
+cdef extern from "sf_splice.h" nogil:
+    int64_t sf_splice_place(const char *text, size_t length, int *is_empty) noexcept
+    int sf_may_be_batch(const char *text, size_t length, int kind) noexcept
+
 
 cdef enum:
     # Words of sglfast._counters; test_relay.py holds them against it.
@@ -68,6 +72,7 @@ cdef class ExchangeBase:
     cdef public double deadline_s
     cdef public long long tokens
     cdef public object failed_attempts
+    cdef public PrefillLegBase pair  # the other half of a request that two workers serve
     cdef public int probe  # of edge/breaker.py
     cdef public bytes rid  # by which the engine knows this attempt; None when it does not
     cdef public long long bytes_out
@@ -172,7 +177,7 @@ cdef class ExchangeBase:
             connection.transport.write(out)
         else:
             connection.transport.writelines((out, memoryview(body)[place:] if place else body))
-        if self.client.is_write_paused and connection.transport is not None:
+        if self.client is not None and self.client.is_write_paused and connection.transport is not None:
             connection.transport.pause_reading()
 
     cdef bytes new_rid(self):
@@ -189,15 +194,21 @@ cdef class ExchangeBase:
         if head.status >= 400:
             if self.holds(head, payload):
                 return True
-        elif self.probe:
-            self.probe_answered()
+        else:
+            if self.probe:
+                self.probe_answered()
+            if self.pair is not None and self.holds_head(head, payload):
+                return True
         self.begin_answer(head, payload)
         return not self.is_over
 
     cpdef begin_answer(self, ResponseHead head, bytes payload):
         """Send the head of an answer to the client, and the first of its body: from here on there is no other attempt."""
         cdef bytes kept = head.kept
+        cdef bytes extra = self.kv_header() if self.head.wants_kv else b""
         self.has_answer = True
+        if self.pair is not None:
+            extra += self.pair_header(head)
         self.body = b""  # it is not sent again from here on; a stream may last long
         self.status = head.status
         self.keeps_alive = head.keeps_alive
@@ -213,9 +224,7 @@ cdef class ExchangeBase:
             self.bytes_out = PyBytes_GET_SIZE(payload)
             if self.predicted_tokens >= 0:
                 self.look_for_cached_tokens(payload)
-        self.client.write_head(
-            kept, None if head.has_request_id else self.request_id, self.kv_header() if self.head.wants_kv else b"", payload
-        )
+        self.client.write_head(kept, None if head.has_request_id else self.request_id, extra, payload)
 
     cdef on_body(self, bytes data):
         # A piece of the answer's body, framing included.
@@ -294,6 +303,8 @@ cdef class ExchangeBase:
             if self.shard.column.end(route.upstream.worker_idx, self.tokens, outcome_word, self.bytes_out):
                 self.tell_breaker(route, outcome_word)
             self.tokens = 0
+            if self.pair is not None:
+                self.left_pair(outcome_word)
 
     cpdef finish(self):
         """The exchange is over: its client reads on."""
@@ -328,6 +339,7 @@ cdef int put_length(char *out, uint64_t size) noexcept:
     return end + 4 - out
 
 
+include "relaypair.pxi"
 include "relayclient.pxi"
 include "relayworker.pxi"
 include "relaylog.pxi"

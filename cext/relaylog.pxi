@@ -3,7 +3,7 @@
 cdef enum:
     ID_BYTES = 256     # a longer request id or path is written by the slow way
     LABEL_BYTES = 1400
-    LINE_BYTES = 3072  # more than all parts of a line at their longest
+    LINE_BYTES = 4608  # more than all parts of a line at their longest
     BATCH_BYTES = 64 << 10
 
     c_W_CANCELLED = 8
@@ -72,6 +72,11 @@ cdef class RequestLogBase:
         cdef UpstreamBase upstream
         cdef bint json = self.is_json
         cdef object route = exchange.last_route
+        cdef PrefillLegBase pair = exchange.pair
+        if pair is not None:
+            route = pair.first
+            if PyBytes_GET_SIZE(pair.decode.log_label) > LABEL_BYTES:
+                return None
         if not is_plain(exchange.request_id) or not is_plain(path):
             return None
         if route is not None:
@@ -103,6 +108,8 @@ cdef class RequestLogBase:
             end += 1
         if route is not None:
             end = put(end, label)
+            if pair is not None:
+                end = put(end, pair.decode.log_label)
             end = put_name(end, json, b"decision", True)
             decision = self.decisions[route.decision]
             end = put(end, decision)

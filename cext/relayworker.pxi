@@ -46,7 +46,7 @@ cdef class WorkerConnectionBase:
         try:
             self.receive(exchange, data)
         except Exception as error:
-            exchange.client.on_broken(error)
+            exchange.on_mishap(error)
 
     cdef receive(self, ExchangeBase exchange, bytes data):
         if self.state == c_ANSWER_CHUNKED:

@@ -24,7 +24,9 @@ Each setting is a flag, a variable of the environment and a key of the settings 
 by name, wherever it stands; `sglfast check-config` with the same flags prints what would run and where each value comes from.
 
 * **Flags**: a switch stands alone or with `true` or `false`; a list takes all words up to the next flag; given twice, the last counts.
-* **Environment**: a list is separated by commas or blanks (`SGLFAST_CONTROL_PLANE_API_KEYS` by commas only); an empty variable is as none.
+  `--prefill` and `--decode` are given once for each worker, and all count.
+* **Environment**: a list is separated by commas or blanks (`SGLFAST_CONTROL_PLANE_API_KEYS` and `SGLFAST_PREFILL` by commas only:
+  `http://a:30000 8998,http://b:30000 none`); an empty variable is as none.
   No settings are {others}.
   What Kubernetes sets in every pod beside a Service named `sglfast` is passed over.
 * **File**: `--config FILE`, or `SGLFAST_CONFIG`; YAML (`.yaml`, `.yml`) or TOML (`.toml`). Every setting is a key of the top level, with

@@ -51,6 +51,9 @@ S_WAITING_HEAD: int
 S_QUEUED: int
 S_QUEUE_WAIT_US: int
 S_LOG_LINES_LOST: int
+S_AFFINITY_SAME_HOST: int
+S_AFFINITY_BREAKER: int
+S_AFFINITY_LOAD: int
 S_REASONS: int
 S_TTFT: int
 S_DURATION: int
@@ -106,6 +109,7 @@ class Loads:
     def least(self, pool: Any, word: int = 0) -> tuple[int, int]: ...
     def span(self, pool: Any, word: int = 0) -> tuple[int, int]: ...
     def lighter_of_two(self, pool: Any) -> int: ...
+    def count_below(self, pool: Any, load: int) -> int: ...
 
 @final
 class Totals:

@@ -21,6 +21,8 @@ ANSWER_CHUNKED: int
 UNTIL_CLOSE: int
 
 def rid_place(body: bytes) -> int: ...
+def spliced(body: bytes, keys: bytes) -> bytes | None: ...
+def may_be_batch(body: bytes, kind: int) -> bool: ...
 
 # Attributes that hold an object of sglfast.edge are Any here: its classes name them by their own types.
 
@@ -63,6 +65,7 @@ class ExchangeBase:
     deadline_s: float
     tokens: int
     failed_attempts: Any
+    pair: Any
     probe: int
     rid: bytes | None
     bytes_out: int
@@ -89,6 +92,17 @@ class ExchangeBase:
     def begin_answer(self, head: ResponseHead, payload: bytes) -> None: ...
     def leave_worker(self, outcome_word: int) -> None: ...
     def finish(self) -> None: ...
+
+@disjoint_base
+class PrefillLegBase(ExchangeBase):
+    exchange: Any
+    heir: Any
+    first: Any
+    decode: Any
+    held: ResponseHead | None
+    plain_body: bytes
+    plain_kept: bytes
+    def __init__(self, exchange: ExchangeBase, route: Any, body: bytes, kept: bytes) -> None: ...
 
 @disjoint_base
 class ClientBase:

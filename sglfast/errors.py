@@ -99,6 +99,13 @@ MISSING_MODEL = Reason(
 ORIGIN_NOT_ALLOWED = Reason(
     "origin_not_allowed", 403, "client", "a page of this origin may not administer: --cors-allowed-origins names those that may"
 )
+NO_PREFILL_WORKERS_AVAILABLE = Reason(
+    "no_prefill_workers_available", 503, "router", "no healthy prefill workers for the requested model", True
+)
+NO_DECODE_WORKERS_AVAILABLE = Reason(
+    "no_decode_workers_available", 503, "router", "no healthy decode workers for the requested model", True
+)
+PREFILL_FAILED = Reason("prefill_failed", 502, "worker", "the prefill half of the request failed", True)
 
 # Position = word in each shard's column of shared memory: append only.
 REASONS: tuple[Reason, ...] = (
@@ -131,5 +138,8 @@ REASONS: tuple[Reason, ...] = (
     STALE_REQUEST_EXPIRED,
     MISSING_MODEL,
     ORIGIN_NOT_ALLOWED,
+    NO_PREFILL_WORKERS_AVAILABLE,
+    NO_DECODE_WORKERS_AVAILABLE,
+    PREFILL_FAILED,
 )
 REASON_INDEX: dict[str, int] = {reason.code: position for position, reason in enumerate(REASONS)}

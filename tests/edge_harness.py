@@ -33,11 +33,12 @@ from sglfast.config import ServeConfig, check, to_json
 from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
 from sglfast.edge.upstream import UpstreamConnection
-from sglfast.shm import WorkerRecord, WorkerView, put_worker
+from sglfast.shm import Role, WorkerRecord, WorkerView, put_worker
 
 ROOT = Path(__file__).parent.parent
 # One attempt and no memory of failures, unless a test asks for more: it is to see what the request path itself does.
 PLAIN = {"policy": "round_robin", "request_log": "off", "disable_retries": True, "disable_circuit_breaker": True}
+BOOTSTRAP_PORT = 8900
 T = TypeVar("T")
 
 
@@ -56,13 +57,14 @@ def wait_until(is_true: Callable[[], T], what: str | Callable[[], str], within_s
 
 
 class Memory:
-    """The shared memory of a program, with these workers in its table; worker i has rank i."""
+    """The shared memory of a program, with these workers in its table; worker i has rank i, and BOOTSTRAP_PORT + i if it is for prefill."""
 
     def __init__(
         self, urls: Sequence[str], *, models: Sequence[str | None] = (), shards: int = 1, block_size: int = 0, prediction_blocks: int = 0,
-        takes_rid: bool = False,
+        takes_rid: bool = False, roles: Sequence[Role] = (),
     ) -> None:  # fmt: skip
         self.takes_rid = takes_rid
+        self.roles = list(roles) or ["regular"] * len(urls)
         self.urls = list(urls)
         self.models = list(models) or ["demo"] * len(urls)
         self.block_size = block_size
@@ -79,7 +81,11 @@ class Memory:
 
         fields: of WorkerView; rank i is worker i's unless rank_base says otherwise.
         """
-        record = WorkerRecord(url=url or self.urls[worker_idx], model=self.models[worker_idx], takes_rid=self.takes_rid)
+        role = self.roles[worker_idx]
+        port = BOOTSTRAP_PORT + worker_idx if role == "prefill" else None
+        record = WorkerRecord(
+            url=url or self.urls[worker_idx], model=self.models[worker_idx], takes_rid=self.takes_rid, role=role, bootstrap_port=port
+        )  # fmt: skip
         given = {"rank_base": worker_idx, "dp_size": 1, "block_size": self.block_size, "bigram": False, **fields}
         put_worker(self.table, WorkerView(worker_idx=worker_idx, generation=0, state=state, record=record, **given), is_new=is_new)
 
@@ -95,6 +101,10 @@ class Memory:
 
     def worker_word(self, worker_idx: int, word: int) -> int:
         return self.totals.worker(worker_idx)[word]
+
+    def inflight(self) -> dict[str, int]:
+        """What the workers count as load, where it is not 0."""
+        return {name: value for name, value in self.gauges().items() if "INFLIGHT" in name}
 
     def gauges(self) -> dict[str, int]:
         """All gauges that are not 0."""
@@ -112,10 +122,10 @@ class Edge(Memory):
 
     def __init__(
         self, workers: Sequence[HasUrl], *, models: Sequence[str | None] = (), shards: int = 1, block_size: int = 0,
-        control_address: str = "", takes_rid: bool = False, **settings: Any,
+        control_address: str = "", takes_rid: bool = False, roles: Sequence[Role] = (), **settings: Any,
     ) -> None:  # fmt: skip
         urls = [worker.url for worker in workers]
-        super().__init__(urls, models=models, shards=shards, block_size=block_size, takes_rid=takes_rid)
+        super().__init__(urls, models=models, shards=shards, block_size=block_size, takes_rid=takes_rid, roles=roles)
         self.workers = workers
         settings = {"worker_urls": tuple(self.urls), "shards": shards, **PLAIN, **settings}
         self.config = check(ServeConfig(**settings))

@@ -191,8 +191,8 @@ class Worker:
                 self._sockets.add(sock)
                 number = self.connections
             thread = threading.Thread(target=self._serve, args=(sock, number), name=f"{self.name} #{number}", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)  # only now may it be waited for
 
     def _serve(self, sock: socket.socket, number: int) -> None:
         data = b""

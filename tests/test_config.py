@@ -50,6 +50,8 @@ def with_setting(name: str, value: Any) -> ServeConfig:
 FOLDER = os.path.dirname(__file__)
 SPECIAL: dict[str, tuple[list[str], Any]] = {
     "worker_urls": ([URL], (URL,)),
+    "prefill": (["http://p:1", "9000"], ("http://p:1 9000",)),
+    "decode": (["http://d:1"], ("http://d:1",)),
     "host": (["127.0.0.1"], "127.0.0.1"),
     "tokenizer_path": ([FOLDER], FOLDER),
     "model_path": ([FOLDER], FOLDER),
@@ -73,6 +75,10 @@ NEEDS = {
     "admin_host": ["--admin-port", "31000"],
     "chat_template": ["--tokenizer-path", FOLDER],
     "priority_header": ["--max-concurrent-requests", "9"],
+    "prefill": ["--decode", "http://d:1"],
+    "decode": ["--prefill", "http://p:1"],
+    "prefill_policy": ["--pd-disaggregation"],
+    "decode_policy": ["--pd-disaggregation"],
     "tenant_fairness": ["--max-concurrent-requests", "9"],
 } | {
     one: [flag_of(other), __file__]
@@ -116,7 +122,7 @@ def test_each_field_is_a_flag(name: str) -> None:
         assert getattr(after, name) == value
         assert type(getattr(after, name)) is type(value)
         if name != "worker_urls" and needed[:1] != [flag_of("tokenizer_path")]:
-            before = serve() if "_cert_" in name or "_key_" in name else serve(*needed)
+            before = serve() if "_cert_" in name or "_key_" in name or name in ("prefill", "decode") else serve(*needed)
             changed = {field for field in FIELDS if getattr(before, field) != getattr(after, field)}
             assert changed - {name} <= BRINGS.get(name, set()) | {flag[2:].replace("-", "_") for flag in needed[:1]}
 

@@ -130,7 +130,7 @@ def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
             "discovery: {backend: k8s, k8s: {namespace: x}}",
             f": discovery.backend: {FOREIGN['service_discovery'].why}",
         ),
-        ("pd_disaggregation: true", f": pd_disaggregation: {FOREIGN['pd_disaggregation'].why}"),
+        ("prefill_selector: [app=p]", f": prefill_selector: {FOREIGN['prefill_selector'].why}"),
         ("discovery: {k8s: {namespace: x}}", f": discovery.k8s: {FOREIGN['service_discovery'].why}"),
         ("redis_url: redis://u:s3cret@h", f": redis_url: {FOREIGN['redis_url'].why}"),
         ("[1, 2]", ": must hold `name: value` pairs"),
@@ -155,7 +155,7 @@ def test_mistakes_are_named(tmp_path: Path, text: str, problem: str) -> None:
 
 def test_switches_that_are_off_pass(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("service_discovery: false\npd_disaggregation: false\nhistory_backend: none\nenable_igw: true\n")
+    path.write_text("service_discovery: false\nenable_trace: false\nhistory_backend: none\nenable_igw: true\n")
     found, notes = read_file(str(path))
     assert not found
     assert notes == [f"{path}: enable_igw changes nothing: several models behind one router always work; --worker-urls are kept"]

@@ -56,6 +56,10 @@ NEEDS = {
     "--client-key-path": ["--client-cert-path", __file__],
     "--tls-cert-path": ["--tls-key-path", __file__],
     "--tls-key-path": ["--tls-cert-path", __file__],
+    "--prefill": ["--decode", "http://decode1:8001"],
+    "--decode": ["--prefill", "http://prefill1:8000"],
+    "--prefill-policy": ["--pd-disaggregation"],
+    "--decode-policy": ["--pd-disaggregation"],
 }
 
 
@@ -123,7 +127,7 @@ def test_each_flag_does_what_the_table_says(flag: str) -> None:
     if ROWS[flag]["choices"] != "-":
         for choice in ROWS[flag]["choices"].split(","):
             if choice not in OTHER_POLICIES:
-                start(flag, choice)
+                start(flag, choice, *NEEDS.get(flag, []))
 
 
 def test_whatever_has_another_default_differs() -> None:
@@ -144,47 +148,9 @@ def test_the_tables_name_nothing_else() -> None:
 @pytest.mark.parametrize("name", sorted(OTHER_POLICIES))
 def test_policies_that_are_not_offered(name: str) -> None:
     assert name not in POLICIES
-    with pytest.raises(ConfigError, match=rf"^--policy {name}: is not offered, .{{20,}}"):
-        start("--policy", name)
-
-
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["--prefill", "http://p:1"],
-        ["--prefill", "http://p:1", "9000"],
-        ["--prefill", "http://p:1", "none"],
-        ["--prefill", "http://p:1", "NONE", "--prefill", "http://q:1"],
-        [
-            "--pd-disaggregation",
-            "--prefill",
-            "http://p:1",
-            "9000",
-            "--prefill",
-            "http://q:1",
-            "--decode",
-            "http://d:1",
-            "--decode",
-            "http://e:1",
-        ],
-    ],
-)
-def test_prefill_in_its_own_form_is_refused_for_what_it_is(args: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"^--(prefill|pd-disaggregation): separate prefill and decode workers are not offered; "):
-        start(*args)
-
-
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        (["http://p:1", "0"], "the bootstrap port must be a number from 1 to 65535, or none"),
-        (["http://p:1", "x"], "the bootstrap port must be a number from 1 to 65535, or none"),
-        (["http://p:1", "1", "2"], "takes a URL and at most one port; give --prefill once for each worker"),
-    ],
-)
-def test_prefill_in_no_form(words: list[str], problem: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--prefill {re.escape(' '.join(words))}: {problem}$"):
-        start("--prefill", *words)
+    for flag in ("--policy", "--prefill-policy", "--decode-policy"):
+        with pytest.raises(ConfigError, match=rf"^{flag} {name}: is not offered, .{{20,}}"):
+            start(flag, name, "--pd-disaggregation")
 
 
 @pytest.mark.parametrize("name", list(REFERENCE.PAGES))

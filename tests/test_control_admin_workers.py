@@ -79,6 +79,30 @@ def test_a_worker_is_shown_pending_then_ready_and_its_key_never() -> None:
     run(test)
 
 
+def test_roles_are_taken_shown_and_counted() -> None:
+    async def test(asking: Admin) -> None:
+        told = server_info(disaggregation_mode="prefill", disaggregation_bootstrap_port=8998)
+        async with ScriptedWorker({"/health": [GOOD], "/server_info": [told]}) as worker:
+            bodies: list[dict[str, Any]] = [
+                {"url": worker.url},
+                {"url": A, "worker_type": "prefill", "bootstrap_port": 9000},
+                {"url": B, "worker_type": "decode"},
+                {"url": "http://127.0.0.1:4", "worker_type": "prefill", "bootstrap_port": "none"},
+            ]
+            for body in bodies:
+                found = await asking.ask("POST", "/workers", body)
+                assert (found.status, "ignored_fields" in found.json) == (202, False)
+            await until(lambda: asking.house.table.state(0) == READY, "ready")
+            found = await asking.ask("GET", "/workers")
+        shown = [(row["worker_type"], row.get("bootstrap_port")) for row in found.json["workers"]]
+        assert shown == [("prefill", 8998), ("prefill", 9000), ("decode", None), ("prefill", None)]
+        assert found.json["stats"] == {"prefill_count": 3, "decode_count": 1, "regular_count": 0}
+        assert (await asking.ask("GET", by_url(B))).json["worker_type"] == "decode"
+        assert len((await asking.ask("GET", "/list_workers")).json["urls"]) == 4
+
+    run(test)
+
+
 def test_the_key_reaches_the_worker() -> None:
     async def test(asking: Admin) -> None:
         seen: list[bytes] = []
@@ -135,7 +159,7 @@ def test_twice_is_a_conflict_that_names_the_worker() -> None:
     [
         (b"", "must be a JSON object"),
         ({"url": "nowhere"}, "url nowhere: must look like http://host:port"),
-        ({"url": A, "worker_type": "prefill"}, "not offered"),
+        ({"url": A, "worker_type": "prefill", "bootstrap_port": 0}, "bootstrap_port"),
         ({"url": "http://" + "h" * 1100}, "longer than 1024 bytes"),
     ],
 )

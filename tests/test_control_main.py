@@ -116,7 +116,7 @@ def test_a_port_that_somebody_has_is_refused(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["--worker-urls", WORKER, "--pd-disaggregation"], "sglfast serve: --pd-disaggregation: separate prefill and decode workers"),
+        (["--worker-urls", WORKER, "--prefill", "http://127.0.0.1:2"], "sglfast serve: --prefill needs --decode: "),
         (["--worker-urls", WORKER, "--shards", "-1"], "sglfast serve: --shards -1: must be at least 0"),
         (["--worker-urls", WORKER, "--port", "0", "--host", "192.0.2.1"], "sglfast serve: --host 192.0.2.1: is no address"),
     ],

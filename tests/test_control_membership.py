@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -327,6 +328,27 @@ def test_other_settings_change_workers_rules_and_the_list() -> None:
         assert {view.record.api_key for view in made.workers.views} == {"sk-2"}
 
     run(test, worker_urls=(A, B))
+
+
+def test_other_settings_change_what_workers_are_there_for() -> None:
+    async def test(made: House) -> None:
+        def apply(**changes: Any) -> None:
+            made.config = dataclasses.replace(made.config, **changes)
+            made.members.apply(made.config)
+
+        def roles() -> list[tuple[str, str, int | None]]:
+            return sorted((view.record.url, view.record.role, view.record.bootstrap_port) for view in made.workers.views)
+
+        apply(worker_urls=(A,), prefill=(f"{B} 9000",), decode=(C,))
+        await until(lambda: roles() == [(A, "regular", None), (B, "prefill", 9000), (C, "decode", None)], "all are there")
+        kept = made.members.by_url(C)
+        apply(prefill=(f"{B} none",), worker_urls=())
+        await until(lambda: roles() == [(B, "prefill", None), (C, "decode", None)], "another port is another worker")
+        assert made.members.by_url(C) is kept
+        apply(prefill=(), decode=(B,))
+        await until(lambda: roles() == [(B, "decode", None)], "another role, too")
+
+    run(test)
 
 
 # ---- all at once ----

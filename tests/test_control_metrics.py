@@ -20,6 +20,7 @@ from sglfast._segment import SERVING, Segment
 from sglfast._workers import READY, WorkerTable
 from sglfast.control.introspect import Findings
 from sglfast.control.metrics import DECISIONS, Metrics, WorkerChanges
+from sglfast.control.roles import Named
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
 from sglfast.edge.policy import DECISIONS as EDGE_DECISIONS
@@ -89,8 +90,8 @@ def test_counters_of_all_shards_are_summed_and_outlive_their_shard(segment: Segm
     assert seen.get("router_errors_total", code="upstream_timeout") == 2
     assert seen.get("router_errors_total", code="bad_request") == 0
     assert seen.get("decisions_total", decision="cache_hit") == 4
-    assert seen.get("worker_requests_total", worker=A, outcome="busy") == 2
-    assert seen.get("worker_requests_total", worker=A, outcome="ok") == 0
+    assert seen.get("worker_requests_total", worker=A, mode="plain", outcome="busy") == 2
+    assert seen.get("worker_requests_total", worker=A, mode="plain", outcome="ok") == 0
     assert seen.get("worker_selected_requests_total", worker=A) == 4
     assert seen.get("worker_inflight_requests", worker=A) == 2
     assert seen.get("worker_inflight_tokens", worker=A) == 1400
@@ -101,7 +102,10 @@ def test_counters_of_all_shards_are_summed_and_outlive_their_shard(segment: Segm
     Totals(segment).retire(1)
     after = scrape(segment, workers)
     assert (after.get("requests_total"), after.get("inflight_requests"), after.get("connections")) == (4, 1, 5)
-    assert (after.get("worker_inflight_tokens", worker=A), after.get("worker_requests_total", worker=A, outcome="busy")) == (700, 2)
+    assert (after.get("worker_inflight_tokens", worker=A), after.get("worker_requests_total", worker=A, mode="plain", outcome="busy")) == (
+        700,
+        2,
+    )
 
 
 def test_histograms_are_cumulative_and_in_seconds(segment: Segment, workers: Workers) -> None:
@@ -124,7 +128,9 @@ def test_workers_and_states(segment: Segment, workers: Workers) -> None:
     seen = scrape(segment, workers)
     assert seen.get("worker_up", worker=A, model='m"1\\') == 1
     assert seen.get("worker_up", worker=B, model="") == 0
-    assert [seen.get("workers", state=state) for state in ("joining", "ready", "unhealthy", "draining")] == [1, 1, 0, 0]
+    states = ("joining", "ready", "unhealthy", "draining")
+    assert [seen.get("workers", state=state, mode="plain") for state in states] == [1, 1, 0, 0]
+    assert {seen.get("workers", state=state, mode=mode) for state in states for mode in ("prefill", "decode")} == {0}
 
 
 def test_workers_that_come_drain_and_go(segment: Segment, workers: Workers) -> None:
@@ -133,7 +139,7 @@ def test_workers_that_come_drain_and_go(segment: Segment, workers: Workers) -> N
     text = Metrics(segment, lambda: workers.views, changes=changes).render()
     seen = Scrape(text)
     assert seen.get("worker_state", worker=A, state="draining") == seen.get("worker_state", worker=B, state="joining") == 1
-    assert (seen.get("worker_up", worker=A, model='m"1\\'), seen.get("workers", state="draining")) == (0, 1)
+    assert (seen.get("worker_up", worker=A, model='m"1\\'), seen.get("workers", state="draining", mode="plain")) == (0, 1)
     assert [seen.get("worker_registrations_total", result=name) for name in ("success", "failed", "duplicate")] == [3, 0, 2]
     assert [seen.get("worker_removals_total", how=name) for name in ("drained", "cut", "waiting")] == [1, 0, 0]
     workers.remove(0)
@@ -146,7 +152,7 @@ def test_the_next_worker_of_a_slot_begins_at_0(segment: Segment, workers: Worker
     totals.begin(0)
     Column(segment, 1).add_worker(0, words.W_OK, 2)
     seen = Scrape(Metrics(segment, lambda: workers.views, totals=totals).render())
-    assert seen.get("worker_requests_total", worker=A, outcome="ok") == 2
+    assert seen.get("worker_requests_total", worker=A, mode="plain", outcome="ok") == 2
 
 
 def test_breakers_retries_and_aborts(segment: Segment, workers: Workers) -> None:
@@ -162,6 +168,21 @@ def test_breakers_retries_and_aborts(segment: Segment, workers: Workers) -> None
     assert [seen.get(f"{name}_total") for name in ("retries", "retries_exhausted", "stale_requests", "abort_requests")] == [4, 1, 2, 3]
     breakers.wake(0, 2.0)
     assert scrape(segment, workers).get("breaker_state", worker=A) == 2
+
+
+def test_roles_and_why_decode_workers_were_chosen(segment: Segment, workers: Workers) -> None:
+    idx = workers.register("http://p:1", named=Named("prefill", 8998, True))
+    workers.set_state(workers.register("http://d:1", named=Named("decode")), READY)
+    column = Column(segment, 0)
+    column.add_worker(idx, words.W_OK, 3)
+    for word, count in ((words.S_AFFINITY_SAME_HOST, 5), (words.S_AFFINITY_BREAKER, 1), (words.S_AFFINITY_LOAD, 2)):
+        column.add(word, count)
+    seen = scrape(segment, workers)
+    assert seen.get("worker_requests_total", worker="http://p:1", mode="prefill", outcome="ok") == 3
+    assert seen.get("worker_requests_total", worker="http://d:1", mode="decode", outcome="ok") == 0
+    assert (seen.get("workers", state="ready", mode="decode"), seen.get("workers", state="joining", mode="prefill")) == (1, 1)
+    outcomes = ("same_host_picked", "fallback_breaker", "fallback_load_imbalance")
+    assert [seen.get("decode_affinity_total", outcome=outcome) for outcome in outcomes] == [5, 1, 2]
 
 
 def test_ranks_and_tree(segment: Segment, workers: Workers) -> None:

@@ -26,7 +26,9 @@ from shared_memory import shared_segment
 from sglfast._workers import JOINING, READY, UNHEALTHY, WorkerTable
 from sglfast.config import ServeConfig
 from sglfast.control.fetch import Fetcher
+from sglfast.control.health import rules_of
 from sglfast.control.pool_watch import PoolWatch
+from sglfast.control.roles import Named
 from sglfast.control.workers import Workers
 from sglfast.shm import WorkerView, read_workers
 
@@ -36,7 +38,9 @@ BAD = answer(b"", 503)
 class Pool:
     """Watched workers and what the others see of them."""
 
-    def __init__(self, table: WorkerTable, workers: Workers, seen: Remembered, shm_fd: int) -> None:
+    def __init__(self, table: WorkerTable, workers: Workers, seen: Remembered, shm_fd: int, watch: PoolWatch, config: ServeConfig) -> None:
+        self.watch = watch
+        self.config = config
         self.table = table
         self.workers = workers
         self.seen = seen
@@ -67,7 +71,7 @@ async def watched(*urls: str, **settings: Any) -> AsyncIterator[Pool]:
             watch = PoolWatch(config, workers, fetcher, log)
             watch.start()
             try:
-                yield Pool(WorkerTable(segment), workers, seen, shm_fd)
+                yield Pool(WorkerTable(segment), workers, seen, shm_fd, watch, config)
             finally:
                 await watch.close()
         assert SECRET not in seen.text
@@ -225,5 +229,88 @@ def test_a_check_that_breaks_our_own_code_is_logged_and_repeated(monkeypatch: py
             await pool.until_state(READY)
             assert "RuntimeError: not thought of" in pool.seen.text
             pool.seen.lines.clear()
+
+    asyncio.run(run())
+
+
+# ---- prefill workers ----
+
+
+@contextlib.asynccontextmanager
+async def watched_prefill(url: str, **settings: Any) -> AsyncIterator[Pool]:
+    """One worker, named a prefill worker without a port."""
+    async with watched(**settings) as pool:
+        idx = pool.workers.register(url, named=Named("prefill"))
+        pool.watch.add(idx, rules_of(pool.config))
+        yield pool
+
+
+def test_a_prefill_worker_tells_its_port_and_is_ready_at_once() -> None:
+    async def run() -> None:
+        told = server_info(disaggregation_mode="prefill", disaggregation_bootstrap_port=8998)
+        async with ScriptedWorker({"/health": [GOOD], "/server_info": [told]}) as worker, watched_prefill(worker.url) as pool:
+            await pool.until_state(READY)
+            assert (pool.view().record.role, pool.view().record.bootstrap_port) == ("prefill", 8998)
+            assert "'role': 'prefill', 'bootstrap_port': 8998" in pool.seen.text
+
+    asyncio.run(run())
+
+
+def test_a_prefill_worker_waits_for_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglfast.control.introspect._RETRY_LATER_FIRST_S", 0.05)
+
+    async def run() -> None:
+        late = server_info(disaggregation_mode="prefill", disaggregation_bootstrap_port=8998)
+        scripts = {
+            "/health": [GOOD],
+            "/server_info": [*[answer(b"", 404)] * 3, late],
+            "/get_server_info": [NOT_THERE],
+            "/model_info": [answer({"served_model_name": "m1"})],
+        }
+        # The next check is far away: what was waited for is seen when it comes.
+        settings = {"health_check_interval_secs": 60.0}
+        async with ScriptedWorker(scripts) as worker, watched_prefill(worker.url, **settings) as pool:
+            await until(lambda: pool.watch.progress(0).problem.startswith("its bootstrap port is not known"), "it waits")
+            assert (pool.table.state(0), pool.watch.outcomes) == (JOINING, {})
+            await pool.until_state(READY)
+            assert pool.view().record.bootstrap_port == 8998
+            assert pool.seen.text.count("worker is ready") == pool.watch.outcomes["success"] == 1
+
+    asyncio.run(run())
+
+
+def test_a_prefill_worker_without_a_port_is_ready_after_the_grace_and_asked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglfast.control.introspect._RETRY_LATER_FIRST_S", 0.05)
+    monkeypatch.setattr("sglfast.control.pool_watch.PORT_GRACE_S", 0.5)
+
+    async def run() -> None:
+        scripts = {"/health": [GOOD], "/server_info": [server_info()], "/v1/models": [NOT_THERE]}
+        scripts["/server_info"] = [server_info(disaggregation_mode="prefill")]
+        async with ScriptedWorker(scripts) as worker, watched_prefill(worker.url, health_check_interval_secs=60.0) as pool:
+            await until(lambda: pool.watch.progress(0).problem.startswith("its bootstrap port is not known"), "it waits")
+            assert pool.table.state(0) == JOINING
+            await pool.until_state(READY)
+            assert (pool.view().record.role, pool.view().record.bootstrap_port) == ("prefill", None)
+            assert pool.seen.text.count("its requests say null, and it is asked again") == 1
+            worker.scripts = scripts | {"/server_info": [server_info(disaggregation_mode="prefill", disaggregation_bootstrap_port=7)]}
+            await until(lambda: pool.view().record.bootstrap_port == 7, "it was asked on")
+            assert pool.table.state(0) == READY
+            assert pool.seen.text.count("worker is ready") == 1
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_comes_back_in_another_role_changes_in_place() -> None:
+    async def run() -> None:
+        prefill = server_info(disaggregation_mode="prefill", disaggregation_bootstrap_port=8998)
+        async with ScriptedWorker({"/health": [GOOD], "/server_info": [prefill]}) as worker, watched(worker.url) as pool:
+            await pool.until_state(READY)
+            before = pool.view()
+            assert before.record.role == "prefill"
+            worker.scripts = {"/health": [BAD, GOOD], "/server_info": [server_info(disaggregation_mode="decode", kv_events=None)]}
+            worker.hits.clear()
+            await until(lambda: pool.view().record.role == "decode", "it was asked again")
+            after = pool.view()
+            assert (after.worker_idx, after.generation, after.record.bootstrap_port) == (before.worker_idx, before.generation, None)
 
     asyncio.run(run())

@@ -5,7 +5,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglfast.control.worker_spec import SpecError, WorkerSpec, changed, read_change, read_spec
+from sglfast.config.worker_urls import NamedWorker, read_prefill
+from sglfast.control.roles import Named
+from sglfast.control.worker_spec import SpecError, WorkerSpec, changed, read_change, read_spec, spec_of
 
 URL = "http://10.0.0.1:30000"
 
@@ -27,7 +29,12 @@ def test_everything_that_has_a_meaning() -> None:
         "health_failure_threshold": 4, "disable_health_check": True,
     }  # fmt: skip
     spec, ignored = read_spec(body(**given))
-    assert msgspec.structs.asdict(spec) == given | {"url": "http://host:30000", "cost": 2.0}
+    assert msgspec.structs.asdict(spec) == given | {
+        "url": "http://host:30000",
+        "cost": 2.0,
+        "worker_type": "regular",
+        "bootstrap_port": None,
+    }
     assert ignored == []
 
 
@@ -38,12 +45,45 @@ def test_nulls_and_the_name_unknown_mean_not_given() -> None:
     assert read_spec(body(url=URL, api_key=""))[0].api_key is None
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({}, Named()),
+        ({"worker_type": None}, Named()),
+        ({"worker_type": "nonsense"}, Named()),
+        ({"worker_type": "decode"}, Named("decode")),
+        ({"worker_type": "prefill"}, Named("prefill")),
+        ({"worker_type": "prefill", "bootstrap_port": None}, Named("prefill")),
+        ({"worker_type": "prefill", "bootstrap_port": 8998}, Named("prefill", 8998, True)),
+        ({"worker_type": "prefill", "bootstrap_port": "none"}, Named("prefill", None, True)),
+    ],
+)
+def test_what_a_worker_is_there_for(fields: dict[str, Any], named: Named) -> None:
+    assert read_spec(body(url=URL, **fields))[0].named == named
+
+
+def test_what_flags_ask_for() -> None:
+    for text, named in (
+        ("http://p:1", Named("prefill")),
+        ("http://p:1 7", Named("prefill", 7, True)),
+        ("http://p:1 none", Named("prefill", None, True)),
+    ):
+        spec = spec_of(read_prefill(text))
+        assert (spec.url, spec.named) == ("http://p:1", named)
+    assert spec_of(NamedWorker("http://d:1", "decode")).named == Named("decode")
+    assert spec_of(NamedWorker("http://r:1")) == WorkerSpec(url="http://r:1")
+
+
 def test_fields_without_effect_are_named() -> None:
     nothing = {"worker_type": "regular", "runtime": "sglang", "dp_aware": True, "bootstrap_port": None, "connection_mode": "HTTP"}
     assert read_spec(body(url=URL, **nothing))[1] == []
     some = {"bootstrap_port": 8998, "chat_template": "x", "nonsense": [1], "runtime": "trtllm", "worker_type": "other", "x" * 100: 1}
     assert read_spec(body(url=URL, **some))[1] == sorted([*list(some)[:-1], "x" * 64])
     assert read_change(body(priority=1, nonsense=1))[1] == ["nonsense"]
+    # A port means something for prefill workers only, and a worker's type is not changed.
+    assert read_spec(body(url=URL, worker_type="decode", bootstrap_port=8998))[1] == ["bootstrap_port"]
+    assert read_change(body(priority=1, worker_type="prefill", bootstrap_port=1))[1] == ["bootstrap_port", "worker_type"]
+    assert read_change(body(priority=1, worker_type="regular"))[1] == []
 
 
 @pytest.mark.parametrize(
@@ -58,8 +98,10 @@ def test_fields_without_effect_are_named() -> None:
         (body(url=None), r"url"),
         (body(url="ftp://a"), "url ftp://a: must look like http://host:port"),
         (body(url="http://a/path"), "give only scheme, host and port"),
-        (body(url=URL, worker_type="prefill"), "prefill workers need prefill/decode disaggregation, which is not offered"),
-        (body(url=URL, worker_type="decode"), "decode workers need"),
+        (body(url=URL, worker_type="prefill", bootstrap_port=0), 'bootstrap_port: must be a number from 1 to 65535, or "none"'),
+        (body(url=URL, worker_type="prefill", bootstrap_port=65_536), "bootstrap_port: must be"),
+        (body(url=URL, worker_type="prefill", bootstrap_port="x"), "bootstrap_port"),
+        (body(url=URL, worker_type="prefill", bootstrap_port=True), "bootstrap_port"),
         (body(url=URL, runtime="external"), "external providers are not offered"),
         (body(url=URL, priority="high"), "Expected `int`, got `str` - at `priority`"),
         (body(url=URL, labels={"a": 1}), "Expected `str`"),

@@ -264,3 +264,25 @@ def test_a_rate_with_a_queue_delays(workers: list[Worker]) -> None:
         begun = time.monotonic()
         assert [client.ask(post()).status for _ in range(70)] == [200] * 70
         assert time.monotonic() - begun >= (70 - 51) / 50
+
+
+@pytest.mark.parametrize("full", ["prefill", "decode"])
+def test_a_pair_waits_until_both_of_its_workers_have_room(full: str, workers: list[Worker]) -> None:
+    prefill, decode = workers
+    gate = Gate()
+    (prefill if full == "prefill" else decode).plan(gate.script())
+    (decode if full == "prefill" else prefill).plan(echoes)
+    with Edge(workers, roles=["prefill", "decode"], worker_max_in_flight=1) as edge, settled(edge), ExitStack() as clients:
+        first = asks(clients, edge, b"1")
+        wait_until(lambda: gate.seen == [b"1"], "it is there")
+        if full == "prefill":
+            assert first.read_answer().body == b"1", "the decode worker has room again, the prefill worker has not"
+        second = asks(clients, edge, b"2")
+        waiting(edge, 1)
+        gate.let()
+        if full == "decode":
+            assert first.read_answer().body == b"1"
+        wait_until(lambda: gate.seen == [b"1", b"2"], "it is its turn")
+        gate.let()
+        assert second.read_answer().body == b"2"
+        wait_until(lambda: not edge.inflight(), "all is given back")

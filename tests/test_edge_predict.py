@@ -19,9 +19,10 @@ from sglfast._predicted import GRACE_MS, KEYS_MAX, PredictionWriter, text_cut, t
 from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, UNKEYED, Hit, Prompt
 from sglfast.edge.policy.approximate import ApproximateCacheAware
 from sglfast.edge.policy.cache_aware import CacheAware
+from sglfast.edge.pools import Route
 from sglfast.edge.predict import Found, with_guesses
 from sglfast.edge.request import ENDPOINTS, Facts
-from sglfast.edge.route import Route, Router
+from sglfast.edge.route import Router
 from sglfast.edge.shard import Shard
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 from sglfast.shm import Variant

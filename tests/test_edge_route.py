@@ -11,16 +11,10 @@ from sglfast import _counters as c
 from sglfast import _workers, errors
 from sglfast._counters import RANK_EXACT, Column, RankTable
 from sglfast._hashtree import TreeWriter
-from sglfast.config import ServeConfig
 from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, LEAST_LOAD, ROUND_ROBIN, UNKEYED
-from sglfast.edge.policy.approximate import ApproximateCacheAware
-from sglfast.edge.policy.cache_aware import CacheAware
-from sglfast.edge.policy.least_load import LeastLoad
-from sglfast.edge.policy.power_of_two import PowerOfTwo
-from sglfast.edge.policy.random import Random
-from sglfast.edge.policy.round_robin import RoundRobin
+from sglfast.edge.pools import Route
 from sglfast.edge.request import ENDPOINTS, Facts
-from sglfast.edge.route import Route, Router, make_policy
+from sglfast.edge.route import Router
 from sglfast.edge.shard import Shard
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 from sglfast.shm import PARITY_HIGH, Variant
@@ -192,36 +186,6 @@ def test_nothing_is_rebuilt_while_the_table_stands_still() -> None:
         assert router.pools["demo"].upstreams[1] is upstreams[1]
 
     routed(memory, test)
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [("round_robin", RoundRobin), ("random", Random), ("power_of_two", PowerOfTwo), ("least_load", LeastLoad)],
-)
-def test_policy_of_a_flag(name: str, kind: type) -> None:
-    memory = Memory(ENGINES[:1])
-    made = make_policy(name, ServeConfig(), c.Loads(memory.segment), has_events=False)
-    assert type(made) is kind
-    assert made.name == name
-
-
-@pytest.mark.parametrize("prediction_blocks", [0, 1000])
-@pytest.mark.parametrize("has_events", [False, True])
-@pytest.mark.parametrize("tokenizer_path", [None, "x"])
-def test_policy_of_cache_aware(tokenizer_path: str | None, has_events: bool, prediction_blocks: int) -> None:
-    config = ServeConfig(tokenizer_path=tokenizer_path, prediction_blocks=prediction_blocks)
-    made = make_policy("cache_aware", config, c.Loads(Memory(ENGINES[:1]).segment), has_events=has_events)
-    is_exact = (tokenizer_path is not None and has_events) or not prediction_blocks
-    assert type(made) is (CacheAware if is_exact else ApproximateCacheAware)
-    assert made.name == "cache_aware"
-
-
-@pytest.mark.parametrize(
-    ("tokenizer_path", "has_events", "kind"), [("x", True, CacheAware), ("x", False, LeastLoad), (None, True, LeastLoad)]
-)
-def test_policy_of_auto(tokenizer_path: str | None, has_events: bool, kind: type) -> None:
-    loads = c.Loads(Memory(ENGINES[:1]).segment)
-    assert type(make_policy("auto", ServeConfig(tokenizer_path=tokenizer_path), loads, has_events=has_events)) is kind
 
 
 def test_auto_becomes_cache_aware_when_a_worker_publishes_events() -> None:

@@ -150,8 +150,8 @@ def test_workers_are_added_and_taken_away_over_http(workers: list[str], tmp_path
     ("flags", "text"),
     [
         (
-            "--pd-disaggregation --prefill http://p1:8000 9000 --prefill http://p2:8000 --decode http://d1:8001 --policy cache_aware",
-            "--pd-disaggregation: separate prefill and decode workers are not offered; give every worker to --worker-urls",
+            "--pd-disaggregation --prefill http://p1:8000 9000 --decode http://d1:8001 --prefill-policy bucket",
+            "--prefill-policy bucket: is not offered, ",
         ),
         (
             "--service-discovery --selector app=sglang role=worker --service-discovery-port 8000",

@@ -99,6 +99,13 @@ def test_settings_that_cannot_work(argv: list[str]) -> None:
         main(argv)
 
 
+def test_pairs_need_two_workers_and_no_scale_out() -> None:
+    with pytest.raises(ConfigError, match=r"^--workers 1: --pd needs at least 2"):
+        main(["--pd", "--workers", "1"])
+    with pytest.raises(ConfigError, match=r"^--pd and --scale-out: give one of them$"):
+        main(["--pd", "--scale-out"])
+
+
 # ---- the real programs ----
 
 
@@ -182,6 +189,17 @@ def test_traffic_moves_the_view_and_sigterm_stops_everything() -> None:
         assert process.returncode == 0, rest
         assert "Traceback" not in rest
         wait_gone(pids)
+
+
+def test_prefill_and_decode_apart() -> None:
+    with demo("--pd", "--workers", "3") as process:
+        text = read_until(process, "Ctrl-C")
+        assert "3 simulated workers (1 for prefill, the others for decode)" in text
+        chat = curls(text)[0]
+        assert json.loads(run_curl(chat)[0])["choices"][0]["message"]["content"]
+        line = read_until(process, "requests per worker")
+        while not re.search(r"requests per worker 1 / (0 / 1|1 / 0) ", line):
+            line = read_until(process, "requests per worker")
 
 
 def test_killed_demo_leaves_no_process() -> None:

@@ -172,6 +172,8 @@ def test_address_that_is_not_ours() -> None:
 def test_sim_flags() -> None:
     assert SimSettings(workers=2, tokenizer_path="/t").flags() == ["--workers", "2", "--base-port", "0", "--tokenizer-path", "/t"]
     assert SimSettings(kv_events=False, tokenizer_path="/t").flags()[-1] == "--no-kv-events"
+    assert SimSettings(mode="decode").flags()[-2:] == ["--disaggregation-mode", "decode"]
+    assert SimSettings(mode="prefill").flags()[-4:] == ["--disaggregation-mode", "prefill", "--disaggregation-bootstrap-port", "0"]
     flags = SimSettings(cache_tokens=3_000_000, page_tokens=16, prefill_tokens_per_s=120_000.0, decode_tokens_per_s=0.5).flags()
     pairs = dict(zip(flags[::2], flags[1::2], strict=True))
     assert pairs["--cache-tokens"] == "3000000"

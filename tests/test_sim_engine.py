@@ -312,3 +312,33 @@ def test_any_load_ends_with_events_equal_to_the_cache(output: OutputText, rng: A
             assert generation.is_aborted or generation.generated_tokens == generation.max_new_tokens
             assert generation.cached_tokens % PAGE == 0
             assert generation.cached_tokens < generation.prompt_tokens
+
+
+def test_a_prompt_is_kept_until_it_was_copied(output: OutputText) -> None:
+    bench = Bench(output)
+    one, two = bench.submit(prompt(50)), bench.submit(prompt(20, first=100))
+    one.generation.keeps_kv = two.generation.keeps_kv = True
+    while bench.step():
+        pass
+    assert one.generation.is_finished
+    assert bench.engine.cache.locked_blocks == 12 + 5
+    assert bench.engine.is_busy
+    assert not bench.engine.flush()
+    bench.engine.free(one.generation)
+    assert bench.engine.cache.locked_blocks == 5
+    bench.engine.abort(two.generation)
+    assert two.generation.is_aborted
+    bench.engine.free(two.generation)  # more than once is no error
+    bench.run()
+    assert bench.engine.flush()
+
+
+def test_a_transferred_prompt_takes_no_time_and_leaves_nothing(output: OutputText) -> None:
+    bench = Bench(output)
+    one = Watched(bench, prompt(50), 3)
+    one.generation.is_transferred, one.generation.cached_tokens = True, 16
+    bench.engine.submit(one.generation, 1.0)
+    bench.run()
+    assert one.times_s == [near(1.0 + i * DECODE_S) for i in range(3)]
+    assert one.generation.cached_tokens == 16
+    assert (bench.batches, bench.engine.totals.prompt_tokens, bench.engine.totals.cached_tokens) == ([], 0, 0)

@@ -26,7 +26,7 @@ def engines() -> list[Engine]:
 
 def server_info(engines: list[Engine], replay_port: int | None, settings: SimSettings = SETTINGS) -> dict[str, Any]:
     publisher: Any = SimpleNamespace(live_port=5557, replay_port=replay_port)
-    return introspect.server_info(settings, 30000, 12.5, engines, publisher)
+    return introspect.server_info(settings, 30000, 8998, 12.5, engines, publisher)
 
 
 @pytest.mark.parametrize("replay_port", [None, 5600])

@@ -65,7 +65,7 @@ def test_announcement_in_a_file_and_the_end_by_itself(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.01)
         (worker,) = json.loads(file.read_text())["workers"]
-        assert set(worker) == {"url", "kv_port", "replay_port"}
+        assert set(worker) == {"url", "kv_port", "replay_port", "bootstrap_port"}
         assert process.wait(WAIT_S) == 0
         assert [path.name for path in tmp_path.iterdir()] == [file.name]
     finally:

@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from sglfast.prompt.keys import RequestKind
-from sglfast.sim.requests import INFERENCE_PATHS, RequestError, parse_body, read
+from sglfast.sim.requests import INFERENCE_PATHS, Bootstrap, RequestError, parse_body, read, read_bootstrap, read_room
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -63,9 +63,7 @@ def test_rank_by_header_and_by_body() -> None:
         (RequestKind.GENERATE, {}, b"", "BadRequestError", "text or input_ids"),
         (RequestKind.GENERATE, {"text": "a", "input_ids": [1]}, b"", "BadRequestError", "not both"),
         (RequestKind.GENERATE, {"text": "a", "sampling_params": []}, b"", None, None),
-        (RequestKind.GENERATE, {"text": "a", "sampling_params": [{}]}, b"", "BadRequestError", "one prompt a request"),
-        (RequestKind.GENERATE, {"text": "a", "sampling_params": {"n": 2}}, b"", "BadRequestError", "n > 1"),
-        (RequestKind.CHAT, {**CHAT, "n": 2}, b"", "BadRequestError", "n > 1"),
+        (RequestKind.GENERATE, {"text": "a", "sampling_params": [{}]}, b"", "BadRequestError", "one for each prompt"),
         (RequestKind.CHAT, {**CHAT, "max_tokens": "5"}, b"", "Bad Request", "'max_tokens'.*valid integer"),
         (RequestKind.CHAT, {**CHAT, "max_tokens": 0}, b"", "BadRequestError", "at least 1"),
         (RequestKind.CHAT, {**CHAT, "max_tokens": 10**6}, b"", "BadRequestError", "too large"),
@@ -100,3 +98,27 @@ def test_bodies() -> None:
         with pytest.raises(RequestError, match=message) as caught:
             parse_body(wrong, content_type, RequestKind.CHAT)
         assert caught.value.status == 400
+
+
+def test_where_a_decode_worker_finds_its_prompt() -> None:
+    body = {"bootstrap_host": "::1", "bootstrap_port": 9000, "bootstrap_room": 2**64 - 1}
+    assert read_bootstrap(body, 8998) == Bootstrap("::1", 9000, 2**64 - 1)
+    assert read_bootstrap({**body, "bootstrap_port": None}, 8998).port == 8998
+    assert read_room({"bootstrap_room": 0}) == 0
+    lists = {name: [value] for name, value in body.items()}
+    assert read_bootstrap(lists, 8998) == read_bootstrap(body, 8998)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("bootstrap_room", value) for value in (None, True, 1.0, "1", -1, 2**64, [1, 2])),
+        *(("bootstrap_host", value) for value in (None, "", 7)),
+        *(("bootstrap_port", value) for value in (True, 0, 65_536, "9000")),
+    ],
+)
+def test_fields_by_which_it_cannot_be_found(field: str, value: object) -> None:
+    body = {"bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 1, field: value}
+    with pytest.raises(RequestError, match=field if value is not None else "Disaggregated request received without") as caught:
+        read_bootstrap(body, 8998)
+    assert caught.value.status == 400

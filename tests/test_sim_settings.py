@@ -28,6 +28,11 @@ def test_defaults_work_and_count_in_blocks() -> None:
         ({"kv_base_port": 65_530, "workers": 4}, "--kv-base-port 65530"),
         ({"base_port": 30_000, "kv_base_port": 30_003, "workers": 4}, "--kv-base-port 30003"),
         ({"base_port": 30_010, "kv_base_port": 30_003, "workers": 4}, "--kv-base-port 30003"),
+        ({"disaggregation_mode": "prefill", "disaggregation_bootstrap_port": 30_004}, "--disaggregation-bootstrap-port 30004: its ports"),
+        ({"disaggregation_mode": "prefill", "disaggregation_bootstrap_port": 65_535}, "--disaggregation-bootstrap-port 65535"),
+        ({"disaggregation_mode": "decode", "disaggregation_bootstrap_port": 65_536}, "--disaggregation-bootstrap-port 65536"),
+        ({"disaggregation_bootstrap_timeout": 0.0}, "--disaggregation-bootstrap-timeout 0.0"),
+        ({"disaggregation_bootstrap_timeout": 1e6}, "--disaggregation-bootstrap-timeout 1000000.0"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(wrong: dict[str, Any], flag: str) -> None:
@@ -38,3 +43,6 @@ def test_a_setting_that_cannot_work_is_named(wrong: dict[str, Any], flag: str) -
 def test_port_ranges_may_touch() -> None:
     check(SimSettings(base_port=30_000, kv_base_port=30_004, workers=4))
     check(SimSettings(base_port=30_008, kv_base_port=30_000, workers=4))
+    check(SimSettings(disaggregation_mode="prefill", disaggregation_bootstrap_port=30_005))
+    # Only a prefill worker listens there.
+    check(SimSettings(disaggregation_mode="decode", disaggregation_bootstrap_port=30_004))

@@ -231,10 +231,10 @@ def test_key_route_follows_the_version(version: Any, route: str) -> None:
     ("fields", "takes_rid"),
     [({"version": "0.5.23"}, True), ({"version": "0.5.0.post1"}, True), ({"version": "0.4.9"}, False), ({"version": "0.0.0.dev1"}, False),
      ({}, False), ({"version": "0.9.2", "vllm_config": {}}, False), ({"version": "0.5.23", "disaggregation_mode": "null"}, True),
-     ({"version": "0.5.23", "disaggregation_mode": "prefill"}, False)],
+     ({"version": "0.5.23", "disaggregation_mode": "prefill"}, True)],
 )  # fmt: skip
 def test_who_takes_a_rid(fields: dict[str, Any], takes_rid: bool) -> None:
-    """Only an SGLang that is new enough, and no leg of a pair."""
+    """Only an SGLang that is new enough, whatever it does of a request."""
     assert server_info.parse_server_info(body(**fields), "http://w:1").takes_rid is takes_rid
 
 

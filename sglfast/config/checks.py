@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from sglfast.config.fields import FIELDS, check_limits, flag_of
 from sglfast.config.settings import ServeConfig
 from sglfast.config.sglang_router import OTHER_POLICIES
+from sglfast.config.worker_urls import NamedWorker, named_workers, prefill_text
 from sglfast.errors import ConfigError
 from sglfast.wire.kv_endpoint import parse_kv_settings
 
@@ -25,14 +26,18 @@ _ROLES = ("admin", "user")
 
 def check(config: ServeConfig) -> ServeConfig:
     """Refuse what cannot work; fill in what depends on the machine (`shards`, `max_ranks`) or on others. Raises ConfigError."""
-    if config.policy in OTHER_POLICIES:
-        raise ConfigError(f"--policy {config.policy}: is not offered, {OTHER_POLICIES[config.policy]}")
+    for name in ("policy", "prefill_policy", "decode_policy"):
+        policy = getattr(config, name)
+        if policy in OTHER_POLICIES:
+            raise ConfigError(f"{flag_of(name)} {policy}: is not offered, {OTHER_POLICIES[policy]}")
     for field in FIELDS.values():
         check_limits(field, getattr(config, field.name))
-    urls = _check_workers(config)
+    workers = _check_workers(config)
     config = dataclasses.replace(
         config,
-        worker_urls=urls,
+        worker_urls=tuple(worker.url for worker in workers if worker.role == "regular"),
+        prefill=tuple(prefill_text(worker) for worker in workers if worker.role == "prefill"),
+        decode=tuple(worker.url for worker in workers if worker.role == "decode"),
         tokenizer_path=_check_model(config),
         request_id_headers=tuple(name.lower() for name in config.request_id_headers),
         retry_max_retries=1 if config.disable_retries else max(1, config.retry_max_retries),
@@ -43,7 +48,7 @@ def check(config: ServeConfig) -> ServeConfig:
     _check_files(config)
     _check_headers(config)
     _check_keys(config)
-    max_ranks = config.max_ranks or (min(1024, max(64, -(-4 * len(urls) // 64) * 64)) if urls else _RANKS_WITHOUT_WORKERS)
+    max_ranks = config.max_ranks or (min(1024, max(64, -(-4 * len(workers) // 64) * 64)) if workers else _RANKS_WITHOUT_WORKERS)
     if max_ranks % 64:
         raise ConfigError(f"--max-ranks {max_ranks}: must be a multiple of 64")
     has_metrics_port = config.prometheus_port is not None or config.prometheus_host is not None
@@ -56,17 +61,20 @@ def check(config: ServeConfig) -> ServeConfig:
     )
 
 
-def _check_workers(config: ServeConfig) -> tuple[str, ...]:
-    urls = tuple(worker_url(text) for text in config.worker_urls)
-    places = [url.removesuffix(":80") for url in urls]
-    for url, place in zip(urls, places, strict=True):
+def _check_workers(config: ServeConfig) -> tuple[NamedWorker, ...]:
+    workers = named_workers(config.worker_urls, config.prefill, config.decode)
+    places = [worker.url.removesuffix(":80") for worker in workers]
+    flags = {"regular": "--worker-urls", "prefill": "--prefill", "decode": "--decode"}
+    for worker, place in zip(workers, places, strict=True):
         if places.count(place) > 1:
-            raise ConfigError(f"--worker-urls: {url} is given twice")
-    if len(urls) > config.max_workers:
-        raise ConfigError(f"--worker-urls: {len(urls)} workers are more than --max-workers {config.max_workers}")
+            given = dict.fromkeys(flags[other.role] for other, its_place in zip(workers, places, strict=True) if its_place == place)
+            raise ConfigError(f"{', '.join(given)}: {worker.url} is given twice")
+    if len(workers) > config.max_workers:
+        given = dict.fromkeys(flags[worker.role] for worker in workers)
+        raise ConfigError(f"{', '.join(given)}: {len(workers)} workers are more than --max-workers {config.max_workers}")
     if not config.health_check_endpoint.startswith("/"):
         raise ConfigError(f"--health-check-endpoint {config.health_check_endpoint}: must begin with /")
-    return urls
+    return workers
 
 
 def _check_model(config: ServeConfig) -> str | None:
@@ -156,21 +164,3 @@ def _is_tcp_address(text: str) -> bool:
         return parts.scheme == "tcp" and bool(parts.hostname and parts.port) and not parts.path
     except ValueError:
         return False
-
-
-def worker_url(text: str, name: str = "--worker-urls") -> str:
-    """A worker's URL as it is kept: scheme, host and port, lower case. name: what the message names. Raises ConfigError."""
-    text = text.strip().rstrip("/")
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError as error:
-        raise ConfigError(f"{name} {text}: {error}") from None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{name} {text}: must look like http://host:port or https://host:port")
-    if port == 0:
-        raise ConfigError(f"{name} {text}: port 0 is no port that a worker can listen on")
-    # Also what is empty: `http://host?`, `http://@host`, `http://host:`; and blanks and control characters.
-    if text.partition("://")[2] != parts.netloc or not set(parts.netloc).isdisjoint("@ ") or parts.netloc.endswith(":"):
-        raise ConfigError(f"{name} {text}: give only scheme, host and port, such as {parts.scheme}://{parts.hostname}:{port or 80}")
-    return f"{parts.scheme}://{parts.netloc.lower()}"

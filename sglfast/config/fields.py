@@ -9,7 +9,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +69,14 @@ def from_text(field: Field, text: str, where: str) -> Any:
     return _one(field, text, where)
 
 
-def from_texts(field: Field, texts: list[str], where: str) -> Any:
-    """The value of a flag that was given these words. Raises ConfigError."""
-    return tuple(_one(field, text, where) for text in texts)
+def from_words(field: Field, occurrences: Sequence[Sequence[str]], where: str) -> Any:
+    """The value of a flag that was given these words, each time that it was given. Raises ConfigError."""
+    if "repeats" not in field.meta:
+        words = occurrences[-1]
+        return tuple(_one(field, text, where) for text in words) if field.is_list else from_text(field, words[0], where)
+    if field.meta["repeats"] == "line":
+        return tuple(_one(field, " ".join(words), where) for words in occurrences)
+    return tuple(_one(field, text, where) for words in occurrences for text in words)
 
 
 def _one(field: Field, text: str, where: str) -> Any:

@@ -70,7 +70,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if name not in groups:
             groups[name] = parser.add_argument_group(name)
         kwargs: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "metavar": _metavar(field), "action": _Collect}
-        if field.is_list:
+        if "repeats" in field.meta:
+            kwargs["nargs"] = "+"  # none at all would be a list that adds nothing
+        elif field.is_list:
             kwargs["nargs"] = "*"
         elif field.kind is bool:
             kwargs |= {"nargs": "?", "const": "true"}

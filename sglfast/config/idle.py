@@ -21,16 +21,26 @@ _CHECKS = (
 )
 _CACHE = ("cache_threshold", "balance_abs_threshold", "balance_rel_threshold")
 _LIMITS = "--max-concurrent-requests, --rate-limit-tokens-per-second, --worker-max-in-flight"
+_NO_PD = "without prefill and decode workers nothing is chosen by it"
+_PD_SWITCH = "--pd-disaggregation, which is switched off"
 _NO_TOKENIZER = "without --tokenizer-path no prompt is matched to KV blocks"
 
 
 def check_needs(config: ServeConfig, origins: Mapping[str, str]) -> None:
     """Refuse flags of ours that do nothing without another. origins: see sources.Loaded. Raises ConfigError."""
+    # Prefill workers are enough to want it; a switch that is off beside them is a contradiction.
+    is_pd_wanted = config.pd_disaggregation or origins["pd_disaggregation"] == DEFAULT
     queue = f"one of {_LIMITS}: without a limit nobody waits"
     for name, needed, is_there in (
         ("admin_host", "--admin-port", config.admin_port is not None),
         ("priority_header", queue, config.is_limited),
         ("tenant_fairness", queue, config.is_limited),
+        ("prefill", _PD_SWITCH, is_pd_wanted),
+        ("decode", _PD_SWITCH, is_pd_wanted),
+        ("prefill", "--decode: a prompt that is computed must go on somewhere", bool(config.decode)),
+        ("decode", "--prefill: a decode worker computes no prompt", bool(config.prefill)),
+        ("prefill_policy", f"--pd-disaggregation: {_NO_PD}", config.is_pd),
+        ("decode_policy", f"--pd-disaggregation: {_NO_PD}", config.is_pd),
     ):
         if origins[name] != DEFAULT and getattr(config, name) and not is_there:
             raise ConfigError(f"{origins[name]} needs {needed}")
@@ -40,7 +50,8 @@ def notes_on(config: ServeConfig, origins: Mapping[str, str]) -> Iterator[str]:
     """A sentence for each setting that was given and does nothing, and for a policy that cannot do what its name says."""
     if config.policy == "cache_aware" and config.tokenizer_path is None and not config.prediction_blocks:
         yield f"--policy cache_aware chooses by load: {_NO_TOKENIZER}, and --prediction-blocks 0 leaves nothing else"
-    is_by_cache = config.policy in ("auto", "cache_aware")
+    policies = (config.policy, config.prefill_policy, config.decode_policy)
+    is_by_cache = any(policy in ("auto", "cache_aware") for policy in policies)
     other_model = config.model_path is not None and config.tokenizer_path != config.model_path
     idle: tuple[tuple[bool, tuple[str, ...], str], ...] = (
         (not is_by_cache, _CACHE, f"--policy {config.policy} does not look at caches"),

@@ -22,6 +22,7 @@ def _setting(default: Any, help_text: str, group: str, **extra: Any) -> Any:
     low, high   limits of a number, both allowed
     choices     the values; same_as: other spellings of a value -> the value
     also        other flags that mean this field
+    repeats     a list to which the flag adds each time it is given: "words" each of its words, "line" all its words as one entry
     section     where the sgl-router's file has it, such as "server.port"
     metavar     what the help calls the value
     split       how the environment's text is cut into a list, a regular expression (default: commas and white space)
@@ -40,6 +41,14 @@ class ServeConfig:
     worker_urls: tuple[str, ...] = _setting(
         (), "base URLs of the workers, such as http://10.0.0.5:30000", "workers", metavar="URL", section="discovery.static_urls.urls",
         live=True)
+    pd_disaggregation: bool = _setting(
+        False, "there are prefill and decode workers, or will be: named by --prefill and --decode or added by /workers", "workers",
+        live=True)
+    prefill: tuple[str, ...] = _setting(
+        (), "a prefill worker: its URL and the port where decode workers fetch prompts, `none` for none; without one as the worker says "
+        "itself; given once for each worker", "workers", metavar="URL [PORT|none]", split=",", repeats="line", live=True)
+    decode: tuple[str, ...] = _setting(
+        (), "base URL of a decode worker; given once for each worker", "workers", metavar="URL", repeats="words", live=True)
     max_workers: int = _setting(1024, "workers at most", "workers", low=1, high=65536)
     health_check_endpoint: str = _setting("/health", "path of the health check", "workers", live=True)
     health_check_interval_secs: float = _setting(5.0, "time between health checks of a worker", "workers", low=0.1, live=True)
@@ -83,6 +92,12 @@ class ServeConfig:
     policy: str = _setting(
         "auto", "how a worker is chosen; auto = cache_aware as soon as a worker publishes KV events, else least_load",
         "routing", choices=POLICIES, same_as={"cache_aware_zmq": "cache_aware"}, section="models.policy", live=True)
+    prefill_policy: str | None = _setting(
+        None, "how a prefill worker is chosen, if not by --policy", "routing", choices=POLICIES, same_as={"cache_aware_zmq": "cache_aware"},
+        live=True)
+    decode_policy: str | None = _setting(
+        None, "how a decode worker is chosen; default: one on the prefill worker's host unless it has far more to do than the others, else "
+        "the least loaded", "routing", choices=POLICIES, same_as={"cache_aware_zmq": "cache_aware"}, live=True)
     tokenizer_path: str | None = _setting(
         None, "folder with tokenizer.json and tokenizer_config.json of the model; without it cache_aware goes by what was sent", "routing",
         metavar="PATH", section="models.tokenizer_path")
@@ -207,6 +222,11 @@ class ServeConfig:
     prometheus_port: int | None = _setting(
         None, "port for /metrics alone (default: 29000, with --prometheus-host); the main port has it too", "logs", low=0, high=65535)
     # fmt: on
+
+    @property
+    def is_pd(self) -> bool:
+        """Whether the settings speak of prefill and decode workers; some may come without that, by what they say of themselves."""
+        return self.pd_disaggregation or bool(self.prefill or self.decode)
 
     @property
     def is_limited(self) -> bool:

@@ -7,7 +7,7 @@ Runs in: control, at start and at SIGHUP. Contract: the words behind such a flag
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sglfast.config.fields import flag_of, is_true
+from sglfast.config.fields import is_true
 from sglfast.errors import ConfigError
 
 
@@ -22,7 +22,6 @@ class Foreign:
     fine: tuple[str, ...] = ()
 
 
-_PD = "separate prefill and decode workers are not offered; give every worker to --worker-urls"
 _KUBERNETES = "service discovery is not offered; give the workers to --worker-urls, or add them with POST /workers"
 _STICKY = "it belongs to the policy `manual`, which is not offered"
 _PARSER = "answers are relayed as the worker gives them; give this flag to the workers instead"
@@ -42,11 +41,8 @@ def _foreign() -> Mapping[str, Foreign]:
     def let_pass(why: str, words: int | str, *names: str) -> None:
         rows.extend(Foreign(name, words, False, why) for name in names)
 
-    refuse(_PD, 0, "pd_disaggregation", "mini_lb")
-    refuse(_PD, "+", "prefill", "prefill_selector", "decode_selector")
-    refuse(_PD, 1, "decode", "prefill_policy", "decode_policy")
     refuse(_KUBERNETES, 0, "service_discovery")
-    refuse(_KUBERNETES, "+", "selector")
+    refuse(_KUBERNETES, "+", "selector", "prefill_selector", "decode_selector")
     refuse(_KUBERNETES, 1, "service_discovery_port", "service_discovery_namespace")
     refuse(_STICKY, 1, "assignment_mode", "max_idle_secs")
     refuse("it belongs to the policy `bucket`, which is not offered", 1, "bucket_adjust_interval_secs")
@@ -66,6 +62,7 @@ def _foreign() -> Mapping[str, Foreign]:
     refuse(_JWT, 1, "jwt_issuer", "jwt_audience", "jwt_jwks_uri")
     refuse(_JWT, "*", "jwt_role_mapping")
     let_pass("several models behind one router always work; --worker-urls are kept", 0, "enable_igw")
+    let_pass("the router itself spreads requests over prefill and decode workers", 0, "mini_lb")
     let_pass(_INDEX, 1, "eviction_interval_secs", "max_tree_size")
     let_pass(_CACHE, 0, "tokenizer_cache_enable_l0", "tokenizer_cache_enable_l1")
     let_pass(_CACHE, 1, "tokenizer_cache_l0_max_entries")
@@ -93,6 +90,8 @@ DIFFERS: Mapping[str, str] = {
     "max_payload_size": "64 MiB instead of 512: a body is held in memory while it arrives",
     "policy": "`auto` instead of `cache_aware`; `cache_aware` follows what the workers' KV caches hold and needs `--tokenizer-path`, "
     "without it is as `least_load`; `manual` is not offered",
+    "prefill": "without a port it is the one that the worker tells of itself, there it is none",
+    "decode_policy": "without it one on the prefill worker's host, or the least loaded, instead of by `--policy`",
     "model_path": "only the tokenizer is taken from there",
     "prompt_cache_bytes": "32 MiB for each shard instead of 50 MiB, and always on",
     "cache_threshold": "0.5 instead of 0.3: it counts KV blocks that the worker holds, not characters that it was once sent",
@@ -118,16 +117,6 @@ def note_foreign(foreign: Foreign, words: Sequence[str], where: str) -> str | No
         return None  # switched off, which is how it is
     if words and all(word in foreign.fine for word in words):
         return None
-    if foreign.name == "prefill":
-        _check_prefill(words, where)
     if foreign.is_refused:
         raise ConfigError(f"{where}: {foreign.why}")
     return f"{where} changes nothing: {foreign.why}"
-
-
-def _check_prefill(words: Sequence[str], where: str) -> None:
-    """`URL [PORT|none]`; a mistake in it is told before the refusal, which may be lifted some day."""
-    if len(words) > 2:
-        raise ConfigError(f"{where} {' '.join(words)}: takes a URL and at most one port; give {flag_of('prefill')} once for each worker")
-    if len(words) == 2 and words[1].lower() != "none" and not (words[1].isdecimal() and 0 < int(words[1]) < 65536):
-        raise ConfigError(f"{where} {' '.join(words)}: the bootstrap port must be a number from 1 to 65535, or none")

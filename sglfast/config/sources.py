@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglfast.config.checks import check
-from sglfast.config.fields import BY_ANY_NAME, FIELDS, Field, from_text, from_texts
+from sglfast.config.fields import BY_ANY_NAME, FIELDS, Field, from_text, from_words
 from sglfast.config.file import read_file
 from sglfast.config.flags import Given
 from sglfast.config.idle import DEFAULT, check_needs, notes_on
@@ -84,9 +84,9 @@ def _from_flags(given: Given, notes: list[str]) -> dict[str, tuple[str, Any]]:
                 note = note_foreign(FOREIGN[name], words, spelled)
                 notes += [note] if note and note not in notes else []
         elif name in FIELDS:
-            flag, words = occurrences[-1]
+            flag = occurrences[-1][0]
             field = FIELDS[name]
-            found[name] = flag, from_texts(field, words, flag) if field.is_list else from_text(field, words[0], flag)
+            found[name] = flag, from_words(field, [words for _, words in occurrences], flag)
             if "secret" in field.meta:
                 notes.append(f"{flag} on a command line can be read by every user of this machine; {PREFIX}{name.upper()} or a file cannot")
     return found

@@ -21,7 +21,7 @@ import msgspec
 from aiohttp import web
 
 from sglfast._workers import DRAINING, JOINING, READY, UNHEALTHY
-from sglfast.config.checks import worker_url
+from sglfast.config.worker_urls import worker_url
 from sglfast.control.membership import WAITING, AlreadyMemberError, LeavingError, Member, Membership
 from sglfast.control.pool_watch import PoolWatch
 from sglfast.control.worker_spec import SpecError, read_change, read_spec
@@ -97,7 +97,8 @@ class WorkerRoutes:
     async def _list(self, request: web.Request) -> web.Response:
         rows = [self._row(member) for member in self._membership.members]
         await self._membership.settled()
-        stats = {"prefill_count": 0, "decode_count": 0, "regular_count": len(rows)}
+        types = [row["worker_type"] for row in rows]
+        stats = {f"{name}_count": types.count(name) for name in ("prefill", "decode", "regular")}
         return web.json_response({"workers": rows, "total": len(rows), "stats": stats})
 
     async def _one(self, request: web.Request) -> web.Response:
@@ -166,7 +167,7 @@ class WorkerRoutes:
             "model_id": spec.model_id or "unknown",
             "priority": spec.priority,
             "cost": spec.cost,
-            "worker_type": "regular",
+            "worker_type": spec.worker_type,
             "is_healthy": False,
             "load": self._membership.inflight(member),
             "connection_mode": "HTTP",
@@ -178,6 +179,9 @@ class WorkerRoutes:
             row["model_id"] = view.record.model or "unknown"
             row["is_healthy"] = self._workers.health(member.worker_idx) == READY
             row["state"] = STATES[view.state]
+            row["worker_type"] = view.record.role
+            if view.record.bootstrap_port is not None:
+                row["bootstrap_port"] = view.record.bootstrap_port
             row |= {"has_api_key": view.record.api_key is not None, "dp_size": view.dp_size, "kv_block_size": view.block_size}
             if view.record.version is not None:
                 row["version"] = view.record.version

@@ -55,4 +55,6 @@ def shown(field: Field, value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float):
         return f"{value:.15g}"
-    return " ".join(value) if field.is_list else str(value)
+    if field.is_list:
+        return (", " if any(" " in item for item in value) else " ").join(value)
+    return str(value)

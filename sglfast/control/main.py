@@ -28,6 +28,7 @@ from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig, to_json
 from sglfast.config.flags import SettingsParser, given_in
 from sglfast.config.sources import Loaded, load
+from sglfast.config.worker_urls import named_workers
 from sglfast.control.admin import AdminServer
 from sglfast.control.admin_keys import AdminKeys
 from sglfast.control.admin_workers import WorkerRoutes
@@ -42,7 +43,7 @@ from sglfast.control.parity import ParityWatch
 from sglfast.control.pool_watch import PoolWatch
 from sglfast.control.reload import Reloader
 from sglfast.control.supervisor import Commands, Supervisor
-from sglfast.control.worker_spec import WorkerSpec
+from sglfast.control.worker_spec import spec_of
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
 from sglfast.errors import ConfigError
@@ -68,6 +69,9 @@ examples:
     --kv-events-config '{"publisher": "zmq", "endpoint": "tcp://*:5557"}'
   and give the router their model's tokenizer:
     sglfast serve --worker-urls http://10.0.0.5:30000 http://10.0.0.6:30000 --tokenizer-path /models/Qwen3-8B
+
+  prefill and decode apart, each prefill worker with its --disaggregation-bootstrap-port:
+    sglfast serve --prefill http://10.0.0.5:30000 8998 --prefill http://10.0.0.6:30000 8998 --decode http://10.0.0.7:30000
 
   then:
     curl http://127.0.0.1:30000/readyz
@@ -199,8 +203,8 @@ class Control:
             followers = Followers(self._segment, self._log)
             members = self._members = Membership(self._config, self._workers, watch, followers, self._totals, self._log)
             owned.push_async_callback(members.close)
-            for url in self._config.worker_urls:
-                members.add(WorkerSpec(url=url))
+            for worker in named_workers(self._config.worker_urls, self._config.prefill, self._config.decode):
+                members.add(spec_of(worker))
             admin = self._admin = await self._start_admin(owned, members, watch, fetcher)
             inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address, self._log_fd, self._take_lines)
             supervisor = self._supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
@@ -251,8 +255,9 @@ class Control:
         url = url_of(self._config.host, self._config.port)
         if self._config.tls_cert_path is not None:
             url = url.replace("http", "https", 1)
+        workers = len(self._config.worker_urls) + len(self._config.prefill) + len(self._config.decode)
         with contextlib.suppress(OSError, ValueError):  # nobody has to read it
-            print(f"listening on {url} ({self._config.shards} shards, {len(self._config.worker_urls)} workers)", flush=True)
+            print(f"listening on {url} ({self._config.shards} shards, {workers} workers)", flush=True)
 
     async def _end(self, supervisor: Supervisor, code: int) -> int:
         """Drain and stop all children; a second signal ends this at once."""

@@ -22,11 +22,12 @@ from dataclasses import dataclass, field
 
 from sglfast._counters import W_CONNECTIONS, W_INFLIGHT_REQUESTS
 from sglfast.config import ServeConfig
+from sglfast.config.worker_urls import NamedWorker, named_workers
 from sglfast.control.followers import Followers
 from sglfast.control.health import rules_of
 from sglfast.control.metrics import WorkerChanges
 from sglfast.control.pool_watch import PoolWatch
-from sglfast.control.worker_spec import WorkerChange, WorkerSpec, changed
+from sglfast.control.worker_spec import WorkerChange, WorkerSpec, changed, spec_of
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import TableFullError, Workers
 from sglfast.errors import ConfigError
@@ -98,7 +99,7 @@ class Membership:
         return self._by_id.get(worker_id)
 
     def by_url(self, url: str) -> Member | None:
-        """The worker with this URL, as config.checks.worker_url writes it: the one that was added last."""
+        """The worker with this URL, as config.worker_urls.worker_url writes it: the one that was added last."""
         place = place_of(url)
         member = self._waiting.get(place) or self._by_place.get(place)
         return member if member is not None and member.worker_id in self._by_id else None
@@ -119,12 +120,13 @@ class Membership:
         else:
             self._waiting[place] = member
         self._by_id[member.worker_id] = member
-        self._say("worker added", member, model_id=spec.model_id, waits_for_removal=member.worker_idx == WAITING)
+        role = None if spec.worker_type == "regular" else spec.worker_type
+        self._say("worker added", member, model_id=spec.model_id, role=role, waits_for_removal=member.worker_idx == WAITING)
         return member
 
     def _join(self, member: Member, place: str) -> None:
         spec = member.spec
-        worker_idx = self._workers.register(spec.url, model=spec.model_id, api_key=self._key_of(spec))
+        worker_idx = self._workers.register(spec.url, model=spec.model_id, api_key=self._key_of(spec), named=spec.named)
         self._totals.begin(worker_idx)
         member.worker_idx = worker_idx
         self._by_place[place] = member
@@ -183,17 +185,18 @@ class Membership:
         for member in self.members:
             if member.worker_idx != WAITING and not member.is_leaving:
                 self._take_up(member)
-        wanted, had = {place_of(url): url for url in config.worker_urls}, {place_of(url) for url in before.worker_urls}
-        for place in had - wanted.keys():
+        wanted, had = _by_place(config), _by_place(before)
+        for place, worker in had.items():
             member_there = self.by_url(place)
-            if member_there is not None:
+            # A worker that is to do something else is another worker: what it has in flight ends as it began.
+            if wanted.get(place) != worker and member_there is not None:
                 self.remove(member_there)
-        for place, url in wanted.items():
-            if place not in had:
+        for place, worker in wanted.items():
+            if had.get(place) != worker:
                 try:
-                    self.add(WorkerSpec(url=url))
+                    self.add(spec_of(worker))
                 except (AlreadyMemberError, ConfigError) as error:
-                    self._log.warning(f"not added: {error}", extra={"fields": {"worker": url}})
+                    self._log.warning(f"not added: {error}", extra={"fields": {"worker": worker.url}})
 
     def inflight(self, member: Member) -> int:
         """Requests that the worker has and has not finished, over all shards."""
@@ -263,6 +266,10 @@ class Membership:
         for task in removals:
             task.cancel()
         await asyncio.gather(*removals, return_exceptions=True)
+
+
+def _by_place(config: ServeConfig) -> dict[str, NamedWorker]:
+    return {place_of(worker.url): worker for worker in named_workers(config.worker_urls, config.prefill, config.decode)}
 
 
 def place_of(url: str) -> str:

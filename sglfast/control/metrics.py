@@ -67,6 +67,12 @@ _OUTCOMES = {
     "ok": words.W_OK, "client_error": words.W_CLIENT_ERRORS, "busy": words.W_BUSY, "error": words.W_ERRORS,
     "cancelled": words.W_CANCELLED,
 }  # fmt: skip
+_AFFINITY = {
+    "same_host_picked": words.S_AFFINITY_SAME_HOST,
+    "fallback_breaker": words.S_AFFINITY_BREAKER,
+    "fallback_load_imbalance": words.S_AFFINITY_LOAD,
+}
+_MODES = {"regular": "plain", "prefill": "prefill", "decode": "decode"}  # as sgl-router calls them
 _BREAKER_TRANSITIONS = {"open": words.W_BREAKER_OPENED, "half_open": words.W_BREAKER_HALF_OPENED, "closed": words.W_BREAKER_CLOSED}
 _PARITY = {"exact": words.W_PARITY_EXACT, "too_high": words.W_PARITY_HIGH, "too_low": words.W_PARITY_LOW}
 _WORKER_COUNTERS = {
@@ -182,6 +188,8 @@ class RouterCollector(Collector):
         yield _counter("router_errors", "Answers that the router made itself because of a failure, by x-router-error-code.", rows)
         rows = [({"decision": name}, totals[words.S_DECISIONS + i]) for i, name in enumerate(DECISIONS)]
         yield _counter("decisions", "Choices of a worker, by why it was chosen.", rows)
+        rows = [({"outcome": name}, totals[word]) for name, word in _AFFINITY.items()]
+        yield _counter("decode_affinity", "Choices of a decode worker by host: the prefill worker's, or why not there.", rows)
         rows = [({"result": "keyed"}, totals[words.S_PROMPTS_KEYED]), ({"result": "unkeyed"}, totals[words.S_PROMPTS_UNKEYED])]
         yield _counter("prompts", "Prompts looked up in the KV index (keyed) or not (unkeyed).", rows)
         yield _histogram("ttft_seconds", "Time from a whole request to the first byte of a good answer's body.", totals, words.S_TTFT)
@@ -190,13 +198,19 @@ class RouterCollector(Collector):
     def _of_workers(self) -> Iterable[Metric]:
         views = self._views()
         labels = [{"worker": view.record.url} for view in views]
+        modes = [_MODES[view.record.role] for view in views]
         totals = [self._worker_totals.of(view.worker_idx) for view in views]
         rows = [
             ({"worker": view.record.url, "model": view.record.model or ""}, float(view.state == _workers.READY)) for view in views
         ]  # fmt: skip
         yield _gauge("worker_up", "1 when the worker takes new requests.", rows)
-        states = [view.state for view in views]
-        yield _gauge("workers", "Workers by state.", [({"state": name}, states.count(state)) for state, name in _STATES.items()])
+        states = [(view.state, mode) for view, mode in zip(views, modes, strict=True)]
+        rows = [
+            ({"state": name, "mode": mode}, float(states.count((state, mode))))
+            for state, name in _STATES.items()
+            for mode in _MODES.values()
+        ]
+        yield _gauge("workers", "Workers by state and by what they do of a request.", rows)
         each = [({**label, "state": _STATES[view.state]}, 1.0) for label, view in zip(labels, views, strict=True)]
         yield _gauge("worker_state", "The worker's state; always 1.", each)
         rows = [({"result": result}, self._changes.additions[result]) for result in ("success", "failed", "duplicate")]
@@ -204,8 +218,8 @@ class RouterCollector(Collector):
         rows = [({"how": how}, self._changes.removals[how]) for how in ("drained", "cut", "waiting")]
         yield _counter("worker_removals", "Workers that were removed: after their requests, in their midst, or before they joined.", rows)
         requests = [
-            ({**label, "outcome": outcome}, row[word])
-            for label, row in zip(labels, totals, strict=True)
+            ({**label, "mode": mode, "outcome": outcome}, row[word])
+            for label, mode, row in zip(labels, modes, totals, strict=True)
             for outcome, word in _OUTCOMES.items()
         ]
         yield _counter("worker_requests", "Requests that have left the worker, by outcome (busy: 429 and 503).", requests)

@@ -4,6 +4,8 @@ Runs in: control, one task per worker and at most one introspection beside it. C
     good; its introspection is given one timeout to answer first, so that its first requests find the right pool, and goes on
     in the background when it does not. Checks are jittered; no more than fetch's bound run at once. A worker that has not been
     ready for `worker_startup_timeout_secs` counts as failed and is checked on: it may come back on the same address.
+    A prefill worker whose bootstrap port nobody has told is kept back for PORT_GRACE_S, because requests without it find the wrong
+    port or none; then it is READY as it is, and asked on (spec/router.md 3.5).
 """
 
 import asyncio
@@ -14,7 +16,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from sglfast._workers import READY
+from sglfast._workers import JOINING, READY
 from sglfast.config import ServeConfig
 from sglfast.control.fetch import Fetcher
 from sglfast.control.health import HealthMachine, HealthRules, Verdict, check, pause_s, rules_of
@@ -22,6 +24,8 @@ from sglfast.control.introspect import introspect, retry_pause_s
 from sglfast.control.workers import Workers
 
 _JITTER = 0.1  # of a pause, both ways
+PORT_GRACE_S = 30.0
+_NO_PORT = "its bootstrap port is not known: it tells none, and none was given"
 _SPREAD_PER_S = 1000  # workers whose first check starts in a second
 
 
@@ -116,6 +120,8 @@ class _Watch:
         self._worker_idx = worker_idx
         self._url = workers.view(worker_idx).record.url
         self._machine = HealthMachine(rules)
+        self._joined_s = 0.0
+        self._has_told_port_missing = False
         self._introspection: asyncio.Task[None] | None = None
         self.task: asyncio.Task[None] | None = None
         self.progress = Progress()
@@ -132,7 +138,7 @@ class _Watch:
     async def run(self, delay_s: float) -> None:
         """Check the worker for ever."""
         loop = asyncio.get_running_loop()
-        joined_s = loop.time()
+        self._joined_s = joined_s = loop.time()
         await asyncio.sleep(delay_s)
         while True:
             verdict = Verdict.NOTHING
@@ -143,16 +149,19 @@ class _Watch:
                     await self._look_at_it()
                 elif verdict is Verdict.TAKE_OUT:
                     await self.forget()
-                self._workers.set_state(self._worker_idx, self._machine.state)
                 self._tell(verdict, problem)
                 self._note(verdict, problem)
+                self._show_state()
             except Exception:
                 # A worker that breaks our code must not leave the others, nor itself, unwatched.
                 self._log.exception("a health check failed in an unforeseen way", extra={"fields": {"worker": self._url}})
             # Workers that join together are not to be checked together for ever.
             spread = random.random() if verdict is Verdict.TAKE_IN else random.uniform(1 - _JITTER, 1 + _JITTER)
             pause = pause_s(self._machine.state, loop.time() - joined_s, self._machine.rules, self._pool.size)
-            await asyncio.sleep(pause * spread)
+            pause *= spread
+            if self._is_held_back:
+                pause = min(pause, max(0.0, joined_s + PORT_GRACE_S - loop.time()))
+            await asyncio.sleep(pause)
 
     async def _check(self) -> str:
         """What is wrong with the worker, the empty string when nothing is."""
@@ -173,20 +182,45 @@ class _Watch:
         """Keep what GET /workers tells of the registration, and count how it ended."""
         progress = self.progress
         progress.problem = problem
-        if not progress.was_ready and self._machine.state == READY:
-            progress.was_ready, progress.since = True, time.time()
-            self._pool.outcomes["success"] += 1
-        elif verdict is Verdict.FAILED:
+        if verdict is Verdict.FAILED:
             progress.is_failed, progress.since = True, time.time()
             self._pool.outcomes["failed"] += 1
 
+    @property
+    def _is_held_back(self) -> bool:
+        """Whether a worker that is well has to wait for its bootstrap port."""
+        is_young = asyncio.get_running_loop().time() < self._joined_s + PORT_GRACE_S
+        return self._machine.state == READY and is_young and self._workers.lacks_port(self._worker_idx)
+
+    def _show_state(self) -> None:
+        """Let the others see what the checks say; a line in the log, and the end of the registration, when the worker is ready."""
+        if self._is_held_back:
+            self.progress.problem = _NO_PORT
+            self._workers.set_state(self._worker_idx, JOINING)
+            return
+        state = self._machine.state
+        was_ready = self._workers.health(self._worker_idx) == READY
+        self._workers.set_state(self._worker_idx, state)
+        if state != READY or was_ready:
+            return
+        view = self._workers.view(self._worker_idx)
+        fields: dict[str, object] = {"worker": self._url, "model": view.record.model}
+        if view.record.role != "regular":
+            fields |= {"role": view.record.role}
+        if view.record.role == "prefill":
+            fields |= {"bootstrap_port": view.record.bootstrap_port}
+        self._log.info("worker is ready", extra={"fields": fields | {"kv_block_size": view.block_size, "ranks": view.dp_size}})
+        if self._workers.lacks_port(self._worker_idx) and not self._has_told_port_missing:
+            self._has_told_port_missing = True
+            text = f"{_NO_PORT}; its requests say null, and it is asked again"
+            self._log.warning(text, extra={"fields": {"worker": self._url}})
+        if not self.progress.was_ready:
+            self.progress.was_ready, self.progress.since = True, time.time()
+            self._pool.outcomes["success"] += 1
+
     def _tell(self, verdict: Verdict, problem: str) -> None:
-        """One log line for each transition."""
-        if verdict is Verdict.TAKE_IN:
-            view = self._workers.view(self._worker_idx)
-            fields = {"worker": self._url, "model": view.record.model, "kv_block_size": view.block_size, "ranks": view.dp_size}
-            self._log.info("worker is ready", extra={"fields": fields})
-        elif verdict is Verdict.TAKE_OUT:
+        """One log line for each transition but that to READY."""
+        if verdict is Verdict.TAKE_OUT:
             self._log.warning("worker is unhealthy", extra={"fields": {"worker": self._url, "problem": problem}})
         elif verdict is Verdict.FAILED:
             text = f"worker was not healthy within --worker-startup-timeout-secs {self._machine.rules.startup_timeout_s:g}; it is asked on"
@@ -214,8 +248,11 @@ class _Watch:
                 findings = await introspect(self._fetcher, self._url, self.config.introspect_timeout_secs, api_key)
                 has_changed = self._workers.learn(self._worker_idx, findings)
                 is_named = self._workers.view(self._worker_idx).record.model is not None  # maybe by the one who added it
-                is_complete = findings.is_complete or (findings.has_spoken and is_named)
-                problem = findings.problem or "no path tells the model's name"
+                lacks_port = self._workers.lacks_port(self._worker_idx)
+                is_complete = (findings.is_complete or (findings.has_spoken and is_named)) and not lacks_port
+                problem = findings.problem or (_NO_PORT if lacks_port else "no path tells the model's name")
+                if has_changed and self._machine.state == READY and done.is_set():
+                    self._show_state()  # what it waited for may have come
             except Exception:
                 self._log.exception("an introspection failed in an unforeseen way", extra={"fields": {"worker": self._url}})
                 has_changed, is_complete, problem = False, False, "see above"

@@ -3,14 +3,17 @@
 Runs in: control. Contract: a body is read strictly where a field has a meaning here and leniently where it has none: those fields are
     named to the caller (`ignored`), never dropped silently. Errors name the field and never quote a key. Field names and
     defaults: spec/gateway.md 1.5 (POST /workers of sglang-router 0.3.2).
-Effect here: url, model_id, api_key, the five health fields and disable_health_check act; priority, cost and labels are kept and shown.
+Effect here: url, model_id, api_key, worker_type, bootstrap_port, the five health fields and disable_health_check act; priority, cost and
+    labels are kept and shown. A bootstrap_port of null says nothing, as a client's typed model writes it; "none" says that there is none.
 """
 
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from sglfast.config.checks import is_key, worker_url
+from sglfast.config.checks import is_key
+from sglfast.config.worker_urls import NamedWorker, worker_url
+from sglfast.control.roles import Named
 from sglfast.errors import ConfigError
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -20,8 +23,10 @@ _KEY_LIMIT_BYTES = 800  # URL, model's name and key fit into a worker's slot tog
 _NAME_LIMIT_CHARACTERS = 512
 _LABELS_LIMIT, _LABEL_LIMIT_CHARACTERS = 64, 256
 _NUMBERS = ("health_check_timeout_secs", "health_check_interval_secs", "health_success_threshold", "health_failure_threshold")
-# Meant for prefill/decode pairs, for gRPC or for a router that parses answers: none of these is here.
-_WITHOUT_EFFECT = frozenset({"bootstrap_port", "tokenizer_path", "reasoning_parser", "tool_parser", "chat_template"})
+# Meant for gRPC or for a router that parses answers: none of these is here.
+_WITHOUT_EFFECT = frozenset({"tokenizer_path", "reasoning_parser", "tool_parser", "chat_template"})
+_TYPES = ("regular", "prefill", "decode")
+_NO_PORT = "none"
 _IMPLIED: dict[str, frozenset[object]] = {
     "worker_type": frozenset({None, "regular"}),
     "runtime": frozenset({None, "sglang", "vllm"}),
@@ -45,9 +50,14 @@ class HealthChange(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerSpec(HealthChange, frozen=True, kw_only=True):
-    """A worker as it was asked for. url: scheme, host and port; model_id: None = as the worker says; api_key: None = as the flags say."""
+    """A worker as it was asked for. url: scheme, host and port; model_id: None = as the worker says; api_key: None = as the flags say.
+
+    worker_type: unless the worker says something else; bootstrap_port: of a prefill worker, None = as it says, "none" = it has none.
+    """
 
     url: str
+    worker_type: Literal["regular", "prefill", "decode"] = "regular"
+    bootstrap_port: int | Literal["none"] | None = None
     model_id: str | None = None
     api_key: str | None = None
     priority: int = 50
@@ -56,6 +66,12 @@ class WorkerSpec(HealthChange, frozen=True, kw_only=True):
 
     def __repr__(self) -> str:
         return f"WorkerSpec({self.url})"  # the rest may hold a key
+
+    @property
+    def named(self) -> Named:
+        """What the worker is said to be there for."""
+        port = self.bootstrap_port
+        return Named(self.worker_type, port if isinstance(port, int) else None, is_port_known=port is not None)
 
 
 class WorkerChange(HealthChange, frozen=True, kw_only=True):
@@ -74,6 +90,12 @@ class WorkerChange(HealthChange, frozen=True, kw_only=True):
         return "WorkerChange(...)"
 
 
+def spec_of(worker: NamedWorker) -> WorkerSpec:
+    """What a flag asks for."""
+    port = worker.bootstrap_port or _NO_PORT if worker.is_port_known else None
+    return WorkerSpec(url=worker.url, worker_type=worker.role, bootstrap_port=port)  # type: ignore[arg-type]
+
+
 def read_spec(body: bytes) -> tuple[WorkerSpec, list[str]]:
     """(what was asked for, names of the fields that have no effect) of a POST body. Raises SpecError."""
     fields, ignored = _object(body, WorkerSpec)
@@ -85,6 +107,8 @@ def read_spec(body: bytes) -> tuple[WorkerSpec, list[str]]:
     model_id = spec.model_id if spec.model_id not in ("", _UNKNOWN_MODEL) else None
     if model_id is not None and (len(model_id) > _NAME_LIMIT_CHARACTERS or not model_id.isprintable()):
         raise SpecError(f"model_id: must be printable and at most {_NAME_LIMIT_CHARACTERS} characters")
+    if isinstance(spec.bootstrap_port, int) and not 1 <= spec.bootstrap_port <= 65_535:
+        raise SpecError('bootstrap_port: must be a number from 1 to 65535, or "none"')
     _check(spec.api_key or None, spec.labels, spec)
     return msgspec.structs.replace(spec, url=url, model_id=model_id, api_key=spec.api_key or None), ignored
 
@@ -114,11 +138,13 @@ def _object(body: bytes, kind: type[msgspec.Struct]) -> tuple[dict[str, Any], li
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise SpecError("the body must be a JSON object") from None
     known = {field.name for field in msgspec.structs.fields(kind)}
-    worker_type, runtime = fields.get("worker_type"), fields.get("runtime")
-    if worker_type in ("prefill", "decode"):
-        raise SpecError(f"worker_type: {worker_type} workers need prefill/decode disaggregation, which is not offered; give regular")
-    if runtime == "external":
+    if fields.get("runtime") == "external":
         raise SpecError("runtime: external providers are not offered; give sglang or vllm")
+    # A type that there is not means regular, as for sglang-router.
+    if fields.get("worker_type") not in _TYPES:
+        known.discard("worker_type")
+    if fields.get("worker_type") != "prefill" or fields.get("bootstrap_port") is None:
+        known.discard("bootstrap_port")
     rest = {name: value for name, value in fields.items() if name not in known}
     ignored = [name for name, value in rest.items() if not _is_implied(name, value)]
     return {name: value for name, value in fields.items() if name in known}, sorted(name[:64] for name in ignored)
@@ -126,7 +152,7 @@ def _object(body: bytes, kind: type[msgspec.Struct]) -> tuple[dict[str, Any], li
 
 def _is_implied(name: str, value: object) -> bool:
     """Whether a field that is not kept says only what is so anyway."""
-    if name in _WITHOUT_EFFECT:
+    if name in _WITHOUT_EFFECT or name == "bootstrap_port":
         return value is None
     try:
         return value in _IMPLIED.get(name, frozenset())

@@ -14,6 +14,7 @@ import msgspec
 
 from sglfast._workers import BLOB_BYTES, DRAINING, JOINING, WorkerTable
 from sglfast.control.introspect import Findings
+from sglfast.control.roles import Found, Named, Traits, mismatches, resolve
 from sglfast.errors import ConfigError
 from sglfast.shm import KeyRoute, WorkerRecord, WorkerView, put_worker
 from sglfast.wire.kv_endpoint import KvSetting, with_setting
@@ -76,6 +77,11 @@ class Workers:
         self._health: dict[int, int] = {}  # state by health alone
         self._draining: set[int] = set()
         self._models: dict[int, str] = {}  # names that were given, and not to be asked for
+        self._named: dict[int, Named] = {}  # what the operator said of those whose role he named
+        self._lacking_port: set[int] = set()
+        self._traits: dict[int, Traits] = {}  # of prefill and decode workers
+        self._told: dict[int, str] = {}  # the last problem with a worker's role that was logged
+        self._mismatches: dict[str, list[str]] = {}  # by model, as they were logged
         self._removed: dict[int, tuple[int, int]] = {}  # slot -> (first rank, ranks) until `release`
         self._free_slots = list(range(table.max_workers))  # a heap: the lowest is taken first, which keeps pools in order
 
@@ -97,12 +103,18 @@ class Workers:
         """Of the table; it moves with every change."""
         return self._table.version()
 
-    def register(self, url: str, *, model: str | None = None, api_key: str | None = None) -> int:
+    def lacks_port(self, worker_idx: int) -> bool:
+        """Whether it is a prefill worker whose bootstrap port neither the operator nor itself has told."""
+        return worker_idx in self._lacking_port
+
+    def register(self, url: str, *, model: str | None = None, api_key: str | None = None, named: Named | None = None) -> int:
         """Give the worker a slot, in state JOINING and with nothing known of it but what is given; returns its worker_idx.
 
-        model: its model's name, whatever it says itself. Raises ConfigError when the URL does not fit, TableFullError.
+        model: its model's name, whatever it says itself; named: what it is there for, unless it says something else.
+        Raises ConfigError when the URL does not fit, TableFullError.
         """
-        record = WorkerRecord(url=url, model=model, api_key=api_key)
+        found = resolve(named or Named(), None)
+        record = WorkerRecord(url=url, model=model, api_key=api_key, role=found.role, bootstrap_port=found.bootstrap_port)
         if len(url.encode()) > _URL_LIMIT_BYTES:
             raise ConfigError(f"--worker-urls: a URL of {len(url)} characters is longer than {_URL_LIMIT_BYTES} bytes")
         if not self._free_slots:
@@ -125,6 +137,10 @@ class Workers:
         self._health[worker_idx] = JOINING
         if model is not None:
             self._models[worker_idx] = model
+        if named is not None:
+            self._named[worker_idx] = named
+        if found.lacks_port:
+            self._lacking_port.add(worker_idx)
         return worker_idx
 
     def remove(self, worker_idx: int) -> None:
@@ -132,7 +148,9 @@ class Workers:
         view = self._views.pop(worker_idx)
         del self._health[worker_idx]
         self._draining.discard(worker_idx)
-        self._models.pop(worker_idx, None)
+        self._lacking_port.discard(worker_idx)
+        for of_worker in (self._models, self._named, self._traits, self._told):
+            of_worker.pop(worker_idx, None)
         self._removed[worker_idx] = (view.rank_base, view.dp_size)
         self._table.remove(worker_idx)
 
@@ -185,11 +203,41 @@ class Workers:
             if not _fits(new.record):
                 return False
         else:
-            new = self._place(old, model, with_setting(findings.facts, old.record.url, self._kv_settings))
+            found = self._role_of(worker_idx, findings.facts)
+            new = self._place(old, model, with_setting(findings.facts, old.record.url, self._kv_settings), found)
+            self._note_traits(new, findings.facts)
         if new == old:
             return False
         self._put(new)
         return True
+
+    def _role_of(self, worker_idx: int, facts: WorkerFacts | None) -> Found:
+        found = resolve(self._named.get(worker_idx, Named()), facts)
+        if found.problem and self._told.get(worker_idx) != found.problem:
+            self._log.warning(found.problem, extra={"fields": {"worker": self._views[worker_idx].record.url, "role": found.role}})
+        self._told[worker_idx] = found.problem
+        if found.lacks_port:
+            self._lacking_port.add(worker_idx)
+        else:
+            self._lacking_port.discard(worker_idx)
+        return found
+
+    def _note_traits(self, view: WorkerView, facts: WorkerFacts | None) -> None:
+        """Say when the prefill and decode workers of a model do not fit together, once for each way."""
+        self._traits.pop(view.worker_idx, None)
+        if facts is None or view.record.role == "regular":
+            return
+        told = Traits(view.record.url, view.record.role, facts.tp_size, facts.dp_size, facts.load_balance_method)
+        self._traits[view.worker_idx] = told
+        model = view.record.model or ""
+        others = [
+            traits for idx, traits in self._traits.items() if idx != view.worker_idx and (self._views[idx].record.model or "") == model
+        ]
+        found = mismatches([*others, told])
+        for text in found:
+            if text not in self._mismatches.get(model, ()):
+                self._log.warning(text, extra={"fields": {"model": model}})
+        self._mismatches[model] = found
 
     def _usable_name(self, url: str, model: str | None) -> str | None:
         if model is None or (model.isprintable() and len(model) <= _NAME_LIMIT_CHARACTERS):
@@ -200,10 +248,10 @@ class Workers:
         )
         return None
 
-    def _place(self, old: WorkerView, model: str | None, facts: WorkerFacts | None) -> WorkerView:
-        """The worker with these facts, its ranks taken."""
+    def _place(self, old: WorkerView, model: str | None, facts: WorkerFacts | None, found: Found) -> WorkerView:
+        """The worker with these facts and in this role, its ranks taken."""
         url = old.record.url
-        record = WorkerRecord(url=url, model=model, api_key=old.record.api_key)
+        record = WorkerRecord(url=url, model=model, api_key=old.record.api_key, role=found.role, bootstrap_port=found.bootstrap_port)
         kv = facts.kv if facts else None
         if facts is not None:
             full = WorkerRecord(
@@ -220,6 +268,8 @@ class Workers:
                 kv_connects_out=facts.kv_connects_out,
                 adapters=facts.adapters,
                 takes_rid=facts.takes_rid,
+                role=found.role,
+                bootstrap_port=found.bootstrap_port,
             )
             if _fits(full) and (kv is None or kv.block_size <= _BLOCK_SIZE_LIMIT):
                 record = full

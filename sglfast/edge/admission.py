@@ -24,7 +24,7 @@ from sglfast.edge.header_lines import value_of
 
 if TYPE_CHECKING:
     from sglfast.edge.exchange import Exchange
-    from sglfast.edge.route import Route
+    from sglfast.edge.pools import Route
     from sglfast.edge.shard import Shard
 
 _POLL_SECS = 0.002  # while somebody waits: places that other shards' requests leave are not announced
@@ -114,18 +114,20 @@ class Admission:
             return route
         first = self._first_in_line(route.pool.model)
         if first is None or Ticket(exchange, self._priority_of(exchange.head.kept), b"") < first:
-            if self._has_room(route):
+            full = self._full(route)
+            if not full:
                 return route
-            other: Route | None = self._shard.router.next_choice(route, (*exchange.tried, route.upstream.worker_idx))
-            if other is not None and self._has_room(other):
+            other: Route | None = self._shard.router.next_choice(route, (*exchange.tried, *full))
+            if other is not None and not self._full(other):
                 return other
         exchange.holds_permit = False
         self._limits.give_back()
         self._wait(exchange, route.pool.model, is_admitted=True)
         return None
 
-    def _has_room(self, route: Route) -> bool:
-        return self._shard.loads.requests(route.upstream.worker_idx) < self._worker_limit
+    def _full(self, route: Route) -> tuple[int, ...]:
+        """Rows of those workers of a route that have as many requests as they may."""
+        return tuple(row for row in route.rows if self._shard.loads.requests(row) >= self._worker_limit)
 
     def leave(self, exchange: Exchange) -> None:
         """A request that was admitted, or that waits, is over."""
@@ -224,7 +226,7 @@ class Admission:
         loads, pools = self._shard.loads, self._shard.router.pools
         while (first := self._first_in_line(model)) is not None:
             pool = pools.get(model)  # none: whoever chooses now is told so
-            is_full = pool is not None and self._worker_limit and loads.least(pool.view.worker_idxs)[1] >= self._worker_limit
+            is_full = pool is not None and self._worker_limit and pool.is_full(loads, self._worker_limit)
             if is_full or not self._take():
                 return
             exchange = self._drop(first)

@@ -15,34 +15,30 @@ import math
 from typing import TYPE_CHECKING
 
 from sglfast import _counters, errors
-from sglfast._relay import UNTIL_CLOSE, ExchangeBase
-from sglfast.edge.abort import abort
+from sglfast._relay import UNTIL_CLOSE
 from sglfast.edge.answers import error_event
-from sglfast.edge.breaker import NO_PROBE, PROBE, PROBE_ANSWERED
+from sglfast.edge.breaker import NO_PROBE
 from sglfast.edge.header_lines import without
-from sglfast.edge.parity import cached_tokens_in, outcome_word
+from sglfast.edge.leg import Leg
+from sglfast.edge.prefill_leg import PrefillLeg, send_pair
 from sglfast.edge.retry import RETRYABLE, Attempts
 
 if TYPE_CHECKING:
     from sglfast._httphead import ResponseHead
+    from sglfast.edge.pools import Route
     from sglfast.edge.request import Endpoint
-    from sglfast.edge.route import Route
     from sglfast.edge.server import ClientConnection
-    from sglfast.edge.shard import Shard
-    from sglfast.edge.upstream import Upstream, UpstreamConnection
+    from sglfast.edge.upstream import UpstreamConnection
 
 
-class Exchange(ExchangeBase):
+class Exchange(Leg):
     """A request that was given to the router's data plane, from its last body byte to its last answer byte."""
 
     __slots__ = ()
 
     client: ClientConnection
-    shard: Shard
     endpoint: Endpoint
-    route: Route | None
-    connection: UpstreamConnection | None
-    failed_attempts: Attempts | None
+    pair: PrefillLeg | None
 
     # ---- towards the worker ----
 
@@ -75,13 +71,25 @@ class Exchange(ExchangeBase):
             return
         granted = route if self.shard.admission is None else self.shard.admission.take_worker(self, route)
         if granted is not None:
-            self.dispatch(granted)
+            self.send(granted)
+
+    def send(self, route: Route) -> None:
+        """Give the request to the route's worker, or to both of a pair."""
+        if self.pair is not None:
+            self.body, self.kept = self.pair.plain_body, self.pair.plain_kept
+            self.pair = None
+        if route.prefill is None:
+            self.dispatch(route)
+        else:
+            send_pair(self, route)
 
     def may_probe(self, route: Route) -> bool:
         """Be the probe of a half-open worker; False: another is, and this request has gone elsewhere."""
         probe = self.shard.breakers.claim(route.upstream)
         if probe is None:
-            self._attempts().go_elsewhere(route)
+            if self.pair is not None:
+                self.pair.give_probe_back()
+            self.attempts().go_elsewhere(route, route.upstream)
             return False
         self.probe = probe
         return True
@@ -95,66 +103,125 @@ class Exchange(ExchangeBase):
         self.shard.note_unreachable(route.upstream, error)
         self.leave_worker(_counters.W_ERRORS)
         is_late = isinstance(error, TimeoutError)
-        self._attempts().failed(route, errors.UPSTREAM_TIMEOUT if is_late else errors.UPSTREAM_UNREACHABLE, is_quick=True)
+        self.attempts().failed(route, errors.UPSTREAM_TIMEOUT if is_late else errors.UPSTREAM_UNREACHABLE, is_quick=True)
 
     @property
     def tried(self) -> tuple[int, ...]:
         """Workers that this request was given to in vain."""
         return self.failed_attempts.tried if self.failed_attempts is not None else ()
 
-    def _attempts(self) -> Attempts:
+    def attempts(self) -> Attempts:
+        """What has failed so far."""
         if self.failed_attempts is None:
             self.failed_attempts = Attempts(self)
         return self.failed_attempts
 
     def on_no_room(self) -> None:
         """We have no socket for one more connection, to any worker."""
-        if not self.is_over:
-            self.leave_worker(_counters.W_CANCELLED)
+        if self.is_over:
+            return
+        connection = self.abandon()  # only of a pair there may be one
+        self.leave_worker(_counters.W_CANCELLED)
+        if self.has_answer:
+            self._cut(connection, errors.TOO_MANY_CONNECTIONS)
+        else:
             self.refuse(errors.TOO_MANY_CONNECTIONS)
 
-    def kept_with_key(self, upstream: Upstream) -> bytes:
-        """The header lines with the worker's key in the place of the client's."""
-        return without(self.kept, b"authorization") + (upstream.key_line or b"")
+    # ---- the prefill half of a pair ----
+
+    def on_prefill_failed(self, leg: PrefillLeg, *, is_quick: bool) -> None:
+        """It has ended without success: so does this half, and maybe another pair is tried."""
+        route = self.route
+        assert route is not None
+        leg.held = None
+        connection = self.abandon()
+        self.leave_worker(_counters.W_CANCELLED)
+        self.outcome = leg.outcome
+        if self.has_answer:
+            self._cut(connection, errors.PREFILL_FAILED)
+        else:
+            self.attempts().failed(route, errors.PREFILL_FAILED, at=leg.first.upstream, is_quick=is_quick)
+
+    def take_over(self, leg: PrefillLeg, connection: UpstreamConnection) -> None:
+        """The prefill worker answers 4xx: what it says is the answer, as if the request had gone there alone."""
+        leg.exchange = leg.held = None
+        self.abandon()
+        self.leave_worker(_counters.W_CANCELLED)
+        self.route, self.tokens, self.probe, self.rid = leg.route, leg.tokens, leg.probe, leg.rid
+        leg.route, leg.tokens, leg.probe = None, 0, NO_PROBE
+        self.connection = connection
+        leg.heir = self
+        if self.client.is_write_paused and connection.transport is not None:
+            connection.transport.pause_reading()
+
+    def left_pair(self, outcome: int) -> None:
+        """The request has left the worker at which it was."""
+        assert self.pair is not None
+        if self.last_route.prediction is not None:
+            self.shard.router.settle(self.last_route)
+        self.pair.on_left(outcome)
+
+    def holds_head(self, head: ResponseHead, payload: bytes) -> bool:
+        """Keep the head of a stream from the client as long as nothing else has come and the prefill half may fail."""
+        pair = self.pair
+        if pair is None or payload or not head.is_event_stream or not pair.is_waiting:
+            return False
+        pair.held = head
+        self.status = head.status
+        self.keeps_alive = head.keeps_alive
+        self.decodes_chunks = self.head.is_http10 and head.is_chunked
+        return True
+
+    def release_head(self, data: bytes = b"") -> None:
+        """Send such a head now, with the first of its body."""
+        pair = self.pair
+        if pair is not None and pair.held is not None:
+            head, pair.held = pair.held, None
+            self.begin_answer(head, data)
+
+    def pair_header(self, head: ResponseHead) -> bytes:
+        """The line that names the decode worker, on good answers."""
+        pair = self.pair
+        assert pair is not None
+        pair.plain_body = b""  # there is no other attempt
+        return pair.decode.decode_url_line if head.status < 400 else b""
+
+    def may_flee(self, route: Route) -> bool:
+        """Whether the request may go to other workers than the prefill worker of this route."""
+        return not self.has_answer and self.attempts().has_other(route, route.upstream)
 
     # ---- back to the client ----
 
     def holds(self, head: ResponseHead, payload: bytes) -> bool:
         """Keep an answer of 4xx or 5xx from the client, because another attempt may better it; False: it is the answer."""
-        if head.status not in RETRYABLE or not self._attempts().may_hold():
+        if head.status not in RETRYABLE or not self.attempts().may_hold():
             return False
-        self._attempts().hold(head, payload)
+        self.attempts().hold(head, payload)
         self.status = head.status
         self.keeps_alive = head.keeps_alive
         self.decodes_chunks = self.head.is_http10 and head.is_chunked
         return True
 
     def hold_more(self, data: bytes) -> None:
-        """A further piece of the body of such an answer."""
-        self._attempts().hold_more(data)
+        """A further piece of the body of such an answer, or the first behind a head that was kept."""
+        if self.pair is not None and self.pair.held is not None:
+            self.release_head(data)
+        else:
+            self.attempts().hold_more(data)
 
     def end_held(self, outcome_word: int) -> None:
         """Such an answer is complete."""
         route = self.route
         assert route is not None
+        if self.pair is not None and self.pair.held is not None:  # a stream without a byte
+            self.release_head()
+            if not self.is_over:
+                self.leave_worker(outcome_word)
+                self.finish()
+                self.client.on_exchange_end()
+            return
         self.leave_worker(outcome_word)
-        self._attempts().end_held(route)
-
-    def probe_answered(self) -> None:
-        """A good answer to the probe of a half-open worker begins."""
-        if self.probe == PROBE and self.route is not None:
-            self.probe = PROBE_ANSWERED
-            self.shard.breakers.answered(self.route.upstream)
-
-    def tell_breaker(self, route: Route, outcome_word: int) -> None:
-        """The request has left this worker in a way that its breaker has to hear of.
-
-        One request charges a worker once, however often it is tried there: it may be the request that is at fault.
-        """
-        attempts = self.failed_attempts
-        if self.probe or outcome_word != _counters.W_ERRORS or attempts is None or not attempts.has_tried(route):
-            self.shard.breakers.left(route.upstream, outcome_word, self.probe)
-        self.probe = NO_PROBE
+        self.attempts().end_held(route)
 
     def unchunked(self, kept: bytes) -> bytes:
         """An answer in chunks for a client that knows none: its head lines without that, and the connection's end is its end."""
@@ -166,31 +233,15 @@ class Exchange(ExchangeBase):
         """The line that a client asks for with `x-sglfast-kv: 1`."""
         if self.route is None:
             return b""
-        return b"x-sglfast-kv: %b\r\n" % self.shard.router.describe(self.route)
-
-    def look_for_cached_tokens(self, piece: bytes) -> None:
-        """What a piece of an answer reports of the worker's cache is kept for `count_parity`."""
-        found = cached_tokens_in(piece)
-        if found >= 0:
-            self.cached_tokens = found
-
-    def count_parity(self) -> None:
-        """Count the worker's report against the prediction."""
-        assert self.route is not None
-        self.shard.column.add_worker(self.route.upstream.worker_idx, outcome_word(self.predicted_tokens, self.cached_tokens))
+        return b"x-sglfast-kv: %b\r\n" % self.shard.router.describe(self.pair.first if self.pair is not None else self.route)
 
     def on_lost(self, connection: UpstreamConnection) -> None:
         """The worker closed the connection before its answer was complete."""
         self.connection = None
         route = self.route
         assert route is not None
-        if not connection.has_spoken and connection.uses > 1 and not self.is_resent and not route.upstream.is_removed:
-            # It had been idle: the worker closed it while our request was on its way. A fresh connection tells for sure.
-            self.is_resent = True
-            self.shard.column.add(_counters.S_RESENDS)
-            route.upstream.open(self)
-            return
-        self._broke(route, connection, errors.UPSTREAM_CLOSED)
+        if not self.resends(connection):
+            self._broke(route, connection, errors.UPSTREAM_CLOSED)
 
     def on_malformed(self, connection: UpstreamConnection) -> None:
         """The worker's bytes are no HTTP answer."""
@@ -203,7 +254,7 @@ class Exchange(ExchangeBase):
         if self.has_answer:
             self._cut(connection, errors.UPSTREAM_BODY_INCOMPLETE)
         else:
-            self._attempts().failed(route, reason)
+            self.attempts().failed(route, reason)
 
     def tick(self, now_s: float) -> None:
         """Has the worker been silent for too long? A client that does not read stops this clock. From the sweep, by `needs_tick`.
@@ -228,41 +279,44 @@ class Exchange(ExchangeBase):
 
     def _expire(self, reason: errors.Reason, outcome: int) -> None:
         """The time is over."""
-        connection = self._abandon()
-        self.leave_worker(outcome)
+        pair = self.pair
+        connection = self.abandon()
+        if pair is not None and pair.is_waiting:  # for whom this half waits
+            pair.cancel(outcome)
+            self.leave_worker(_counters.W_CANCELLED)
+            self.outcome = outcome
+        else:
+            self.leave_worker(outcome)
         if self.has_answer:
             self._cut(connection, reason)
         else:
-            self._attempts().give_up(reason)
+            self.attempts().give_up(reason)
 
     def _flee(self, route: Route) -> None:
         """The worker fails its health checks and has not answered: give the request to another, if there is one."""
-        if self._attempts().has_other(route):
-            self._abandon()
+        if self.attempts().has_other(route, route.upstream):
+            self.abandon()
             self.leave_worker(_counters.W_ERRORS)
-            self._attempts().failed(route, errors.UPSTREAM_TIMEOUT, is_quick=True)
-
-    def _abandon(self) -> UpstreamConnection | None:
-        """Leave the worker in the middle: it learns it at once by the end of the connection, and by name if it takes names."""
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            connection.close()
-            if self.rid:
-                abort(connection.upstream, self.head, self.rid)
-        return connection
+            self.attempts().failed(route, errors.UPSTREAM_TIMEOUT, is_quick=True)
 
     def cancel(self) -> None:
         """The client went away: so does its request."""
         if self.is_over:
             return
-        self._abandon()
+        self.abandon()
         self.leave_worker(_counters.W_CANCELLED)
         self.shard.column.add(_counters.S_CLIENT_GONE)
         self.finish()
 
+    def on_mishap(self, error: Exception) -> None:
+        """Our own code has failed for bytes of the worker."""
+        self.client.on_broken(error)
+
     def on_broken(self) -> None:
         """Our own code has failed in the middle of it: that is nothing against the worker."""
-        connection = self._abandon()
+        if self.pair is not None:
+            self.pair.cancel()
+        connection = self.abandon()
         self.leave_worker(_counters.W_CANCELLED)
         if self.has_answer:
             self._cut(connection, errors.INTERNAL_ERROR)

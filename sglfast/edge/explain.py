@@ -12,13 +12,13 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sglfast import _workers, errors
+from sglfast import _counters, _workers, errors
 from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, IMBALANCED, UNKEYED, Hit, Prompt
 from sglfast.edge.request import Endpoint, Facts
 from sglfast.shm import DECISIONS, WorkerView, read_workers
 
 if TYPE_CHECKING:
-    from sglfast.edge.route import Pool
+    from sglfast.edge.pools import Pool
     from sglfast.edge.shard import Shard
 
 PREFIX = b"/explain"
@@ -39,6 +39,14 @@ _WHY = {
     IMBALANCED: "is least loaded, and the pool is out of balance: caches are ignored",
     UNKEYED: "is least loaded; the prompt could not be compared with caches",
 }
+
+
+_DECODE_WHY = {
+    _counters.S_AFFINITY_SAME_HOST: "is on the prefill worker's host",
+    _counters.S_AFFINITY_BREAKER: "is least loaded; the circuit of the one on the prefill worker's host is open",
+    _counters.S_AFFINITY_LOAD: "is least loaded; the one on the prefill worker's host has more than twice the median load",
+}
+_NO_SECOND = "has no decode worker to go with it"
 
 
 def explain(shard: Shard, endpoint: Endpoint, body: bytes, then: Callable[[dict[str, Any] | errors.Reason], None]) -> None:
@@ -67,11 +75,12 @@ def _explanation(shard: Shard, pool: Pool, facts: Facts, body: bytes) -> dict[st
     candidates[position]["why"] = (_APPROXIMATE_WHY if pool.is_approximate else _WHY).get(decision) or _WHY.get(
         decision, f"is the choice of {DECISIONS[decision]}"
     )
+    known = [view for view in read_workers(shard.table) if view.record.model == pool.model]
     chosen_from = {view.worker_idx for view in pool.workers}
     others = [
-        _unready(shard, view)
-        for view in read_workers(shard.table)
-        if view.record.model == pool.model and view.worker_idx not in chosen_from
+        _unready(shard, view, pool.decodes is not None)
+        for view in known
+        if view.worker_idx not in chosen_from and view.record.role != "decode"
     ]
     sizes = sorted({variant.block_size for variant in pool.variants})
     chosen = candidates[position]
@@ -85,7 +94,30 @@ def _explanation(shard: Shard, pool: Pool, facts: Facts, body: bytes) -> dict[st
         "unkeyed_because": None if prompt.is_keyed else facts.why_unkeyed or None,
         "candidates": candidates + others,
         "choice": {"worker": chosen["worker"], "rank": chosen["rank"], "decision": DECISIONS[decision]},
+        "decode": _decode_side(shard, pool, position, known, facts, body) if pool.is_prefill(position) else None,
     }
+
+
+def _decode_side(shard: Shard, pool: Pool, position: int, known: list[WorkerView], facts: Facts, body: bytes) -> dict[str, Any] | None:
+    """The decode worker that would go with the chosen prefill worker, and those that there are. known: all workers of the model."""
+    if pool.decodes is None:
+        return None
+    decodes = copy.copy(pool.decodes)
+    decodes.policy = copy.copy(decodes.policy)
+    prompt = shard.router.compare(decodes, facts, body)[0] if decodes.needs_prompt else Prompt()
+    place, word = decodes.choose(pool.upstreams[position].host, shard.loads, prompt)
+    chosen = decodes.upstreams[place].url
+    may_be_chosen = {view.worker_idx for view in decodes.workers}
+    candidates = []
+    for view in known:
+        if view.record.role == "decode":
+            is_eligible = view.worker_idx in may_be_chosen
+            why = "was not better than the choice" if is_eligible else _NOT_READY[view.state]
+            row = {"worker": view.record.url, "load": {"requests": shard.loads.requests(view.worker_idx)}, "eligible": is_eligible}
+            candidates.append(
+                row | {"why": (_DECODE_WHY.get(word) or f"is the choice of {decodes.policy.name}") if view.record.url == chosen else why}
+            )
+    return {"worker": chosen, "policy": "affinity" if decodes.is_affine else decodes.policy.name, "candidates": candidates}
 
 
 def _overlaps(shard: Shard, pool: Pool, facts: Facts, tier: int) -> dict[int, int]:
@@ -119,7 +151,7 @@ def _candidate(
     }
 
 
-def _unready(shard: Shard, view: WorkerView) -> dict[str, Any]:
+def _unready(shard: Shard, view: WorkerView, has_second: bool) -> dict[str, Any]:
     return {
         "worker": view.record.url,
         "rank": 0,
@@ -128,5 +160,5 @@ def _unready(shard: Shard, view: WorkerView) -> dict[str, Any]:
         "load": {"requests": shard.loads.requests(view.worker_idx), "tokens": shard.loads.tokens(view.worker_idx)},
         "score": None,
         "eligible": False,
-        "why": _NOT_READY[view.state],
+        "why": _NO_SECOND if view.record.role == "prefill" and view.state == _workers.READY and not has_second else _NOT_READY[view.state],
     }

@@ -18,7 +18,7 @@ from sglfast.edge.policy import Hit, Prompt
 
 if TYPE_CHECKING:
     from sglfast._segment import Segment
-    from sglfast.edge.route import Pool
+    from sglfast.edge.pools import Pool
     from sglfast.shm import WorkerView
 
 # For prompts that nobody tokenizes: about what English text and code have, and the unit in which their overlap is reported.

@@ -2,9 +2,10 @@
 
 Runs in: shards. Lines are made on the loop when a request ends (cext/relaylog.pxi) and written many at a time by threads (log_sink), past
     control: straight to standard error and to the file of --log-dir. The loop never waits for whoever reads them.
-Fields: request_id, path, model, worker, decision (of the policy), overlap_blocks and prompt_blocks where the prompt was looked up, status,
-    bytes_in, bytes_out, ttft_ms (to the first body byte), latency_ms, tried (workers that failed before), outcome: ok, client_error,
-    busy, error, cancelled (the client left), cut (the worker ended it in the middle), refused (by the router itself).
+Fields: request_id, path, model, worker (of a pair the prefill worker), decode_worker of a pair, decision (of the policy), overlap_blocks
+    and prompt_blocks where the prompt was looked up, status, bytes_in, bytes_out, ttft_ms (to the first body byte), latency_ms, tried
+    (workers that failed before), outcome: ok, client_error, busy, error, cancelled (the client left), cut (the worker ended it in the
+    middle), refused (by the router itself).
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ class RequestLog(RequestLogBase):
             self._sinks.append(LineSink(LogFile(config.log_dir).write_lines, loss))
         self._counted_lines = 0
 
-    def label(self, model: str | None, url: str) -> bytes:
-        """What every line says of a worker: the end of the path's field, model and worker."""
+    def label(self, model: str | None, url: str, role: str = "regular") -> bytes:
+        """What every line says of a worker: the end of the path's field, model and worker; of a decode worker only itself."""
+        if role == "decode":
+            return (f',"decode_worker":"{url}"' if self.is_json else f" decode_worker={url}").encode()
         if self.is_json:
             return b',"model":%b,"worker":"%b"' % (orjson.dumps(model), url.encode())
         return f" model={_plain(model or '-')} worker={url}".encode()
@@ -57,10 +60,14 @@ class RequestLog(RequestLogBase):
     def slow_line(self, exchange: Exchange, outcome: bytes) -> bytes:
         """The line of a request whose id or path needs quotes or is very long. Latin-1 never fails: a client may send any byte."""
         now_s = time.time()
+        pair, route = exchange.pair, exchange.last_route
+        if pair is not None:
+            route = pair.first
         fields = {
             "request_id": exchange.request_id[:1024].decode("latin-1"),
             "path": exchange.endpoint.path[:1024].decode("latin-1"),
-            "worker": exchange.last_route.upstream.url if exchange.last_route is not None else None,
+            "worker": route.upstream.url if route is not None else None,
+            **({"decode_worker": pair.decode.url} if pair is not None else {}),
             "status": exchange.status,
             "bytes_in": exchange.bytes_in,
             "bytes_out": exchange.bytes_out,

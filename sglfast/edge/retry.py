@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from sglfast._httphead import ResponseHead
     from sglfast.config import ServeConfig
     from sglfast.edge.exchange import Exchange
-    from sglfast.edge.route import Route
+    from sglfast.edge.pools import Route
+    from sglfast.edge.upstream import Upstream
 
 RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 # Of an answer that is held back; a longer one is no error message, it goes to the client.
@@ -101,34 +102,34 @@ class Attempts:
         """Was this worker asked before."""
         return route.upstream.worker_idx in self._tried
 
-    def has_other(self, route: Route) -> bool:
+    def has_other(self, route: Route, at: Upstream) -> bool:
         """Is there a worker to give the request to instead of this one, which is out of the pool, and may it be."""
-        return self._has_more() and self._exchange.shard.router.next_choice(route, (*self._tried, route.upstream.worker_idx)) is not None
+        return self._has_more() and self._exchange.shard.router.next_choice(route, (*self._tried, at.worker_idx)) is not None
 
-    def go_elsewhere(self, route: Route) -> None:
-        """The worker is half-open and has its probe: this attempt goes to another."""
-        self._tried += (route.upstream.worker_idx,)
+    def go_elsewhere(self, route: Route, at: Upstream) -> None:
+        """The worker is half-open and has its probe: this attempt goes to another. at: which of the route's workers."""
+        self._tried += (at.worker_idx,)
         following = self._exchange.shard.router.next_choice(route, self._tried)
-        if following is None or following.upstream is route.upstream:
+        if following is None or at.worker_idx in following.rows:
             self.give_up(errors.BREAKER_OPEN)
         else:
-            self._exchange.dispatch(following)
+            self._exchange.send(following)
 
-    def failed(self, route: Route, reason: errors.Reason, *, is_quick: bool = False) -> None:
-        """The attempt at this worker came to nothing: make another, maybe after a pause, or tell the client.
+    def failed(self, route: Route, reason: errors.Reason, *, at: Upstream | None = None, is_quick: bool = False) -> None:
+        """The attempt by this route came to nothing: make another, maybe after a pause, or tell the client.
 
-        reason: told when there is no further attempt and no worker gave an answer; is_quick: a worker that was not tried yet may be
-        asked without a pause, because this one has done nothing with the request.
+        reason: told when there is no further attempt and no worker gave an answer; at: whose fault it is, if not the route's own
+        worker's; is_quick: a worker that was not tried yet may be asked without a pause, because this one has done nothing.
         """
         exchange = self._exchange
         shard = exchange.shard
         self._failures += 1
-        self._tried += (route.upstream.worker_idx,)
+        self._tried += ((at or route.upstream).worker_idx,)
         following = shard.router.next_choice(route, self._tried) if self._failures < shard.retry.max_attempts else None
         pause_s = shard.retry.pause_s(self._failures)
         if following is None or monotonic() + pause_s >= exchange.deadline_s:
             self.give_up(reason)
-        elif is_quick and following.upstream.worker_idx not in self._tried:
+        elif is_quick and not any(row in self._tried for row in following.rows):
             self._next(following)
         else:
             self._pause = shard.loop.call_later(pause_s, self._go_on, route, reason)
@@ -151,7 +152,7 @@ class Attempts:
         exchange.is_resent = exchange.decodes_chunks = False
         exchange.probe = NO_PROBE
         exchange.shard.column.add(_counters.S_RETRIES)
-        exchange.dispatch(following)
+        exchange.send(following)
 
     def give_up(self, reason: errors.Reason) -> None:
         """No further attempt: the client gets the last answer that a worker gave, if one did, else our own."""

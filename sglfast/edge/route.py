@@ -6,133 +6,31 @@ Runs in: shards, event loop. Contract: `choose` calls back exactly once with a R
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglfast import _counters, _workers, errors
 from sglfast._breaker import CLOSED
 from sglfast._relay import RouterBase
+from sglfast.edge.bootstrap import address_of
 from sglfast.edge.mishap import report
-from sglfast.edge.policy import FAILOVER, Hit, Policy, PoolView, Prompt
-from sglfast.edge.policy.approximate import ApproximateCacheAware
-from sglfast.edge.policy.cache_aware import CacheAware
-from sglfast.edge.policy.least_load import LeastLoad
-from sglfast.edge.policy.power_of_two import PowerOfTwo
-from sglfast.edge.policy.random import Random
-from sglfast.edge.policy.round_robin import RoundRobin
-from sglfast.edge.predict import BLOCK_TOKENS, NOTHING, Found, Prediction, Predictor, with_guesses
+from sglfast.edge.pairs import Decodes, least_untried, make_decodes, pair
+from sglfast.edge.policy import FAILOVER, Hit, Prompt
+from sglfast.edge.pools import Pool, Route, policy_for, why_unserved
+from sglfast.edge.predict import NOTHING, Found, Prediction, Predictor, with_guesses
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
-from sglfast.shm import PARITY_OK, Variant, WorkerView, read_workers
+from sglfast.shm import PARITY_OK, WorkerView, read_workers
 
 if TYPE_CHECKING:
-    from sglfast._counters import Loads
-    from sglfast.config import ServeConfig
     from sglfast.edge.shard import Shard
 
 _NO_PROMPT = Prompt()
+_NO_FACTS = Facts(0, {}, "the policy asks for no prompt")
 _UNREADABLE_PAUSE_S = 10.0
 _STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A choice: the worker's connections, what its cache holds of the prompt, and why it was chosen.
-
-    is_estimated: prompt_blocks and uncached_tokens count a part of the prompt by its characters; is_approximate: overlap_blocks tells
-    what the worker was sent before, not what its events say; prediction: what was noted of this choice, to be settled at its first token.
-    """
-
-    pool: Pool
-    upstream: Upstream
-    decision: int
-    uncached_tokens: int = 0
-    rank: int = 0  # of the KV index
-    dp_rank: int = 0  # the same as the worker counts it
-    overlap_blocks: int = 0
-    prompt_blocks: int = 0
-    predicted_tokens: int = -1  # of the prompt, in the worker's cache; -1 = nobody looked
-    is_trusted: bool = True  # the worker's reports agree with the predictions
-    is_estimated: bool = False
-    is_approximate: bool = False
-    prediction: Prediction | None = None
-
-
-class Pool:
-    """The ready workers of one model."""
-
-    __slots__ = (
-        "by_rank",
-        "is_approximate",
-        "is_silent",
-        "model",
-        "plain_routes",
-        "policy",
-        "positions",
-        "upstreams",
-        "variants",
-        "view",
-        "workers",
-    )
-
-    def __init__(self, model: str | None, workers: list[WorkerView], upstreams: list[Upstream], policy: Policy) -> None:
-        self.model = model
-        self.workers = workers
-        self.upstreams = upstreams
-        self.policy = policy
-        self.view = PoolView(array("i", [worker.worker_idx for worker in workers]))
-        # Routes without a prompt are alike for every request of a policy: made once.
-        self.plain_routes = [
-            Route(self, upstream, policy.plain_decision, rank=worker.rank_base) for worker, upstream in zip(workers, upstreams, strict=True)
-        ]
-        # How the workers cut prompts into blocks; one way in a pool of equals.
-        self.variants = tuple(sorted({worker.variant for worker in workers if worker.block_size}))
-        self.by_rank: dict[int, tuple[int, Variant]] = {
-            worker.rank_base + rank: (position, worker.variant)
-            for position, worker in enumerate(workers)
-            if worker.block_size
-            for rank in range(worker.dp_size)
-        }
-        # Predictions are kept for all ranks; of some workers, or of all, nothing else is known.
-        self.positions = {worker.rank_base + rank: position for position, worker in enumerate(workers) for rank in range(worker.dp_size)}
-        self.is_approximate = isinstance(policy, ApproximateCacheAware)
-        self.is_silent = not all(worker.block_size for worker in workers)
-
-    def is_approximate_at(self, position: int) -> bool:
-        """Whether what is known of the worker's cache is what it was sent, not what its events say."""
-        return self.is_approximate or not self.workers[position].block_size
-
-    def block_tokens(self, position: int) -> int:
-        """The unit of the worker's overlap."""
-        return BLOCK_TOKENS if self.is_approximate_at(position) else self.workers[position].block_size
-
-    def known_tokens(self, hit: Hit) -> int:
-        """Overlap as users and the parity loop are to see it: where there are events, nothing that they do not say."""
-        return hit.overlap_tokens if self.is_approximate_at(hit.position) else hit.overlap_tokens - hit.guessed_tokens
-
-
-def make_policy(name: str, config: ServeConfig, loads: Loads, *, has_events: bool) -> Policy:
-    """The policy of a flag's value; `auto` is cache_aware for workers that publish events when there is a tokenizer.
-
-    Without either of these, cache_aware is the approximate one, unless predictions are off.
-    """
-    is_exact = has_events and config.tokenizer_path is not None
-    if name == "auto":
-        name = "cache_aware" if is_exact else "least_load"
-    if name == "cache_aware":
-        kind = CacheAware if is_exact or not config.prediction_blocks else ApproximateCacheAware
-        return kind(
-            cache_threshold=config.cache_threshold,
-            balance_abs_threshold=config.balance_abs_threshold,
-            balance_rel_threshold=config.balance_rel_threshold,
-        )
-    if name == "round_robin":
-        return RoundRobin(loads)
-    if name == "power_of_two":
-        return PowerOfTwo()
-    return Random() if name == "random" else LeastLoad()
 
 
 class Router(RouterBase):
@@ -151,8 +49,8 @@ class Router(RouterBase):
         self.pools: dict[str | None, Pool] = {}
         self.only: Pool | None = None  # the one pool, when no worker, also of those that are down, has another model
         self.models: list[str] = []
-        self.shut_models: set[str | None] = set()  # all whose ready workers are shut
-        self.ready_workers = 0  # those that are shut included
+        self.closed: dict[str | None, errors.Reason] = {}  # models without a pool, and why: breakers, or half of a pair
+        self.ready_workers = 0  # those that are shut included, those whose other half is missing not
 
     def refresh(self) -> None:
         """Follow the worker table and the breakers when their version has moved, and say so; else it costs one call.
@@ -192,8 +90,10 @@ class Router(RouterBase):
             upstream.is_out = view.state == _workers.UNHEALTHY
             upstream.takes_rid = aborts and view.record.takes_rid
             upstream.key_line = self._shard.key_line(view.record.api_key)
+            upstream.bootstrap = address_of(upstream.host, view.record)
+            upstream.dp_size = view.dp_size
             if self._shard.request_log is not None:
-                upstream.log_label = self._shard.request_log.label(view.record.model, view.record.url)
+                upstream.log_label = self._shard.request_log.label(view.record.model, view.record.url, view.record.role)
         for upstream in old.values():
             upstream.close()
         if old:
@@ -202,36 +102,71 @@ class Router(RouterBase):
 
     def _make_pools(self) -> None:
         """The pools of the workers that may be chosen."""
-        config, loads, breakers = self._shard.config, self._shard.loads, self._shard.breakers
+        breakers = self._shard.breakers
         ready = [view for view in self._views if view.state == _workers.READY]
         by_model: dict[str | None, list[WorkerView]] = {}
-        self._shut = []
+        shut: list[WorkerView] = []
         for view in ready:
-            upstream = self._upstreams[(view.worker_idx, view.generation)]
+            upstream = self._upstream_of(view)
             upstream.needs_probe = breakers.is_on and breakers.table.state(view.worker_idx) != CLOSED
             if not breakers.is_on or breakers.table.is_selectable(view.worker_idx):
                 by_model.setdefault(view.record.model, []).append(view)
             else:
-                self._shut.append(upstream)
-        policies = {model: pool.policy for model, pool in self.pools.items()}
-        self.pools = {}
+                shut.append(view)
+        self._shut = [self._upstream_of(view) for view in shut]
+        before, self.pools = self.pools, {}
         for model, workers in by_model.items():
-            upstreams = [self._upstreams[(worker.worker_idx, worker.generation)] for worker in workers]
-            fresh = make_policy(config.policy, config, loads, has_events=any(worker.block_size for worker in workers))
-            kept = policies.get(model)
-            self.pools[model] = Pool(model, workers, upstreams, kept if type(kept) is type(fresh) and kept else fresh)
-        reads_prompts = any(pool.policy.needs_prompt for pool in self.pools.values())
+            pool = self._make_pool(model, workers, shut, before.get(model))
+            if pool is not None:
+                self.pools[model] = pool
+        reads_prompts = any(pool.needs_prompt for pool in self.pools.values())
         if reads_prompts and self._predictor is None and self._shard.segment.prediction_blocks:
             self._predictor = Predictor(self._shard.segment, self._shard.process_slot - 1)
-        self.ready_workers = len(ready)
-        self.shut_models = {view.record.model for view in ready} - self.pools.keys()
+        self._count_ready()
         is_alone = len(self.pools) == 1 and len(self.models) <= 1
         only = self.only = next(iter(self.pools.values())) if is_alone else None
         self.plain_routes = None
-        if only is not None and not only.policy.needs_prompt:
+        if only is not None and only.decodes is None and not only.needs_prompt:
             self.plain_choose = only.policy.choose
             self.plain_arguments = (only.view, self._shard.loads, _NO_PROMPT)
             self.plain_routes = only.plain_routes
+
+    def _upstream_of(self, view: WorkerView) -> Upstream:
+        return self._upstreams[(view.worker_idx, view.generation)]
+
+    def _make_pool(self, model: str | None, workers: list[WorkerView], shut: list[WorkerView], before: Pool | None) -> Pool | None:
+        """The pool of a model's workers that may be chosen, if any can take a request first. before: as it was."""
+        config, loads = self._shard.config, self._shard.loads
+        seconds = [worker for worker in workers if worker.record.role == "decode"]
+        # A prefill worker is none without a second half.
+        firsts = [worker for worker in workers if worker.record.role == "regular" or (seconds and worker.record.role == "prefill")]
+        if not firsts:
+            return None
+        name: str = config.policy
+        decodes: Decodes | None = None
+        if any(worker.record.role == "prefill" for worker in firsts):
+            name = config.prefill_policy or name
+            shut_hosts = {self._upstream_of(view).host for view in shut if view.record.model == model and view.record.role == "decode"}
+            upstreams = [self._upstream_of(worker) for worker in seconds]
+            decodes = make_decodes(model, seconds, upstreams, shut_hosts, before, config, loads)
+        policy = policy_for(name, firsts, before.policy if before is not None else None, config, loads)
+        return Pool(model, firsts, [self._upstream_of(worker) for worker in firsts], policy, decodes)
+
+    def _count_ready(self) -> None:
+        """Which workers can serve, breakers or not, and why there is no pool where there could be one."""
+        known: dict[str | None, dict[str, int]] = {}  # model -> role -> ready workers
+        for view in self._views:
+            roles = known.setdefault(view.record.model, {})
+            roles[view.record.role] = roles.get(view.record.role, 0) + (view.state == _workers.READY)
+        self.closed = {}
+        self.ready_workers = 0
+        for model, roles in known.items():
+            reason = why_unserved(roles)
+            if reason is None:
+                is_pair = bool(roles.get("prefill") and roles.get("decode"))
+                self.ready_workers += sum(roles.values()) if is_pair else roles["regular"]
+            if model not in self.pools and reason is not errors.NO_HEALTHY_WORKERS:
+                self.closed[model] = reason or errors.BREAKER_OPEN
 
     @property
     def worker_count(self) -> int:
@@ -265,8 +200,12 @@ class Router(RouterBase):
         if pool is not None:
             return pool
         # As above: a model that nobody knows takes any name, and so does one that is alone.
-        if self.shut_models and (model in self.shut_models or None in self.shut_models or len(self.models) <= 1):
-            return errors.BREAKER_OPEN
+        if self.closed:
+            reason = self.closed.get(model) or self.closed.get(None)
+            if reason is None and len(self.models) <= 1:
+                reason = next(iter(self.closed.values()))
+            if reason is not None:
+                return reason
         if model in self.models or not self.pools:
             return errors.NO_HEALTHY_WORKERS
         return errors.MODEL_NOT_FOUND if model else errors.MISSING_MODEL
@@ -276,12 +215,12 @@ class Router(RouterBase):
         pool = self.pool_of(body)
         if isinstance(pool, errors.Reason):
             then(pool)
-        elif not pool.policy.needs_prompt:
+        elif not pool.needs_prompt:
             position, decision = pool.policy.choose(pool.view, self._shard.loads, _NO_PROMPT)
             route = pool.plain_routes[position]
             if route.decision != decision:
                 route = Route(pool, pool.upstreams[position], decision)
-            then(route)
+            then(self._with_decode(pool, position, route))
         elif self.keyer is None or not pool.variants:
             then(self._choose_keyed(pool, Facts(0, {}, "no tokenizer, or no worker publishes KV events"), body))
         else:
@@ -294,7 +233,7 @@ class Router(RouterBase):
         try:
             self.refresh()
             now = self.pools.get(pool.model)
-            return self._choose_keyed(now, facts, body) if now is not None else errors.NO_HEALTHY_WORKERS
+            return self._choose_keyed(now, facts, body) if now is not None else self.closed.get(pool.model, errors.NO_HEALTHY_WORKERS)
         except Exception as error:
             report(self._shard.log, error)
             return errors.INTERNAL_ERROR
@@ -308,7 +247,24 @@ class Router(RouterBase):
         else:
             column.add(_counters.S_PROMPTS_UNKEYED)
         position, decision = pool.policy.choose(pool.view, self._shard.loads, prompt)
-        return self._route(pool, position, decision, prompt, found)
+        route = self._route(pool, position, decision, prompt, found)
+        return route if pool.decodes is None else self._with_decode(pool, position, route, facts, body)
+
+    def _with_decode(self, pool: Pool, position: int, first: Route, facts: Facts = _NO_FACTS, body: bytes = b"") -> Route:
+        """The route itself, or with a decode worker when the chosen one computes prompts only."""
+        decodes = pool.decodes
+        if decodes is None or not pool.is_prefill(position):
+            return first
+        prompt, found = self.compare(decodes, facts, body) if decodes.needs_prompt else (_NO_PROMPT, NOTHING)
+        second, word = decodes.choose(first.upstream.host, self._shard.loads, prompt)
+        if word:
+            self._shard.column.add(word)
+        prediction = None
+        if found.keys and self._predictor is not None:
+            worker = decodes.workers[second]
+            rank = next((hit.rank for hit in prompt.hits if hit.position == second), worker.rank_base)
+            prediction = self._predictor.sent(worker, rank, found.keys, is_kept=decodes.is_approximate_at(second))
+        return pair(decodes, second, first, prediction)
 
     def _route(self, pool: Pool, position: int, decision: int, prompt: Prompt, found: Found) -> Route:
         worker = pool.workers[position]
@@ -393,21 +349,38 @@ class Router(RouterBase):
         """The least loaded worker of the pool for one more attempt, or None when the pool is empty.
 
         One that was not tried yet; when all were, one that has not just failed; else the one that has. Only after a failure, so a
-        scan is fine.
+        scan is fine. Of a pair whose decode worker has failed the prefill worker stays: it has the prompt in its cache by now.
         """
         self.refresh()
-        pool = self.pools.get(failed.pool.model)
+        first = failed.prefill or failed
+        pool = self.pools.get(first.pool.model)
         if pool is None:
             return None
+        loads, decodes = self._shard.loads, pool.decodes
         idxs = pool.view.worker_idxs
-        left = array("i", [idx for idx in idxs if idx not in tried]) or array("i", [idx for idx in idxs if idx != tried[-1]]) or idxs
-        position = idxs.index(left[self._shard.loads.least(left)[0]])
-        worker, prediction = pool.workers[position], failed.prediction
-        if prediction is not None and self._predictor is not None:
-            is_kept = pool.is_approximate_at(position)
-            prediction = self._predictor.sent(worker, worker.rank_base, prediction.keys, is_kept=is_kept)
-        upstream = pool.upstreams[position]
-        return Route(pool, upstream, FAILOVER, failed.uncached_tokens, rank=worker.rank_base, prediction=prediction)
+        has_second = decodes is not None and any(idx not in tried for idx in decodes.view.worker_idxs)
+        if has_second and first.upstream.worker_idx not in tried and first.upstream in pool.upstreams and failed.prefill is not None:
+            position = pool.upstreams.index(first.upstream)
+            prediction = self._sent_again(pool, position, first)
+            again = dataclasses.replace(first, pool=pool, decision=FAILOVER, predicted_tokens=-1, prediction=prediction)
+        else:
+            # Where every decode worker has failed, those that need none go first.
+            alone = array("i", [idx for place, idx in enumerate(idxs) if not pool.is_prefill(place) and idx not in tried])
+            position = idxs.index(alone[loads.least(alone)[0]]) if alone and not has_second else least_untried(idxs, loads, tried)
+            again = Route(
+                pool, pool.upstreams[position], FAILOVER, first.uncached_tokens, rank=pool.workers[position].rank_base,
+                prediction=self._sent_again(pool, position, first),
+            )  # fmt: skip
+        if decodes is None or not pool.is_prefill(position):
+            return again
+        return pair(decodes, least_untried(decodes.view.worker_idxs, loads, tried), again)
+
+    def _sent_again(self, pool: Pool, position: int, failed: Route) -> Prediction | None:
+        if failed.prediction is None or self._predictor is None:
+            return None
+        worker = pool.workers[position]
+        rank = failed.prediction.rank if failed.upstream is pool.upstreams[position] else worker.rank_base
+        return self._predictor.sent(worker, rank, failed.prediction.keys, is_kept=pool.is_approximate_at(position))
 
     def describe(self, route: Route) -> bytes:
         """Value of the answer header `x-sglfast-kv`: what was predicted for this request."""

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sglfast._httphead import RequestHead
     from sglfast.boot import Boot
     from sglfast.config import ServeConfig
+    from sglfast.edge.prefill_leg import PrefillLeg
     from sglfast.edge.request import PromptKeyer
     from sglfast.edge.upstream import Upstream
 
@@ -63,6 +64,7 @@ class Shard(ShardBase):
         self.tree = TreeReader(boot.segment)
         self.table = WorkerTable(boot.segment)
         self.clients = Clients()
+        self.prefill_legs: set[PrefillLeg] = set()  # halves of requests that prefill workers have
         self.max_clients = most_clients(boot.config)
         self.door: Door | None = None
         self.is_draining = False
@@ -170,6 +172,9 @@ class Shard(ShardBase):
             connection = exchange.connection if exchange is not None else None
             if connection is not None and connection.upstream in gone:
                 connection.cut()
+        for leg in self.prefill_legs:
+            if leg.connection is not None and leg.connection.upstream in gone:
+                leg.connection.cut()
 
     def tick(self) -> None:
         """Move the coarse clock, follow the program's state, now and then sweep."""
@@ -186,5 +191,10 @@ class Shard(ShardBase):
         self.clients.sweep(self._ticks, now_s)
         self.router.refresh()  # a shard without requests follows too
         if self._ticks % _SWEEP_TICKS == 0:
+            for leg in [*self.prefill_legs]:
+                try:
+                    leg.tick(now_s)
+                except Exception as error:
+                    leg.on_mishap(error)
             self.router.sweep(now_s - self.config.upstream_keepalive_secs)
             self.segment.process_heartbeat(self.process_slot, int(time.time() * 1000))

@@ -18,6 +18,8 @@ from sglfast._relay import IDLE, UNTIL_CLOSE, UpstreamBase, WorkerConnectionBase
 
 if TYPE_CHECKING:
     from sglfast.edge.exchange import Exchange
+    from sglfast.edge.leg import Leg
+    from sglfast.edge.pools import Route
     from sglfast.edge.shard import Shard
 
 P = TypeVar("P", bound=asyncio.Protocol)
@@ -69,7 +71,20 @@ class UpstreamConnection(WorkerConnectionBase, asyncio.Protocol):
 class Upstream(UpstreamBase):
     """The connections of this shard to one worker; taking and giving back is compiled."""
 
-    __slots__ = ("_tasks", "aborts_running", "generation", "host", "is_out", "is_tls", "open_count", "port", "url")
+    __slots__ = (
+        "_tasks",
+        "aborts_running",
+        "bootstrap",
+        "decode_url_line",
+        "dp_size",
+        "generation",
+        "host",
+        "is_out",
+        "is_tls",
+        "open_count",
+        "port",
+        "url",
+    )
 
     def __init__(self, shard: Shard, worker_idx: int, generation: int, url: str) -> None:
         parts = urlsplit(url)
@@ -83,15 +98,19 @@ class Upstream(UpstreamBase):
         self.is_tls = parts.scheme == "https"
         self.port = parts.port or (443 if self.is_tls else 80)
         self.host_header = parts.netloc.encode()
+        # Of pairs: what both are told of the prefill worker, and of the decode worker.
+        self.bootstrap = (b"", b"null")
+        self.dp_size = 1
+        self.decode_url_line = b"x-sgl-decode-url: %b\r\n" % url.encode() if url.isascii() and url.isprintable() else b""
         self.log_label = b""
         self.idle: list[UpstreamConnection] = []  # oldest first; the newest is taken first
         self.open_count = 0
         self.is_removed = False
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def open(self, exchange: Exchange) -> None:
-        """Open a connection; then calls `exchange.on_connected` or `exchange.on_unreachable`."""
-        self.keep(self.shard.loop.create_task(self._open(exchange)))
+    def open(self, exchange: Leg) -> None:
+        """Open a connection; then calls `exchange.on_connected` or `exchange.on_unreachable`, if it still is on the same route."""
+        self.keep(self.shard.loop.create_task(self._open(exchange, exchange.route)))
 
     def keep(self, task: asyncio.Task[None]) -> None:
         """Own a task until it is done."""
@@ -106,31 +125,36 @@ class Upstream(UpstreamBase):
             _, protocol = await loop.create_connection(make, self.host, self.port, ssl=tls)
             return protocol
 
-    async def _open(self, exchange: Exchange) -> None:
+    async def _open(self, exchange: Leg, route: Route | None) -> None:
         shard = self.shard
         try:
             connection = await self.connect(lambda: UpstreamConnection(self))
         except (OSError, TimeoutError, ValueError) as error:
-            if isinstance(error, OSError) and error.errno in _OUR_OWN:
+            is_ours = isinstance(error, OSError) and error.errno in _OUR_OWN
+            if not is_ours:
+                shard.column.add_worker(self.worker_idx, _counters.W_CONNECT_ERRORS)
+            if exchange.route is route and is_ours:
                 exchange.on_no_room()
-                return
-            shard.column.add_worker(self.worker_idx, _counters.W_CONNECT_ERRORS)
-            exchange.on_unreachable(error)
+            elif exchange.route is route:
+                exchange.on_unreachable(error)
             return
         shard.column.add(_counters.S_UPSTREAM_CONNECTS)
+        # An exchange that is over has no route; one whose other half has failed may be at another worker by now.
+        is_wanted = exchange.route is route
         if connection.transport is None:
-            exchange.on_unreachable(ConnectionResetError("closed while it was being opened"))
-        elif self.is_removed and not exchange.is_over:
+            if is_wanted:
+                exchange.on_unreachable(ConnectionResetError("closed while it was being opened"))
+        elif self.is_removed and is_wanted:
             connection.close()
             exchange.on_unreachable(ConnectionAbortedError("the worker was removed"))
-        elif exchange.is_over:
+        elif not is_wanted:
             connection.uses = 1  # it will have been idle when it is used
             self.give_back(connection)
         else:
             try:
                 exchange.on_connected(connection)
             except Exception as error:
-                exchange.client.on_broken(error)
+                exchange.on_mishap(error)
 
     def forget(self, connection: UpstreamConnection) -> None:
         """A connection was closed."""

@@ -7,6 +7,7 @@ Runs in: a process of its own, which owns the simulator and the router (load/sta
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -168,6 +169,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one worker; a second one copies its weights from it (ModelExpress metadata service) and joins by POST /workers",
     )
+    parser.add_argument(
+        "--pd", action="store_true", help="half of the workers compute prompts, the others the answers (prefill and decode)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address the router listens on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=30000, metavar="P", help="port the router listens on, 0 = a free one (default: 30000)")
     parser.add_argument("--tokenizer-path", default=DEMO_TOKENIZER_PATH, metavar="PATH", help="tokenizer (default: the demo's own)")
@@ -183,7 +187,11 @@ def _stack(args: argparse.Namespace) -> Stack:
         rates = {"model_bytes": MODEL_BYTES, "bandwidth_bytes_per_s": BANDWIDTH_BYTES_PER_S}
         return ScaleOut(DEMO_PAGE_TOKENS, args.tokenizer_path, host=args.host, port=args.port, **rates)
     sim = SimSettings(page_tokens=DEMO_PAGE_TOKENS, workers=args.workers, tokenizer_path=args.tokenizer_path)
-    return Stack(sim, host=args.host, port=args.port)
+    if not args.pd:
+        return Stack(sim, host=args.host, port=args.port)
+    prefill = dataclasses.replace(sim, mode="prefill", workers=args.workers // 2)
+    decode = dataclasses.replace(sim, mode="decode", workers=args.workers - args.workers // 2)
+    return Stack(prefill, host=args.host, port=args.port, more=[decode])
 
 
 def main(argv: list[str]) -> int:
@@ -192,10 +200,16 @@ def main(argv: list[str]) -> int:
     for name, low in (("workers", 1), ("interval", 0.1), ("seconds", 0), ("port", 0)):
         if getattr(args, name) < low:
             raise ConfigError(f"--{name} {getattr(args, name)}: must be at least {low}")
+    if args.pd and args.scale_out:
+        raise ConfigError("--pd and --scale-out: give one of them")
+    if args.pd and args.workers < 2:
+        raise ConfigError(f"--workers {args.workers}: --pd needs at least 2, one for prompts and one for answers")
     if args.port:
         check_port(args.host, args.port)
     console = Console(highlight=False)
     parts = "a metadata service, a simulated worker" if args.scale_out else f"{args.workers} simulated workers"
+    if args.pd:
+        parts += f" ({args.workers // 2} for prefill, the others for decode)"
     print(f"Starting {parts} and the router ...", flush=True)
     try:
         with sigterm_as_interrupt(), _stack(args) as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

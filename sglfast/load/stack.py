@@ -42,7 +42,7 @@ class StackError(SglfastError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimSettings:
-    """What the simulated workers can do, each of them; None = the simulator's default."""
+    """What the simulated workers can do, each of them; None = the simulator's default. mode: null = regular workers."""
 
     workers: int = 4
     cache_tokens: int | None = None
@@ -55,6 +55,7 @@ class SimSettings:
     mx_role: Literal["seed", "target"] | None = None
     mx_model_bytes: int | None = None
     mx_bandwidth_bytes_per_s: float | None = None
+    mode: Literal["null", "prefill", "decode"] = "null"
 
     def flags(self) -> list[str]:
         """The flags of `sglfast sim`, on free ports."""
@@ -71,6 +72,10 @@ class SimSettings:
         flags = ["--workers", str(self.workers), "--base-port", "0", "--tokenizer-path", self.tokenizer_path]
         if not self.kv_events:
             flags.append("--no-kv-events")
+        if self.mode != "null":
+            flags += ["--disaggregation-mode", self.mode]
+        if self.mode == "prefill":
+            flags += ["--disaggregation-bootstrap-port", "0"]
         for name, value in values.items():
             if value is not None:
                 flags += [name, f"{value:g}" if isinstance(value, float) else str(value)]
@@ -137,7 +142,7 @@ class Stack:
     """Simulated workers with a router in front. url: the router's; worker_urls: the workers', in order.
 
     port: the router's, 0 = a free one. policy: of `sglfast serve`; serve_flags: more flags for it; has_tokenizer: whether it
-    gets the workers' tokenizer.
+    gets the workers' tokenizer; more: further workers, each kind in a process of its own, such as decode workers beside prefill workers.
     """
 
     def __init__(
@@ -149,8 +154,11 @@ class Stack:
         port: int = 0,
         serve_flags: Sequence[str] = (),
         has_tokenizer: bool = True,
+        more: Sequence[SimSettings] = (),
     ) -> None:
         self._sim = sim
+        self._more = list(more)
+        self._flag_of: dict[str, str] = {}  # of the workers that are not --worker-urls
         self._has_tokenizer = has_tokenizer
         self._policy = policy
         self._host = host
@@ -174,7 +182,11 @@ class Stack:
     def _start(self) -> None:
         if self._port:
             check_port(self._host, self._port)
-        self.worker_urls += self.start_workers("simulator", self._sim)
+        for sim in (self._sim, *self._more):
+            urls = self.start_workers("simulator" if sim.mode == "null" else f"{sim.mode} simulator", sim)
+            self.worker_urls += urls
+            if sim.mode != "null":
+                self._flag_of |= dict.fromkeys(urls, f"--{sim.mode}")
         self._start_router()
 
     def start_workers(self, name: str, sim: SimSettings, *, each_poll: Callable[[Child], None] = lambda child: None) -> list[str]:
@@ -185,7 +197,9 @@ class Stack:
             return wait_announced(fd, child, each_poll=each_poll)
 
     def _start_router(self) -> None:
-        serve = [*SGLFAST, "serve", "--worker-urls", *self.worker_urls, "--host", self._host, "--port", str(self._port)]
+        regular = [url for url in self.worker_urls if url not in self._flag_of]
+        serve = [*SGLFAST, "serve", "--worker-urls", *regular, "--host", self._host, "--port", str(self._port)]
+        serve += [word for url, flag in self._flag_of.items() for word in (flag, url)]
         serve += ["--policy", self._policy]
         if self._has_tokenizer:
             serve += ["--tokenizer-path", self._sim.tokenizer_path]

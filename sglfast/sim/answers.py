@@ -19,7 +19,7 @@ import orjson
 
 from sglfast.prompt.keys import RequestKind
 from sglfast.sim.engine import Generation
-from sglfast.sim.http import Connection, chunk
+from sglfast.sim.http import Outlet, chunk
 from sglfast.sim.output import OutputText
 from sglfast.sim.requests import Asked
 
@@ -33,7 +33,7 @@ class Answer(ABC):
 
     __slots__ = ("_created", "_generation", "_output", "_sent_tokens", "_started", "asked", "connection")
 
-    def __init__(self, asked: Asked, connection: Connection, output: OutputText) -> None:
+    def __init__(self, asked: Asked, connection: Outlet, output: OutputText) -> None:
         self.asked = asked
         self.connection = connection
         self._output = output
@@ -81,6 +81,10 @@ class Answer(ABC):
     def _first_event(self) -> bytes:
         return b""
 
+    def usage_event(self, usage: dict[str, Any]) -> bytes:
+        """Return the event, as a chunk, that tells what was used; none where a stream has no such event."""
+        return b""
+
     def _text(self, since: int, until: int) -> str:
         return self._output.text(self._generation.start, since, until)
 
@@ -93,7 +97,8 @@ class Answer(ABC):
             return "length", None
         return "stop", self._output.eos_token_id
 
-    def _usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
+        """Return the tokens that were used, as OpenAI's object tells them."""
         generation = self._generation
         prompt, completion = generation.prompt_tokens, generation.generated_tokens
         return {
@@ -112,14 +117,14 @@ class _OpenAiAnswer(Answer):
 
     STREAM_OBJECT: str
     WHOLE_OBJECT: str
-    # Around the text of one token's event; everything in front of it is built once a request.
+    # Around the text of one token's event, with a place for the choice's index; all in front of it is built once a request.
     TOKEN_HEAD: bytes
     TOKEN_TAIL: bytes
 
     def attach(self, generation: Generation) -> None:
         self._generation = generation
         frame = orjson.dumps(self._frame(self.STREAM_OBJECT))
-        self._token_head = b"data: " + frame[:-1] + self.TOKEN_HEAD
+        self._token_head = b"data: " + frame[:-1] + self.TOKEN_HEAD % self.asked.index
 
     def _frame(self, kind: str) -> dict[str, Any]:
         return {"id": self.asked.request_id, "object": kind, "created": self._created, "model": self.asked.model}
@@ -132,17 +137,20 @@ class _OpenAiAnswer(Answer):
         return chunk(b"data: " + orjson.dumps(value) + b"\n\n")
 
     def _usage_event(self) -> bytes:
-        return self._event([], self._usage()) if self.asked.with_usage else b""
+        return self.usage_event(self.usage()) if self.asked.with_usage else b""
+
+    def usage_event(self, usage: dict[str, Any]) -> bytes:
+        return self._event([], usage)
 
     def _choice(self, payload: dict[str, Any]) -> dict[str, Any]:
         reason, matched = self._finish()
-        return {"index": 0, **payload, "logprobs": None, "finish_reason": reason, "matched_stop": matched}
+        return {"index": self.asked.index, **payload, "logprobs": None, "finish_reason": reason, "matched_stop": matched}
 
     def _whole(self) -> bytes:
         value = {
             **self._frame(self.WHOLE_OBJECT),
             "choices": [self._choice(self._payload(self._text(0, self._generation.generated_tokens)))],
-            "usage": self._usage(),
+            "usage": self.usage(),
             "metadata": {"weight_version": WEIGHT_VERSION},
         }
         return orjson.dumps(value)
@@ -159,13 +167,19 @@ class ChatAnswer(_OpenAiAnswer):
 
     STREAM_OBJECT = "chat.completion.chunk"
     WHOLE_OBJECT = "chat.completion"
-    TOKEN_HEAD = b',"choices":[{"index":0,"delta":{"role":null,"content":'
+    TOKEN_HEAD = b',"choices":[{"index":%d,"delta":{"role":null,"content":'
     TOKEN_TAIL = (
         b',"reasoning_content":null,"tool_calls":null},"logprobs":null,"finish_reason":null,"matched_stop":null}],"usage":null}\n\n'
     )
 
     def _first_event(self) -> bytes:
-        choice = {"index": 0, "delta": _delta("assistant", ""), "logprobs": None, "finish_reason": None, "matched_stop": None}
+        choice = {
+            "index": self.asked.index,
+            "delta": _delta("assistant", ""),
+            "logprobs": None,
+            "finish_reason": None,
+            "matched_stop": None,
+        }
         return self._event([choice])
 
     def _last_events(self, since: int, until: int) -> bytes:
@@ -182,7 +196,7 @@ class CompletionsAnswer(_OpenAiAnswer):
     __slots__ = ()
 
     STREAM_OBJECT = WHOLE_OBJECT = "text_completion"
-    TOKEN_HEAD = b',"choices":[{"index":0,"text":'
+    TOKEN_HEAD = b',"choices":[{"index":%d,"text":'
     TOKEN_TAIL = b',"logprobs":null,"finish_reason":null,"matched_stop":null}],"usage":null}\n\n'
 
     def _last_events(self, since: int, until: int) -> bytes:
@@ -215,7 +229,8 @@ class GenerateAnswer(Answer):
         }
         if is_over:
             meta["e2e_latency"] = time.monotonic() - self._started
-        return {
+        index = {"index": self.asked.index} if self.asked.is_part and self.asked.is_stream else {}
+        return index | {
             "text": self._text(0, until),
             "output_ids": self._output.token_ids(generation.start, until),
             "meta_info": meta,
@@ -243,7 +258,7 @@ class EmbeddingsAnswer(Answer):
             "object": "list",
             "data": [{"object": "embedding", "embedding": vector, "index": 0}],
             "model": self.asked.model,
-            "usage": self._usage(),
+            "usage": self.usage(),
         }
         return orjson.dumps(value)
 

@@ -14,6 +14,10 @@ Contract: a step begins with everything that arrived until then, and is planned 
     have their first token, and every request that moved is told. A finished request leaves its full pages of prompt and
     answer in the cache; the last token of an answer has no KV, as in SGLang.
 
+Prefill/decode: a request that `keeps_kv` holds its blocks when it is finished until `free` or `abort`, because a decode worker has yet
+    to copy them. One whose prompt `is_transferred` has its prompt computed by another engine: it takes no prefill time and leaves
+    nothing in the cache, as a decode worker of SGLang has no radix cache.
+
 Why not parallel prefill and decode: in an engine both take turns on one GPU, and that a long prefill delays everybody's next
     token is what a router has to see.
 
@@ -46,8 +50,8 @@ class Generation:
     """One request inside an engine.
 
     token_ids: the prompt, prompt_tokens long; keys: its full blocks; max_new_tokens: 0 = prefill only; start: see
-    output.OutputText. The engine writes the rest: prefilled_tokens counts cached ones too; is_finished is set with the
-    last token.
+    output.OutputText; keeps_kv, is_transferred: see the module. The engine writes the rest: prefilled_tokens counts cached ones too
+    (cached_tokens of a transferred prompt is the owner's); is_finished is set with the last token.
     """
 
     token_ids: TokenIds
@@ -57,6 +61,8 @@ class Generation:
     start: int
     sink: Sink
     cache_salt: str = ""
+    keeps_kv: bool = False
+    is_transferred: bool = False
     arrival_s: float = 0.0
     cached_tokens: int = 0
     prefilled_tokens: int = 0
@@ -96,6 +102,7 @@ class Engine:
         self._partial: Generation | None = None  # its prefill is cut; never in _waiting nor in _running
         self._running: list[Generation] = []
         self._prefilling: list[tuple[Generation, int]] = []  # with the tokens of this step
+        self._kept: set[Generation] = set()  # finished, and their blocks are still held
         self._now_s = 0.0
         self._step_end_s: float | None = None
         self.cache = RadixCache(settings.cache_blocks)
@@ -120,7 +127,7 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         """Whether any request is inside."""
-        return bool(self._waiting or self._running or self._prefilling or self._partial)
+        return bool(self._waiting or self._running or self._prefilling or self._partial or self._kept)
 
     def submit(self, generation: Generation, now_s: float) -> None:
         """Queue a request that arrives now."""
@@ -129,11 +136,19 @@ class Engine:
 
     def abort(self, generation: Generation) -> None:
         """Let a request go; its sink hears nothing any more. A request in a batch leaves it when the step ends."""
+        if generation in self._kept:
+            self.free(generation)
+            generation.is_aborted = True
         if generation.is_finished or generation.is_aborted:
             return
         generation.is_aborted = True
         if generation in self._waiting:
             self._waiting.remove(generation)
+
+    def free(self, generation: Generation) -> None:
+        """Let go of the blocks of a finished request that kept them."""
+        self._kept.discard(generation)
+        self._release(generation)
 
     def flush(self) -> bool:
         """Empty the cache and publish that; False, and nothing done, while any request is inside."""
@@ -183,6 +198,9 @@ class Engine:
         return planned
 
     def _admit(self, generation: Generation) -> None:
+        if generation.is_transferred:
+            generation.prefilled_tokens = generation.prompt_tokens
+            return
         # The last token of a prompt is always computed: its logits are the first thing asked for.
         matchable_blocks = (generation.prompt_tokens - 1) // self._page_size
         blocks = self.cache.match(generation.keys, matchable_blocks)
@@ -229,9 +247,14 @@ class Engine:
                 return
             generation.is_finished = True
         self._store_answer(generation)
-        self._release(generation)
+        if generation.keeps_kv and generation.is_finished:
+            self._kept.add(generation)
+        else:
+            self._release(generation)
 
     def _store_answer(self, generation: Generation) -> None:
+        if generation.is_transferred:
+            return
         answer_tokens = max(0, generation.generated_tokens - 1)
         blocks = (generation.prompt_tokens + answer_tokens) // self._page_size
         if blocks > len(generation.keys) // 8:
@@ -243,7 +266,7 @@ class Engine:
 
     def _store(self, generation: Generation, token_ids: TokenIds, keys: bytes, n_blocks: int) -> None:
         """Put the first blocks of a request into the cache and hold them until it is released."""
-        if n_blocks <= generation.locked_blocks:
+        if n_blocks <= generation.locked_blocks or generation.is_transferred:
             return
         start, stop, evicted = self.cache.insert(keys, n_blocks)
         if evicted:

@@ -50,6 +50,31 @@ class Request:
         self.body = b""
 
 
+class Outlet(Protocol):
+    """Where the answer to one request goes: a Connection, or one part of a batch's. See Connection for the methods."""
+
+    on_gone: Callable[[], None] | None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether the client reads too slowly."""
+
+    def respond(self, status: int, body: bytes, content_type: bytes = ..., extra: bytes = ...) -> None:
+        """Send a whole answer."""
+
+    def respond_json(self, status: int, value: object, extra: bytes = ...) -> None:
+        """Send a JSON answer."""
+
+    def start_stream(self) -> None:
+        """Begin an SSE answer."""
+
+    def send_chunks(self, chunks: bytes) -> None:
+        """Send more of it."""
+
+    def end_stream(self, last: bytes) -> None:
+        """Send the last of it."""
+
+
 class Application(Protocol):
     """What answers requests: a SimWorker."""
 

@@ -22,9 +22,12 @@ ADMIN_API_KEY = f"sk-{SECRET_MARK}-admin-key"
 KEYFILE_PASSWORD = f"{SECRET_MARK}-keyfile-password"
 
 
-def server_info(settings: SimSettings, port: int, startup_time: float, engines: list[Engine], publisher: KvPublisher) -> dict[str, Any]:
+def server_info(
+    settings: SimSettings, port: int, bootstrap_port: int, startup_time: float, engines: list[Engine], publisher: KvPublisher
+) -> dict[str, Any]:
     """Return the body of /server_info. port: of the HTTP server; startup_time: unix seconds, another after every restart."""
-    config = kv_events_config(publisher) if settings.kv_events else None
+    has_cache = settings.disaggregation_mode != "decode"
+    config = kv_events_config(publisher) if settings.kv_events and has_cache else None
     return {
         "model_path": settings.model,
         "served_model_name": settings.model,
@@ -43,7 +46,7 @@ def server_info(settings: SimSettings, port: int, startup_time: float, engines: 
         "context_length": settings.context_tokens,
         "schedule_policy": "fcfs",
         "radix_eviction_policy": "lru",
-        "disable_radix_cache": False,
+        "disable_radix_cache": not has_cache,
         "enable_hierarchical_cache": False,
         "enable_cache_report": True,
         "enable_metrics": False,
@@ -58,8 +61,8 @@ def server_info(settings: SimSettings, port: int, startup_time: float, engines: 
         "grpc_port": None,
         "chat_template": None,
         "speculative_algorithm": None,
-        "disaggregation_mode": "null",
-        "disaggregation_bootstrap_port": 8998,
+        "disaggregation_mode": settings.disaggregation_mode,
+        "disaggregation_bootstrap_port": bootstrap_port,
         "random_seed": settings.seed,
         "weight_version": "default",
         "kv_events_config": config,
@@ -111,7 +114,7 @@ def model_info(settings: SimSettings) -> dict[str, Any]:
         "architectures": ["SimulatedForCausalLM"],
         "served_model_name": settings.model,
         "load_format": "dummy",
-        "disaggregation_mode": "null",
+        "disaggregation_mode": settings.disaggregation_mode,
         "tool_call_parser": None,
         "reasoning_parser": None,
     }

@@ -38,6 +38,12 @@ the rates you choose. No GPU, no model; the answers are words.
 """
 
 EPILOG = """\
+prefill and decode apart
+  sglfast sim --workers 2 --disaggregation-mode prefill
+  sglfast sim --workers 2 --base-port 30011 --disaggregation-mode decode
+      each request goes to one of either, with bootstrap_host, bootstrap_port and bootstrap_room in its body, by a router:
+      sglfast serve --pd-disaggregation --prefill http://127.0.0.1:30001 8998 --decode http://127.0.0.1:30011
+
 weights, with a metadata service (sglfast modelexpress serve)
   sglfast sim --workers 1 --mx-server 127.0.0.1:8001
       offers 64 MiB of made-up weights to peers
@@ -77,6 +83,8 @@ _TEXTS = {
     "kv_base_port": "first port for KV events: 2 x dp-size ports a worker, live ones, then replay; 0 = free ports",
     "dp_size": "data-parallel ranks of a worker, each with its own cache and event ports",
     "seed": "chooses the text of the answers",
+    "disaggregation_bootstrap_port": "a prefill worker gives its prompts out on this port + its number; 0 = free ports",
+    "disaggregation_bootstrap_timeout": "longest wait of a prefill or decode worker for the other, in seconds",
     "mx_server": "HOST:PORT of a ModelExpress metadata service: play weights (default: no weights)",
     "mx_model_bytes": "bytes of the model's weights",
     "mx_bandwidth_bytes_per_s": "most that a target copies in a second",
@@ -102,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
             else f" (default: {default})"
         )
         kind = type(default)
-        metavar = {int: "N", float: "RATE", str: "TEXT"}[kind]
+        metavar = "S" if name.endswith("_timeout") else {int: "N", float: "RATE", str: "TEXT"}[kind]
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, metavar=metavar, help=text + shown)
     parser.add_argument(
         "--kv-events", action=argparse.BooleanOptionalAction, default=True, help="say in /server_info where KV events are (default: yes)"
@@ -111,6 +119,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--event-shape", choices=("map", "array"), default="map", help="events as sglang 0.5.20+ or 0.5.18 (default: map)")
     parser.add_argument(
         "--mx-role", choices=("seed", "target"), default="seed", help="have the weights, or copy them from a peer first (default: seed)"
+    )
+    parser.add_argument(
+        "--disaggregation-mode",
+        choices=("null", "prefill", "decode"),
+        default="null",
+        help="play prefill or decode workers (default: null, regular ones)",
     )
     parser.add_argument("--instant", action="store_true", help="answer at once: no tokenizer run, no engine, no cache, no events")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="stop after this time")

@@ -13,11 +13,13 @@ import orjson
 
 from sglfast.prompt.keys import RequestKind
 from sglfast.sim.output import MAX_OUTPUT_TOKENS
+from sglfast.sim.settings import PORT_LIMIT
 
 # SGLang's defaults when a request names no length: 16 for completions, 128 for /generate; a chat goes on until the model
 # stops, which here is its natural length.
 COMPLETIONS_DEFAULT_TOKENS = 16
 GENERATE_DEFAULT_TOKENS = 128
+ROOM_LIMIT = 2**64 - 1
 
 INFERENCE_PATHS: dict[str, RequestKind] = {
     "/v1/chat/completions": RequestKind.CHAT,
@@ -41,6 +43,7 @@ class Asked:
     """What a request asks for, besides its prompt.
 
     max_tokens: longest answer, None = until the model stops; ignores_eos: never stop before that; rank: None = any.
+    index: of the choice; is_part: of a batch (batches.py).
     """
 
     kind: RequestKind
@@ -51,6 +54,17 @@ class Asked:
     max_tokens: int | None
     ignores_eos: bool
     rank: int | None
+    index: int = 0
+    is_part: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """Where the two workers of one request meet. port: of the prefill worker at `host`; room: 0 .. 2**64 - 1."""
+
+    host: str
+    port: int
+    room: int
 
 
 def parse_body(body: bytes, content_type: bytes, kind: RequestKind) -> dict[str, Any]:
@@ -73,7 +87,7 @@ def read(kind: RequestKind, body: dict[str, Any], rank_header: bytes, default_mo
     if kind == RequestKind.GENERATE:
         params = body.get("sampling_params") or {}
         if not isinstance(params, dict):
-            raise RequestError(400, "sampling_params must be an object: the simulator takes one prompt a request")
+            raise RequestError(400, "sampling_params must be an object, or a list with one for each prompt")
         max_tokens = _count(params, "max_new_tokens", 0)
         max_tokens = GENERATE_DEFAULT_TOKENS if max_tokens is None else max_tokens
     else:
@@ -83,20 +97,55 @@ def read(kind: RequestKind, body: dict[str, Any], rank_header: bytes, default_mo
             max_tokens = _count(body, "max_tokens", 1)
         if max_tokens is None and kind == RequestKind.COMPLETIONS:
             max_tokens = COMPLETIONS_DEFAULT_TOKENS
-    if (_count(params, "n", 1) or 1) > 1:
-        raise RequestError(400, "n > 1 is not simulated: send the request n times")
-    stream_options = body.get("stream_options")
     request_id, model = body.get("rid"), body.get("model")
     return Asked(
         kind=kind,
-        request_id=request_id if isinstance(request_id, str) and request_id else uuid.uuid4().hex,
+        request_id=request_id if isinstance(request_id, str) and request_id else new_request_id(),
         model=model if isinstance(model, str) and model else default_model,
         is_stream=_flag(body, "stream") and kind != RequestKind.EMBEDDINGS,
-        with_usage=isinstance(stream_options, dict) and stream_options.get("include_usage") is True,
+        with_usage=wants_usage(body),
         max_tokens=0 if kind == RequestKind.EMBEDDINGS else max_tokens,
         ignores_eos=_flag(params, "ignore_eos"),
         rank=_rank(body, rank_header),
     )
+
+
+def read_room(body: dict[str, Any]) -> int:
+    """Return the room that a request to a prefill or decode worker names. Raises RequestError."""
+    room = _only(body.get("bootstrap_room"))
+    if room is None:
+        raise RequestError(400, "Invalid request: Disaggregated request received without bootstrap room id.")
+    if isinstance(room, bool) or not isinstance(room, int) or not 0 <= room <= ROOM_LIMIT:
+        raise _invalid("Input should be an integer of 0 to 2**64 - 1", ("body", "bootstrap_room"))
+    return room
+
+
+def _only(value: Any) -> Any:
+    """A list of one prompt may come with lists of one."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def read_bootstrap(body: dict[str, Any], default_port: int) -> Bootstrap:
+    """Return where a decode worker finds its prompt. default_port: for a port that is absent or null. Raises RequestError."""
+    room, host, port = read_room(body), _only(body.get("bootstrap_host")), _only(body.get("bootstrap_port"))
+    if not isinstance(host, str) or not host:
+        raise RequestError(400, "Invalid request: Disaggregated request received without bootstrap_host, the prefill worker's address.")
+    if port is None:
+        port = default_port
+    if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= PORT_LIMIT:
+        raise _invalid("Input should be a port, 1 to 65535, or null", ("body", "bootstrap_port"))
+    return Bootstrap(host, port, room)
+
+
+def wants_usage(body: dict[str, Any]) -> bool:
+    """Return whether a stream is to end with what was used."""
+    options = body.get("stream_options")
+    return isinstance(options, dict) and options.get("include_usage") is True
+
+
+def new_request_id() -> str:
+    """Return an id for a request that names none."""
+    return uuid.uuid4().hex
 
 
 def _require_prompt(kind: RequestKind, body: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 PORT_LIMIT = 65_535
 RATE_LIMIT = 1e12
 MODEL_BYTES_LIMIT = 1 << 40
+TIMEOUT_LIMIT_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,8 @@ class SimSettings:
     kv_events: whether /server_info tells of them. cache_tokens: KV cache of one rank. seed: chooses the answers' text.
     mx_server: host:port of a ModelExpress metadata service, "" = no weights are played; mx_role: `seed` has them and offers them,
     `target` copies mx_model_bytes of them from a peer, at most mx_bandwidth_bytes_per_s, before it listens, then offers them too.
+    disaggregation_mode: `null` is a regular worker; disaggregation_bootstrap_port: prefill worker i listens there + i, 0 = free ports; a
+    decode worker takes it for requests that name none. disaggregation_bootstrap_timeout: seconds that either half waits for the other.
     """
 
     workers: int = 4
@@ -47,6 +50,9 @@ class SimSettings:
     mx_role: Literal["seed", "target"] = "seed"
     mx_model_bytes: int = 64 << 20
     mx_bandwidth_bytes_per_s: float = float(64 << 20)
+    disaggregation_mode: Literal["null", "prefill", "decode"] = "null"
+    disaggregation_bootstrap_port: int = 8998
+    disaggregation_bootstrap_timeout: float = 30.0
 
     @property
     def cache_blocks(self) -> int:
@@ -65,7 +71,7 @@ def check(settings: SimSettings) -> SimSettings:
     for name in at_least_one:
         if getattr(settings, name) < 1:
             raise ConfigError(f"{_flag(name)} {getattr(settings, name)}: must be at least 1")
-    for name in ("prefill_tokens_per_s", "decode_tokens_per_s_per_request", "mx_bandwidth_bytes_per_s"):
+    for name in ("prefill_tokens_per_s", "decode_tokens_per_s_per_request", "mx_bandwidth_bytes_per_s", "disaggregation_bootstrap_timeout"):
         if not 0 < getattr(settings, name) <= RATE_LIMIT:
             raise ConfigError(f"{_flag(name)} {getattr(settings, name)}: must be above 0 and at most {RATE_LIMIT:g}")
     if settings.chunked_prefill_tokens < settings.page_size:
@@ -75,17 +81,28 @@ def check(settings: SimSettings) -> SimSettings:
         )
     if settings.cache_tokens < settings.page_size:
         raise ConfigError(f"--cache-tokens {settings.cache_tokens}: must hold at least one page (--page-size {settings.page_size})")
+    if settings.disaggregation_bootstrap_timeout > TIMEOUT_LIMIT_S:
+        raise ConfigError(
+            f"--disaggregation-bootstrap-timeout {settings.disaggregation_bootstrap_timeout}: must be at most {TIMEOUT_LIMIT_S:g} seconds"
+        )
     if settings.mx_model_bytes > MODEL_BYTES_LIMIT:
         raise ConfigError(f"--mx-model-bytes {settings.mx_model_bytes}: must be at most {MODEL_BYTES_LIMIT}")
     _check_ports("base_port", settings.base_port, settings.workers)
     _check_ports("kv_base_port", settings.kv_base_port, 2 * settings.workers * settings.dp_size)
-    if settings.base_port and settings.kv_base_port:
-        distance = settings.kv_base_port - settings.base_port
-        if -2 * settings.workers * settings.dp_size < distance < settings.workers:
-            raise ConfigError(
-                f"--kv-base-port {settings.kv_base_port}: its ports overlap those from --base-port {settings.base_port}; "
-                "choose them further apart, or 0 for free ports"
-            )
+    ranges = [("base_port", settings.workers), ("kv_base_port", 2 * settings.workers * settings.dp_size)]
+    if settings.disaggregation_mode == "prefill":
+        _check_ports("disaggregation_bootstrap_port", settings.disaggregation_bootstrap_port, settings.workers)
+        ranges.append(("disaggregation_bootstrap_port", settings.workers))
+    else:
+        _check_ports("disaggregation_bootstrap_port", settings.disaggregation_bootstrap_port, 1)
+    for index, (name, n) in enumerate(ranges):
+        for other, n_others in ranges[:index]:
+            first, its_first = getattr(settings, name), getattr(settings, other)
+            if first and its_first and -n < first - its_first < n_others:
+                raise ConfigError(
+                    f"{_flag(name)} {first}: its ports overlap those from {_flag(other)} {its_first}; "
+                    "choose them further apart, or 0 for free ports"
+                )
     return settings
 
 

@@ -64,7 +64,9 @@ class Simulator:
             for index in range(settings.workers):
                 port = settings.base_port and settings.base_port + index
                 kv_port = settings.kv_base_port and settings.kv_base_port + index * 2 * settings.dp_size
-                worker = SimWorker(settings, shared, self._context, port, kv_port, self._weights[index] if self._weights else None)
+                room_port = settings.disaggregation_bootstrap_port and settings.disaggregation_bootstrap_port + index
+                weights = self._weights[index] if self._weights else None
+                worker = SimWorker(settings, shared, self._context, port, kv_port, weights, room_port)
                 await worker.open()
                 self.workers.append(worker)
             for weights in self._weights:
@@ -118,13 +120,14 @@ class Simulator:
                 worker.close_idle(now_s)
 
     def announcement(self) -> dict[str, Any]:
-        """Return where the workers listen: {"workers": [{"url", "kv_port", "replay_port"}]}, ports of rank 0."""
+        """Return where the workers listen: {"workers": [{"url", "kv_port", "replay_port", "bootstrap_port"}]}, KV ports of rank 0."""
         return {
             "workers": [
                 {
                     "url": worker.url,
                     "kv_port": worker.publisher.live_port,
                     "replay_port": worker.publisher.replay_port,
+                    "bootstrap_port": worker.rooms and worker.rooms.port,
                 }
                 for worker in self.workers
             ]

@@ -33,6 +33,7 @@ from sglfast.sim.inference import Inference, Rank, Shared, error_body
 from sglfast.sim.pacer import Pacer
 from sglfast.sim.publisher import KvPublisher
 from sglfast.sim.requests import INFERENCE_PATHS
+from sglfast.sim.rooms import Rooms
 from sglfast.sim.settings import SimSettings
 from sglfast.sim.weights import Weights
 
@@ -56,7 +57,7 @@ Handler = Callable[[Request, Connection], None]
 class SimWorker:
     """See the module. port: of HTTP, 0 until `open` when it is to be a free one; kv_port: of rank 0, likewise.
 
-    weights: those it holds, if any are played; a restart does not lose them.
+    weights: those it holds, if any are played; a restart does not lose them. bootstrap_port: of a prefill worker, 0 as for `port`.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SimWorker:
         port: int,
         kv_port: int,
         weights: Weights | None = None,
+        bootstrap_port: int = 0,
     ) -> None:
         self._settings = settings
         self._shared = shared
@@ -75,7 +77,10 @@ class SimWorker:
         self._restart: asyncio.Task[None] | None = None
         self._totals = [EngineTotals() for _ in range(settings.dp_size)]
         self._faults = FaultSwitch(settings.seed + port)
-        self._inference = Inference(settings, shared)
+        self.rooms: Rooms | None = None
+        if settings.disaggregation_mode == "prefill":
+            self.rooms = Rooms(settings.host, bootstrap_port)
+        self._inference = Inference(settings, shared, self.rooms)
         self._startup_time = 0.0
         self._restarts = 0
         self._is_up = False
@@ -104,8 +109,12 @@ class SimWorker:
         self._startup_time = max(time.time(), self._startup_time + 0.001)
         self._is_up = True
         try:
+            if self.rooms is not None:
+                await self.rooms.open()
             await self._listen(loop)
         except ConfigError:
+            if self.rooms is not None:
+                self.rooms.close()
             self.publisher.close()
             raise
 
@@ -129,7 +138,7 @@ class SimWorker:
                 await self._restart
         self._go_down(None)
         for _ in range(CLOSE_ROUNDS):
-            if not self.connections:
+            if not self.connections and not (self.rooms and self.rooms.callers):
                 break
             await asyncio.sleep(0)
 
@@ -141,6 +150,8 @@ class SimWorker:
             self._server = None
         for rank in self._inference.ranks:
             rank.pacer.stop()
+        if self.rooms is not None:
+            self.rooms.close()
         self._inference.drop_all()
         for connection in list(self.connections):
             if connection is not keep:
@@ -230,7 +241,8 @@ class SimWorker:
         return [rank.engine for rank in self._inference.ranks]
 
     def _server_info(self, request: Request, connection: Connection) -> None:
-        info = introspect.server_info(self._settings, self.port, self._startup_time, self._engines(), self.publisher)
+        bootstrap_port = self.rooms.port if self.rooms is not None else self._settings.disaggregation_bootstrap_port
+        info = introspect.server_info(self._settings, self.port, bootstrap_port, self._startup_time, self._engines(), self.publisher)
         connection.respond_json(200, info)
 
     def _flush_cache(self, request: Request, connection: Connection) -> None:
@@ -317,6 +329,7 @@ class SimWorker:
         stats |= {
             "requests": totals.requests,
             "refused": totals.refused,
+            "failed": totals.failed,
             "streams_aborted": totals.aborted,
             "abort_calls": totals.abort_calls,
             "abort_calls_known": totals.abort_calls_known,
@@ -327,6 +340,7 @@ class SimWorker:
             "restarts": self._restarts,
             "startup_time": self._startup_time,
             "connections": len(self.connections),
+            "rooms": self.rooms and {"kept": self.rooms.kept, "transferred": self.rooms.transfers, "failed": self.rooms.failed},
             "weights": self._weights and self._weights.stats(),
             "ranks": ranks,
         }

@@ -57,7 +57,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     key_route: whether the engine's block hashes can be recomputed ("sha256"), or keys are to be made of the events' tokens.
     takes_rid: an SGLang whose requests may carry a `rid` in their body, and which has /abort_request to end them by it.
     kv_connects_out: the engine connects its event socket to whoever listens; nothing is heard by connecting to it.
-    adapters: how LoRA adapters show in its events, see shm.Adapters.
+    adapters: how LoRA adapters show in its events, see shm.Adapters. load_balance_method: how its data-parallel ranks get their requests.
     """
 
     model: str | None
@@ -73,6 +73,8 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     kv_connects_out: bool = False
     adapters: Literal["named", "shared", "models"] = "named"
     takes_rid: bool = False
+    tp_size: int | None = None
+    load_balance_method: str | None = None
 
 
 def zmq_endpoint(host: str, port: int) -> str | None:
@@ -96,12 +98,11 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
     is_dynamo = config is not None and config.format == "dynamo"
     # vLLM answers this path, too, with its own version numbers.
     sglang_version = None if "vllm_config" in fields else version
-    mode = _take(fields, "disaggregation_mode", str) or None
     return WorkerFacts(
         model=_take(fields, "served_model_name", str) or None,
         kv=kv,
         dp_size=dp_size,
-        disaggregation_mode=mode,
+        disaggregation_mode=_take(fields, "disaggregation_mode", str) or None,
         disaggregation_bootstrap_port=_port(fields, "disaggregation_bootstrap_port"),
         bigram=algorithm.upper() in _BIGRAM_ALGORITHMS,
         version=version,
@@ -110,8 +111,9 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         key_route=key_route_of(sglang_version, is_dynamo=is_dynamo),
         kv_connects_out=kv is not None and config is not None and not _binds(config),
         adapters="models" if "vllm_config" in fields else "named" if _tells_adapters(version, is_dynamo=is_dynamo) else "shared",
-        # Of a prefill and decode pair one leg alone must not be ended.
-        takes_rid=_numbers_of(sglang_version) >= _FIRST_RID and mode in (None, "null"),
+        takes_rid=_numbers_of(sglang_version) >= _FIRST_RID,
+        tp_size=_positive(fields, "tp_size"),
+        load_balance_method=_take(fields, "load_balance_method", str) or None,
     )
 
 

@@ -1,0 +1,437 @@
+"""sglfast.edge.route with prefill and decode workers: pools by role, pairs, refusals, the next pair."""
+
+from array import array
+from collections.abc import Callable
+from typing import Any, cast
+
+import orjson
+import pytest
+from edge_harness import Memory, StubTransport, run, shard_in_loop, stub_client
+from raw_client import post, request
+from test_edge_route import ENGINES, FixedKeyer, choose, keyed, route_of, routed
+
+from sglfast import _counters as c
+from sglfast import _workers, errors
+from sglfast._counters import Column
+from sglfast._hashtree import TreeWriter
+from sglfast.edge.pairs import NO_DECISION, Decodes
+from sglfast.edge.policy import CACHE_HIT, FAILOVER, ROUND_ROBIN
+from sglfast.edge.pools import Pool, Route
+from sglfast.edge.request import Facts
+from sglfast.edge.route import Router
+from sglfast.edge.server import ClientConnection
+from sglfast.edge.shard import Shard
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
+from sglfast.shm import Role, Variant
+
+KEYS = array("Q", range(1000, 1020)).tobytes()
+NAMES = {"r": "regular", "p": "prefill", "d": "decode"}
+
+
+def with_roles(roles: str, **settings: Any) -> Memory:
+    """A worker for each letter: (r)egular, (p)refill, (d)ecode."""
+    return Memory(ENGINES[: len(roles)], roles=[cast(Role, NAMES[role]) for role in roles], **settings)
+
+
+def rows_of(router: Router, times: int = 40, body: bytes = b"{}") -> set[tuple[int, ...]]:
+    return {route_of(router, body).rows for _ in range(times)}
+
+
+def pool_of(router: Router, model: str | None = "demo") -> tuple[Pool, Decodes]:
+    pool = router.pools[model]
+    assert pool.decodes is not None
+    return pool, pool.decodes
+
+
+# ---- pools ----
+
+
+def test_a_pair_is_chosen_for_every_request() -> None:
+    def test(router: Router, shard: Shard) -> None:
+        route = route_of(router)
+        assert route.prefill is not None
+        assert (route.prefill.upstream.worker_idx, route.upstream.worker_idx) == (0, 1)
+        assert (route.decision, route.prefill.decision) == (NO_DECISION, ROUND_ROBIN)
+        assert route.uncached_tokens == 0
+        assert router.plain_routes is None, "a request has to be looked at"
+
+    routed(with_roles("pd"), test)
+
+
+def test_decode_workers_take_no_request_first_and_prefill_workers_none_alone() -> None:
+    def test(router: Router, shard: Shard) -> None:
+        assert rows_of(router) == {(0, 2), (0, 3), (1, 2), (1, 3)}
+
+    routed(with_roles("ppdd"), test, decode_policy="random")
+
+
+def test_regular_workers_beside_pairs() -> None:
+    def test(router: Router, shard: Shard) -> None:
+        assert rows_of(router) == {(0,), (1, 2)}
+        assert route_of(router).pool is router.only
+
+    routed(with_roles("rpd"), test)
+
+
+def test_half_of_a_pair_is_no_candidate_beside_regular_workers() -> None:
+    """And the short way of a pool without pairs stays."""
+    for roles in ("rp", "rd", "r"):
+
+        def test(router: Router, shard: Shard) -> None:
+            assert rows_of(router) == {(0,)}
+            assert router.plain_routes is not None
+            assert router.pools["demo"].decodes is None
+
+        routed(with_roles(roles), test)
+
+
+def test_models_keep_to_themselves() -> None:
+    def test(router: Router, shard: Shard) -> None:
+        assert rows_of(router, body=b'{"model":"a"}') == {(0, 1)}
+        assert rows_of(router, body=b'{"model":"b"}') == {(2, 3)}
+        assert rows_of(router, body=b'{"model":"c"}') == {(4,)}
+
+    routed(with_roles("pdpdr", models=["a", "a", "b", "b", "c"]), test)
+
+
+def test_what_both_are_told_of_the_prefill_worker() -> None:
+    memory = with_roles("pd")
+    memory.put(0, url="http://[FD00::1]:30000", is_new=True)
+    memory.put_record(0, bootstrap_port=None)
+
+    def test(router: Router, shard: Shard) -> None:
+        first = route_of(router).prefill
+        assert first is not None
+        assert first.upstream.bootstrap == (b'"fd00::1"', b"null")
+        memory.put_record(0, bootstrap_port=8998)
+        first = route_of(router).prefill
+        assert first is not None
+        assert first.upstream.bootstrap == (b'"fd00::1"', b"8998")
+
+    routed(memory, test)
+
+
+def test_the_policies_of_both_sides() -> None:
+    def test(router: Router, shard: Shard) -> None:
+        pool, decodes = pool_of_ready(router)
+        assert (pool.policy.name, decodes.policy.name, decodes.is_affine) == ("random", "round_robin", False)
+        before = decodes.policy
+        shard.table.set_state(0, _workers.READY)  # another version of the table
+        router.refresh()
+        assert pool_of(router)[1].policy is before, "its turn goes on"
+
+    routed(with_roles("ppdd"), test, policy="least_load", prefill_policy="random", decode_policy="round_robin")
+
+    def regular(router: Router, shard: Shard) -> None:
+        router.refresh()
+        assert router.pools["demo"].policy.name == "least_load", "without prefill workers that is no matter"
+
+    routed(with_roles("rr"), regular, policy="least_load", prefill_policy="random")
+
+
+def pool_of_ready(router: Router) -> tuple[Pool, Decodes]:
+    router.refresh()
+    return pool_of(router)
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("roles", "down", "reason", "ready"),
+    [
+        ("p", "", errors.NO_DECODE_WORKERS_AVAILABLE, 0),
+        ("d", "", errors.NO_PREFILL_WORKERS_AVAILABLE, 0),
+        ("pd", "0", errors.NO_PREFILL_WORKERS_AVAILABLE, 0),
+        ("pd", "1", errors.NO_DECODE_WORKERS_AVAILABLE, 0),
+        ("pd", "01", errors.NO_PREFILL_WORKERS_AVAILABLE, 0),
+        ("rpd", "02", errors.NO_HEALTHY_WORKERS, 0),
+        ("ppd", "0", None, 2),
+        ("rpd", "2", None, 1),
+        ("rpd", "", None, 3),
+    ],
+)
+def test_an_empty_side(roles: str, down: str, reason: errors.Reason | None, ready: int) -> None:
+    memory = with_roles(roles)
+
+    def test(router: Router, shard: Shard) -> None:
+        for row in down:
+            memory.table.set_state(int(row), _workers.UNHEALTHY)
+        found = choose(router)
+        assert found is reason or (reason is None and isinstance(found, Route))
+        assert router.ready_workers == ready
+
+    routed(memory, test)
+
+
+@pytest.mark.parametrize(("roles", "shut"), [("pd", "0"), ("pd", "1"), ("pd", "01"), ("ppd", "2"), ("rpd", "02")])
+def test_open_breakers(roles: str, shut: str) -> None:
+    """They are the reason when without them there would be a pair; and they take no readiness away."""
+
+    def test(router: Router, shard: Shard) -> None:
+        for row in shut:
+            shard.breakers.table.failed(int(row), 1, False, shard.loop.time())
+        assert choose(router) is errors.BREAKER_OPEN
+        assert router.ready_workers == len(roles)
+
+    routed(with_roles(roles), test, disable_circuit_breaker=False, cb_failure_threshold=1)
+
+
+def test_an_open_breaker_beside_a_side_that_is_empty() -> None:
+    memory = with_roles("pd")
+
+    def test(router: Router, shard: Shard) -> None:
+        shard.breakers.table.failed(0, 1, False, shard.loop.time())
+        memory.table.set_state(1, _workers.UNHEALTHY)
+        assert choose(router) is errors.NO_DECODE_WORKERS_AVAILABLE
+
+    routed(memory, test, disable_circuit_breaker=False, cb_failure_threshold=1)
+
+
+def test_refusals_by_model() -> None:
+    def test(router: Router, shard: Shard) -> None:
+        assert choose(router, b'{"model":"a"}') is errors.NO_DECODE_WORKERS_AVAILABLE
+        assert choose(router, b'{"model":"b"}') is errors.NO_PREFILL_WORKERS_AVAILABLE
+        assert route_of(router, b'{"model":"c"}').rows == (2,)
+        assert choose(router, b'{"model":"d"}') is errors.MODEL_NOT_FOUND
+
+    routed(with_roles("pdr", models=["a", "b", "c"]), test)
+
+
+def test_readyz() -> None:
+    memory = with_roles("pd")
+
+    async def inside() -> None:
+        shard = shard_in_loop(memory)
+        client, transport = stub_client(shard)
+
+        def asked() -> tuple[int, Any]:
+            client.data_received(request("GET", "/readyz"))
+            head, _, body = transport.take().partition(b"\r\n\r\n")
+            return int(head[9:12]), orjson.loads(body)
+
+        assert asked() == (200, {"status": "ready", "healthy_workers": 2, "total_workers": 2})
+        memory.table.set_state(1, _workers.UNHEALTHY)
+        assert asked()[0] == 503
+        memory.table.set_state(1, _workers.READY)
+        memory.table.set_state(0, _workers.UNHEALTHY)
+        assert asked()[0] == 503
+
+    run(inside())
+
+
+# ---- the choice by what caches hold ----
+
+FACTS = Facts(1300, {Variant(64): KEYS})
+
+
+def test_regular_and_prefill_workers_are_compared_as_equals() -> None:
+    for owner, rows in ((0, (0,)), (1, (1, 2))):
+        memory = with_roles("rpd", block_size=64)
+        TreeWriter(memory.segment).store(owner, 0, KEYS)
+        TreeWriter(memory.segment).store(2, 0, KEYS)  # what a decode worker holds is no matter
+
+        def test(router: Router, shard: Shard, owner: int = owner, rows: tuple[int, ...] = rows) -> None:
+            route = route_of(router)
+            assert route.rows == rows
+            first = route.prefill or route
+            assert first.decision == CACHE_HIT
+            assert (first.overlap_blocks, first.prompt_blocks, first.uncached_tokens) == (20, 20, 20)
+            assert (first.rank, first.predicted_tokens) == (owner, 1280)
+            if route.prefill is not None:
+                assert (route.uncached_tokens, route.predicted_tokens, route.prompt_blocks) == (0, -1, 0)
+                assert router.describe(first).startswith(f"worker={ENGINES[1]}; rank=0; overlap_blocks=20; prompt_blocks=20".encode())
+
+        keyed(memory, FACTS, test)
+
+
+def test_the_rank_of_the_prefix() -> None:
+    memory = with_roles("pd", block_size=64)
+    memory.put(0, dp_size=4, rank_base=10)
+    TreeWriter(memory.segment).store(13, 0, KEYS)
+
+    def test(router: Router, shard: Shard) -> None:
+        first = route_of(router).prefill
+        assert first is not None
+        assert (first.rank, first.dp_rank, first.upstream.dp_size) == (13, 3, 4)
+
+    keyed(memory, FACTS, test)
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "cache_aware"])
+def test_a_decode_side_that_goes_by_caches(policy: str) -> None:
+    memory = with_roles("ppddd", block_size=64)
+    TreeWriter(memory.segment).store(3, 0, KEYS)
+    TreeWriter(memory.segment).store(1, 0, KEYS)
+
+    def test(router: Router, shard: Shard) -> None:
+        assert {rows[1] for rows in rows_of(router)} == {3}
+        assert {rows[0] for rows in rows_of(router)} == ({1} if policy == "cache_aware" else {0, 1})
+
+    routed(memory, test, FixedKeyer(FACTS), policy=policy, decode_policy="cache_aware", tokenizer_path=DEMO_TOKENIZER_PATH)
+
+
+def test_a_decode_side_without_events_goes_by_what_it_was_sent() -> None:
+    body = orjson.dumps({"prompt": "x" * 4000})
+
+    def test(router: Router, shard: Shard) -> None:
+        rows = {route_of(router, body).rows for _ in range(20)}
+        assert len(rows) == 1, "the same pair for the same prompt"
+        ((first, second),) = rows
+        assert first in (0, 1)
+        assert second in (2, 3)
+
+    routed(with_roles("ppdd", prediction_blocks=1 << 12), test, policy="cache_aware", decode_policy="cache_aware")
+
+
+# ---- the next pair ----
+
+
+def following(router: Router, failed: Route, *tried: int) -> set[tuple[int, ...]]:
+    """Rows of the next choices, and what must hold of each."""
+    rows = set()
+    for _ in range(60):
+        found = router.next_choice(failed, tried)
+        assert found is not None
+        first = found.prefill or found
+        assert first.decision == FAILOVER
+        assert first.predicted_tokens == -1
+        rows.add(found.rows)
+    return rows
+
+
+def pair_of(router: Router, first: int, second: int, **fields: Any) -> Route:
+    pool, decodes = pool_of_ready(router)
+    prefill = Route(pool, pool.upstreams[first], 0, 100, **fields)
+    return Route(pool, decodes.upstreams[second], NO_DECISION, prefill=prefill)
+
+
+def test_a_prefill_worker_that_failed_is_left_out() -> None:
+    def test(router: Router, shard: Shard) -> None:
+        assert following(router, pair_of(router, 0, 0), 0) == {(1, 2), (1, 3)}
+
+    routed(with_roles("ppdd"), test)
+
+
+def test_a_prefill_worker_whose_other_half_failed_stays() -> None:
+    def test(router: Router, shard: Shard) -> None:
+        failed = pair_of(router, 0, 0, overlap_blocks=7, rank=5, predicted_tokens=448)
+        assert following(router, failed, 2) == {(0, 3)}
+        found = router.next_choice(failed, (2,))
+        assert found is not None
+        assert found.prefill is not None
+        assert (found.prefill.overlap_blocks, found.prefill.rank, found.prefill.uncached_tokens) == (7, 5, 100)
+
+    routed(with_roles("ppdd"), test)
+
+
+def test_when_all_were_tried() -> None:
+    def test(router: Router, shard: Shard) -> None:
+        failed = pair_of(router, 0, 0)
+        assert following(router, failed, 0, 2) == {(1, 3)}
+        assert following(router, failed, 0, 1) == {(0, 2), (0, 3)}, "not the one that has just failed"
+        assert {rows[1] for rows in following(router, failed, 2, 3)} == {2}
+
+    routed(with_roles("ppdd"), test)
+
+    def alone(router: Router, shard: Shard) -> None:
+        assert following(router, pair_of(router, 0, 0), 0) == {(0, 1)}
+        assert following(router, pair_of(router, 0, 0), 1) == {(0, 1)}
+
+    routed(with_roles("pd"), alone)
+
+
+def test_who_needs_no_decode_worker_goes_first_when_they_have_all_failed() -> None:
+    memory = with_roles("prd")
+    Column(memory.segment, 0).begin(1, 0, 0, 0)
+
+    def test(router: Router, shard: Shard) -> None:
+        failed = pair_of(router, 0, 0)
+        assert following(router, failed, 2) == {(1,)}, "although it has more to do"
+        assert following(router, failed, 0) == {(1,)}
+        assert following(router, failed, 2, 1) == {(0, 2)}
+
+    routed(memory, test)
+
+
+def test_the_next_pair_follows_the_table() -> None:
+    memory = with_roles("ppdd")
+
+    def test(router: Router, shard: Shard) -> None:
+        failed = pair_of(router, 0, 0)
+        memory.table.set_state(1, _workers.UNHEALTHY)
+        assert {rows[0] for rows in following(router, failed, 0)} == {0}
+        memory.table.set_state(3, _workers.UNHEALTHY)
+        assert following(router, failed, 2) == {(0, 2)}
+        memory.table.set_state(2, _workers.UNHEALTHY)
+        assert router.next_choice(failed, (2,)) is None
+
+    routed(memory, test)
+
+
+# ---- what would be chosen ----
+
+
+def explained(memory: Memory, test: Callable[[Callable[[], Any], Shard], None], **settings: Any) -> None:
+    async def inside() -> None:
+        shard = shard_in_loop(memory, **settings)
+        connection: ClientConnection
+        transport: StubTransport
+        connection, transport = stub_client(shard)
+
+        def ask() -> Any:
+            connection.data_received(post(b"{}", target="/explain/v1/chat/completions"))
+            return orjson.loads(transport.take().partition(b"\r\n\r\n")[2])
+
+        test(ask, shard)
+
+    run(inside())
+
+
+def test_explain_shows_the_decode_choice() -> None:
+    memory = with_roles("pdd")
+    memory.put(1, url="http://10.0.0.1:9", is_new=False)  # on the prefill worker's host
+    memory.put(2, _workers.UNHEALTHY, is_new=False)
+    Column(memory.segment, 0).begin(1, 0, 16, 0)
+
+    def test(ask: Callable[[], Any], shard: Shard) -> None:
+        found = ask()
+        assert found["choice"]["worker"] == ENGINES[0]
+        assert [row["worker"] for row in found["candidates"]] == [ENGINES[0]], "decode workers are no candidates"
+        assert found["decode"] == {
+            "worker": "http://10.0.0.1:9",
+            "policy": "affinity",
+            "candidates": [
+                {
+                    "worker": "http://10.0.0.1:9",
+                    "load": {"requests": 1},
+                    "eligible": True,
+                    "why": "is on the prefill worker's host",
+                },
+                {"worker": ENGINES[2], "load": {"requests": 0}, "eligible": False, "why": "fails its health checks"},
+            ],
+        }
+        assert memory.word(c.S_AFFINITY_SAME_HOST) == 0, "nothing is counted"
+
+    explained(memory, test)
+
+
+def test_explain_uses_no_turn_of_the_decode_policy_up() -> None:
+    def test(ask: Callable[[], Any], shard: Shard) -> None:
+        found = [ask()["decode"] for _ in range(5)]
+        assert {one["worker"] for one in found} == {found[0]["worker"]}
+        assert found[0]["policy"] == "round_robin"
+        assert [row["why"] for row in found[0]["candidates"] if row["worker"] == found[0]["worker"]] == ["is the choice of round_robin"]
+
+    explained(with_roles("pdd"), test, decode_policy="round_robin")
+
+
+def test_explain_of_a_regular_choice_and_of_a_half() -> None:
+    def test(ask: Callable[[], Any], shard: Shard) -> None:
+        found = ask()
+        assert found["decode"] is None
+        rows = {row["worker"]: row for row in found["candidates"]}
+        assert rows[ENGINES[1]]["why"] == "has no decode worker to go with it"
+        assert not rows[ENGINES[1]]["eligible"]
+
+    explained(with_roles("rp"), test)

@@ -62,7 +62,7 @@ class ScriptedWorker:
         self.url = ""
         self._port = 0
         self._server: asyncio.Server | None = None
-        self._busy: set[asyncio.Task[None]] = set()
+        self._busy: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     async def __aenter__(self) -> "ScriptedWorker":
         await self.open()
@@ -82,14 +82,16 @@ class ScriptedWorker:
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
-        for task in self._busy:
+        for task, writer in self._busy.items():
             task.cancel()
+            writer.close()  # here, because a task that has not begun is cancelled without a word
         await asyncio.gather(*self._busy, return_exceptions=True)
+        await asyncio.sleep(0)  # what was closed is let go of in the loop's next round
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.create_task(self._answer(reader, writer), name="scripted worker")
-        self._busy.add(task)
-        task.add_done_callback(self._busy.discard)
+        self._busy[task] = writer
+        task.add_done_callback(self._busy.pop)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

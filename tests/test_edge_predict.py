@@ -3,90 +3,18 @@
 The index's half is played by the test, with the real writer.
 """
 
-import random
-from collections.abc import Callable
-from typing import Any
-
-import orjson
-import pytest
-from edge_harness import Memory, run, shard_in_loop, stub_client, stub_upstream
+from edge_harness import run, shard_in_loop, stub_client, stub_upstream
+from predict_bench import COLD, EXACT, ColdKeyer, Index, body, memory_of, route_of, sent, shards, words
 from test_edge_explain import explained
 
 from sglfast import _counters as c
-from sglfast import _workers
 from sglfast._hashtree import TreeWriter
-from sglfast._predicted import GRACE_MS, KEYS_MAX, PredictionWriter, text_cut, text_keys
+from sglfast._predicted import GRACE_MS, KEYS_MAX, text_cut, text_keys
 from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, UNKEYED, Hit, Prompt
-from sglfast.edge.policy.approximate import ApproximateCacheAware
-from sglfast.edge.policy.cache_aware import CacheAware
-from sglfast.edge.pools import Route
 from sglfast.edge.predict import Found, with_guesses
-from sglfast.edge.request import ENDPOINTS, Facts
-from sglfast.edge.route import Router
+from sglfast.edge.request import Facts
 from sglfast.edge.shard import Shard
-from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 from sglfast.shm import Variant
-
-CHAT = ENDPOINTS[b"/v1/chat/completions"]
-ENGINES = [f"http://10.0.0.{number}:30000" for number in range(1, 5)]
-COLD = bytes(range(8))  # one key, which nobody owns: all that is made of a new prompt
-EXACT = {"policy": "cache_aware", "tokenizer_path": DEMO_TOKENIZER_PATH}
-
-
-class ColdKeyer:
-    """Of every prompt: 4,000 tokens, and the first block's key."""
-
-    def __init__(self, facts: Facts | None = None) -> None:
-        self.facts = facts or Facts(4000, {Variant(64): COLD}, is_estimated=True)
-
-    def key(self, kind: int, body: bytes, variants: object, then: Callable[[Facts], None], *, is_whole: bool = False) -> None:
-        then(self.facts)
-
-
-def body(common: str, own: str = "", model: str = "demo") -> bytes:
-    return orjson.dumps({"model": model, "messages": [{"role": "user", "content": common + own}], "max_tokens": 7})
-
-
-def words(seed: int, n_bytes: int) -> str:
-    return "".join(random.Random(seed).choices("abcdefgh ", k=n_bytes))
-
-
-def route_of(router: Router, data: bytes) -> Route:
-    found: list[Any] = []
-    router.choose(CHAT, data, found.append)
-    assert isinstance(found[0], Route), found
-    return found[0]
-
-
-class Index:
-    """The writer, for the workers of a memory, with a clock that only the test moves."""
-
-    def __init__(self, memory: Memory) -> None:
-        self.writer = PredictionWriter(memory.segment)
-        for rank in range(len(memory.urls)):
-            self.writer.own(rank, 1)
-
-    def drain(self) -> int:
-        return self.writer.drain()
-
-
-def shards(memory: Memory, test: Callable[..., None], n: int = 1, keyer: Any = None, **settings: Any) -> None:
-    """Run `test` with n shards and the index of this memory."""
-
-    async def inside() -> None:
-        test(*(shard_in_loop(memory, keyer, shard, **settings) for shard in range(n)), Index(memory))
-
-    run(inside())
-
-
-def memory_of(block_size: int = 64, n_shards: int = 1, n_workers: int = 4) -> Memory:
-    return Memory(ENGINES[:n_workers], block_size=block_size, shards=n_shards, prediction_blocks=4000)
-
-
-def sent(shard: Shard, route: Route) -> None:
-    """The request is on its way, as the exchange would count it."""
-    shard.column.begin(route.upstream.worker_idx, route.uncached_tokens, route.decision, 0)
-
 
 # ---- workers with events ----
 
@@ -303,138 +231,6 @@ def test_explain_shows_predictions_apart_and_makes_none() -> None:
     run(inside())
 
 
-# ---- workers without events ----
-
-APPROXIMATE = {"policy": "cache_aware", "cache_threshold": 0.3, "balance_abs_threshold": 64, "balance_rel_threshold": 1.5}
-
-
-def test_without_events_the_text_is_the_index() -> None:
-    """Conversations stay on their worker over any time and any number of shards, with neither tokenizer nor events."""
-
-    def test(one: Shard, other: Shard, index: Index) -> None:
-        places: dict[int, int] = {}
-        texts = {user: words(user, 3000) for user in range(12)}
-        for turn in range(4):
-            for user in texts:
-                shard = (one, other)[(user + turn) % 2]
-                route = route_of(shard.router, body(texts[user]))
-                sent(shard, route)
-                assert type(route.pool.policy) is ApproximateCacheAware
-                assert route.is_approximate
-                assert route.predicted_tokens == -1, "no parity: it is no exact prediction"
-                if turn:
-                    assert (route.upstream.worker_idx, route.decision) == (places[user], CACHE_HIT)
-                else:
-                    assert route.decision == CACHE_MISS
-                places[user] = route.upstream.worker_idx
-                shard.router.settle(route)
-                texts[user] += words(user + 100 * turn, 500)
-                index.drain()
-        assert len(set(places.values())) == 4, "by load at first"
-        route = route_of(one.router, body(texts[0]))
-        assert route.prompt_blocks == len(texts[0] + '[{"role":"user","content":""}]') // 256
-        assert 0.8 * route.prompt_blocks < route.overlap_blocks < route.prompt_blocks
-        assert one.router.describe(route).endswith(b"state=APPROXIMATE")
-
-    shards(memory_of(block_size=0, n_shards=2), test, 2, **APPROXIMATE)
-
-
-def test_without_a_tokenizer_events_are_of_no_use_and_the_text_is() -> None:
-    def test(shard: Shard, index: Index) -> None:
-        data = body(words(1, 3000))
-        first = route_of(shard.router, data)
-        shard.router.settle(first)
-        index.drain()
-        again = route_of(shard.router, data)
-        assert (again.upstream, again.decision, again.is_approximate) == (first.upstream, CACHE_HIT, True)
-        assert shard.router.describe(again).endswith(b"state=APPROXIMATE")
-
-    shards(memory_of(block_size=64), test, **APPROXIMATE)
-
-
-def test_models_do_not_find_each_other_s_prompts() -> None:
-    memory = Memory(ENGINES, models=["a", "a", "b", "b"], prediction_blocks=4000)
-
-    def test(shard: Shard, index: Index) -> None:
-        text = words(1, 3000)
-        first = route_of(shard.router, body(text, model="a"))
-        index.drain()
-        assert route_of(shard.router, body(text, model="b")).decision == CACHE_MISS
-        assert route_of(shard.router, body(text, model="a")).upstream is first.upstream
-
-    shards(memory, test, **APPROXIMATE)
-
-
-def test_a_worker_that_goes_is_forgotten() -> None:
-    memory = memory_of(block_size=0)
-
-    def test(shard: Shard, index: Index) -> None:
-        data = body(words(1, 3000))
-        first = route_of(shard.router, data)
-        idx = first.upstream.worker_idx
-        index.drain()
-        memory.table.set_state(idx, _workers.UNHEALTHY)
-        elsewhere = route_of(shard.router, data)
-        assert (elsewhere.upstream.worker_idx != idx, elsewhere.decision) == (True, CACHE_MISS)
-        index.drain()
-        memory.put(idx)  # another worker in its slot and its rank
-        index.writer.own(idx, 0)
-        index.writer.clear([idx])
-        index.writer.own(idx, 2)
-        hits = shard.router.compare(shard.router.pools["demo"], Facts(0, {}), data)[0].hits
-        assert [hit.position for hit in hits] == [shard.router.pools["demo"].positions[elsewhere.rank]]
-
-    shards(memory, test, **APPROXIMATE)
-
-
-def test_a_pool_of_both_kinds() -> None:
-    """Of worker 3 no events come: what it was sent stays; of the others it ends with the first token."""
-    memory = memory_of()
-    memory.put(3, is_new=False, block_size=0)
-
-    def test(shard: Shard, index: Index) -> None:
-        shard.router.refresh()
-        pool = shard.router.pools["demo"]
-        assert type(pool.policy) is CacheAware
-        for idx in (0, 1, 2):
-            shard.column.begin(idx, 9000, 0, 0)
-        data = body(words(1, 16_000))
-        first = route_of(shard.router, data)
-        assert (first.upstream.worker_idx, first.is_approximate) == (3, True)
-        shard.router.settle(first)
-        index.drain()
-        index.writer.wait(2 * GRACE_MS)
-        index.drain()
-        again = route_of(shard.router, data)
-        assert (again.upstream.worker_idx, again.decision) == (3, CACHE_HIT)
-        assert again.prompt_blocks == 62
-        assert 62 * 15 // 16 <= again.overlap_blocks < 62
-
-    shards(memory, test, keyer=ColdKeyer(), **EXACT)
-
-
-def test_explain_of_an_approximate_pool() -> None:
-    memory = memory_of(block_size=0)
-
-    async def inside() -> None:
-        shard, index = shard_in_loop(memory, None, **APPROXIMATE), Index(memory)
-        connection, transport = stub_client(shard)
-        data = body(words(1, 3000))
-        found = explained(connection, transport, data)[1]
-        assert "no worker was sent more than --cache-threshold" in str(found["candidates"])
-        first = route_of(shard.router, data)
-        index.drain()
-        found = explained(connection, transport, data)[1]
-        assert (found["is_approximate"], found["unkeyed_because"], found["prompt_blocks"]) == (True, None, 11)
-        row = next(row for row in found["candidates"] if row["worker"] == first.upstream.url)
-        assert "was sent the longest part of the prompt" in row["why"]
-        assert row["overlap_blocks"] == row["overlap_blocks_by_tier"]["predicted"] == 11
-        found = explained(connection, transport, b'{"messages":[]}')[1]
-        assert found["unkeyed_because"] == "no tokenizer is loaded"
-
-    run(inside())
-
-
 # ---- the arithmetic ----
 
 
@@ -448,13 +244,3 @@ def test_with_guesses() -> None:
     tiny = with_guesses(Prompt(), Found(b"k", 2, {0: (0, 1.0)}))
     assert tiny.hits == (), "one token is always computed"
     assert KEYS_MAX == 192
-
-
-@pytest.mark.parametrize("data", [b"", b"{}", b'{"messages":[]}', b"no JSON", body("short")])
-def test_bodies_without_keys_go_by_load(data: bytes) -> None:
-    def test(shard: Shard, index: Index) -> None:
-        route = route_of(shard.router, data)
-        assert (route.decision, route.prediction) == (UNKEYED, None)
-        assert index.drain() == 0
-
-    shards(memory_of(block_size=0), test, **APPROXIMATE)

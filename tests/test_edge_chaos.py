@@ -18,6 +18,9 @@ from edge_harness import Edge, wait_until
 from raw_client import Client, chunk, chunked, post, request
 from scripted_worker import SSE_HEAD, Call, RefusingPort, Worker, answer, answer_head
 
+from sglfast.shm import Role
+
+CODES = ("upstream_closed", "upstream_bad_response", "upstream_unreachable", "breaker_open", "prefill_failed")
 THREADS = 8
 TURNS = 60
 
@@ -88,12 +91,10 @@ def one_client(port: int, rng: random.Random, name: str, seen: Counter[str]) -> 
                     if found.code is None:
                         whole = found.body.replace(body, b"")
                         is_cut = found.closes and not found.header("content-length")  # ended by the end of the connection
-                        assert whole == b"" or b"upstream_" in whole or is_cut, (body, whole[:200])
+                        assert whole == b"" or b"upstream_" in whole or b"prefill_failed" in whole or is_cut, (body, whole[:200])
                         seen["answered"] += 1
                     else:
-                        assert found.code in ("upstream_closed", "upstream_bad_response", "upstream_unreachable", "breaker_open"), (
-                            found.body
-                        )
+                        assert found.code in CODES, found.body
                         seen[found.code] += 1
                     if found.closes:
                         break
@@ -113,8 +114,9 @@ ALL_ON: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("roles", [(), ("prefill", "decode", "prefill"), ("decode", "prefill", "regular")], ids=["alone", "pairs", "both"])
 @pytest.mark.parametrize("settings", [{}, ALL_ON], ids=["one attempt", "retries and breakers"])
-def test_chaos(settings: dict[str, Any], workers: list[Worker], rng: SeededRandom) -> None:
+def test_chaos(settings: dict[str, Any], roles: tuple[Role, ...], workers: list[Worker], rng: SeededRandom) -> None:
     refusing = RefusingPort()
     seeds = [rng.getrandbits(32) for _ in range(THREADS)]
     seen: Counter[str] = Counter()
@@ -130,7 +132,10 @@ def test_chaos(settings: dict[str, Any], workers: list[Worker], rng: SeededRando
 
     for worker in workers:
         worker.plan(wild)
-    with contextlib.closing(refusing), Edge([*workers, refusing], policy="random", upstream_keepalive_secs=0.5, **settings) as edge:
+    with (
+        contextlib.closing(refusing),
+        Edge([*workers, refusing], policy="random", upstream_keepalive_secs=0.5, roles=roles, **settings) as edge,
+    ):
         edge.allowed_log = ("worker cannot be reached", "circuit is")
         threads = [threading.Thread(target=play, args=(seed,)) for seed in seeds]
         for thread in threads:
@@ -140,7 +145,11 @@ def test_chaos(settings: dict[str, Any], workers: list[Worker], rng: SeededRando
         assert not failures, failures
         wait_until(lambda: not edge.gauges(), lambda: f"all is given back: {edge.gauges()}")
         edge.settle()
-    if not settings:  # with breakers, workers that fail this often are out nearly all the time
+    if not settings and not roles:  # with breakers, workers that fail this often are out nearly all the time
         assert seen["answered"] > THREADS * TURNS / 4
-    assert seen["upstream_closed"] > 0
-    assert seen["upstream_bad_response"] > 0
+    assert seen["answered"] > 0
+    if roles and not settings:
+        assert seen["prefill_failed"] > 0
+    elif not roles:
+        assert seen["upstream_closed"] > 0
+        assert seen["upstream_bad_response"] > 0

@@ -157,7 +157,7 @@ class Exchange(Leg):
     def left_pair(self, outcome: int) -> None:
         """The request has left the worker at which it was."""
         assert self.pair is not None
-        if self.last_route.prediction is not None:
+        if self.last_route.prefill is not None and self.last_route.prediction is not None:
             self.shard.router.settle(self.last_route)
         self.pair.on_left(outcome)
 

@@ -24,9 +24,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.trace, pytest.mark.skipif(not TRACE.
 def summaries() -> dict[str, Summary]:
     trace = read_trace(str(TRACE), 2000)
     assert round(infinite_cache_hit_ratio(trace), 3) == 0.289
-    settings = ReplaySettings(speed_up=SPEED_UP, settled_checks=300)
     sim = SimSettings(cache_tokens=3_000_000, prefill_tokens_per_s=12_000 * SPEED_UP, decode_tokens_per_s=80 * SPEED_UP)
-    runs = compare(["round_robin", "least_load", "cache_aware"], trace, "mooncake", settings, sim, [], Console())
+    # Only cache_aware predicts: to send 300 requests one by one takes the others a while and shows nothing.
+    plan = [("round_robin", 0), ("least_load", 0), ("cache_aware", 300)]
+    runs = [
+        run
+        for policy, checks in plan
+        for run in compare([policy], trace, "mooncake", ReplaySettings(speed_up=SPEED_UP, settled_checks=checks), sim, [], Console())
+    ]
     return {run.label: summarize(run) for run in runs}
 
 

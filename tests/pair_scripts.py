@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
 from edge_harness import Edge, wait_until
 from raw_client import WAIT_S, chunk
-from scripted_worker import SSE_HEAD, Call, Script, Worker, answer, says
+from scripted_worker import SSE_HEAD, Call, Script, Worker, answer, echoes, says
 
 from sglfast import _counters as c
 
@@ -95,6 +95,20 @@ def was_aborted(half: Half, number: int = 0) -> None:
 def stream(*pieces: bytes, end: bool = True) -> Script:
     """A script that streams SSE events."""
     return says(SSE_HEAD, *(chunk(piece) for piece in pieces), *([chunk(b"")] if end else []))
+
+
+def once_computed(prefills: Sequence[Half]) -> Script:
+    """A decode worker's script that answers when one of the prefill workers has been asked for the same room, as engines do."""
+
+    def script(call: Call) -> None:
+        room = room_of(call)
+        while not any(room_of(asked) == room for half in prefills for asked in half.calls):
+            if call.wait_for_end(0.005):
+                return
+        call.sock.settimeout(None)
+        echoes(call)
+
+    return script
 
 
 def after(is_time: Callable[[], object], script: Script) -> Script:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 from edge_harness import Edge, Memory, run, settled, shard_in_loop, stub_client, wait_until
-from pair_scripts import SENT, Half, Hang, after, fields, rid_of, room_of, stream, unloaded, was_aborted
+from pair_scripts import SENT, Half, Hang, after, fields, once_computed, rid_of, room_of, stream, unloaded, was_aborted
 from raw_client import post
 from scripted_worker import SSE_HEAD, Call, RefusingPort, Script, Worker, answer, echoes, says
 
@@ -171,7 +171,7 @@ def test_a_worker_that_refuses_connections_costs_no_request(roles: list[str], wo
     port = RefusingPort()
     is_prefill = roles[1] == "prefill"
     live = [workers[0], workers[2]]
-    halves[2].does(echoes)
+    halves[2].does(once_computed(halves[:1]))
     with Edge([live[0], port, live[1]] if is_prefill else [*live, port], roles=roles, **QUICK) as edge, settled(edge):  # type: ignore[arg-type]
         edge.allowed_log = ("cannot be reached",)
         for _ in range(20):

@@ -57,6 +57,7 @@ class Exchange(Leg):
 
     def choose(self) -> None:
         """Choose a worker, at once or when the prompt has been tokenized, and send the request."""
+        self._unpair()
         try:
             self.shard.router.choose(self.endpoint, self.body, self.on_route)
         except Exception as error:  # here, because it may be another client's end that made place for this one
@@ -67,7 +68,7 @@ class Exchange(Leg):
         if self.is_over:
             return  # the client left while its prompt was being tokenized
         if isinstance(route, errors.Reason):
-            self.refuse(route)
+            self.give_up(route)
             return
         granted = route if self.shard.admission is None else self.shard.admission.take_worker(self, route)
         if granted is not None:
@@ -75,13 +76,17 @@ class Exchange(Leg):
 
     def send(self, route: Route) -> None:
         """Give the request to the route's worker, or to both of a pair."""
-        if self.pair is not None:
-            self.body, self.kept = self.pair.plain_body, self.pair.plain_kept
-            self.pair = None
+        self._unpair()
         if route.prefill is None:
             self.dispatch(route)
         else:
             send_pair(self, route)
+
+    def _unpair(self) -> None:
+        """The pair of the last attempt is over: the request is as its client wrote it."""
+        if self.pair is not None:
+            self.body, self.kept = self.pair.plain_body, self.pair.plain_kept
+            self.pair = None
 
     def may_probe(self, route: Route) -> bool:
         """Be the probe of a half-open worker; False: another is, and this request has gone elsewhere."""
@@ -324,6 +329,13 @@ class Exchange(Leg):
             self.refuse(errors.INTERNAL_ERROR)
 
     # ---- ends ----
+
+    def give_up(self, reason: errors.Reason) -> None:
+        """Refuse the request, unless a worker has answered it: then with that."""
+        if self.failed_attempts is None:
+            self.refuse(reason)
+        else:
+            self.failed_attempts.give_up(reason)
 
     def refuse(self, reason: errors.Reason) -> None:
         """No byte of an answer has gone to the client: send an error of our own."""

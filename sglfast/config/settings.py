@@ -73,6 +73,9 @@ class ServeConfig:
         32768, "client connections of each shard at most; fewer where its limit of open files is lower than that and an eighth", "server",
         low=1, high=1 << 20, live=True)
     max_payload_size: int = _setting(64 << 20, "largest request body in bytes", "server", low=1, live=True)
+    max_buffered_bytes: int = _setting(
+        1 << 30, "bytes of request bodies that each shard holds at most, whole or not yet; above, bodies are answered 503. Not less than "
+        "--max-payload-size", "server", low=1, live=True)
     max_header_bytes: int = _setting(64 << 10, "largest request head in bytes", "server", low=1024, high=1 << 20, live=True)
     max_url_bytes: int = _setting(16 << 10, "longest request target in bytes", "server", low=64, high=1 << 20, live=True)
     header_timeout_secs: float = _setting(10.0, "a request head must arrive within this time", "server", low=0.1, live=True)

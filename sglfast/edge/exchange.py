@@ -58,14 +58,18 @@ class Exchange(Leg):
     def choose(self) -> None:
         """Choose a worker, at once or when the prompt has been tokenized, and send the request."""
         self._unpair()
+        self.is_choosing = True
         try:
             self.shard.router.choose(self.endpoint, self.body, self.on_route)
         except Exception as error:  # here, because it may be another client's end that made place for this one
+            self.is_choosing = False
             self.client.on_broken(error)
 
     def on_route(self, route: Route | errors.Reason) -> None:
         """The router has chosen: a route, or the reason why there is none."""
+        self.is_choosing = False
         if self.is_over:
+            self.drop_body()
             return  # the client left while its prompt was being tokenized
         if isinstance(route, errors.Reason):
             self.give_up(route)
@@ -86,6 +90,7 @@ class Exchange(Leg):
         """The pair of the last attempt is over: the request is as its client wrote it."""
         if self.pair is not None:
             self.body, self.kept = self.pair.plain_body, self.pair.plain_kept
+            self.count_body(len(self.body))
             self.pair = None
 
     def may_probe(self, route: Route) -> bool:

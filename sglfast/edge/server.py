@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sglfast.edge.tokenize import Answer
 
 _SMALL_BYTES = 64 << 10  # bodies of all paths but those of the data plane
-_LINGERING = 64  # connections above the limit that get the time to read why they are refused
+LINGERING = 64  # connections above the limit that get the time to read why they are refused
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -47,7 +47,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         above = len(self.shard.clients) - self.shard.max_clients
         if above > 0:
             self.shard.note_full(f"connections above {self.shard.max_clients} are refused")
-            self._refuse(errors.TOO_MANY_CONNECTIONS, lingers=above <= _LINGERING)
+            self._refuse(errors.TOO_MANY_CONNECTIONS, lingers=above <= LINGERING)
         self.shard.column.add(_counters.S_CONNECTIONS, 1)
         self.shard.column.add(_counters.S_CONNECTIONS_TOTAL, 1)
 

@@ -41,6 +41,7 @@ def check_needs(config: ServeConfig, origins: Mapping[str, str]) -> None:
         ("decode", "--prefill: a decode worker computes no prompt", bool(config.prefill)),
         ("prefill_policy", f"--pd-disaggregation: {_NO_PD}", config.is_pd),
         ("decode_policy", f"--pd-disaggregation: {_NO_PD}", config.is_pd),
+        ("log_files_kept", "--log-dir", config.log_dir is not None),
     ):
         if origins[name] != DEFAULT and getattr(config, name) and not is_there:
             raise ConfigError(f"{origins[name]} needs {needed}")

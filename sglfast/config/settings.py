@@ -221,6 +221,7 @@ class ServeConfig:
         "all", "one line for each request, for those that were not answered well (4xx, 5xx, cut, left), or none", "logs",
         choices=("all", "errors", "off"), live=True)
     log_dir: str | None = _setting(None, "folder for log files, one a day, beside standard error", "logs", metavar="PATH")
+    log_files_kept: int = _setting(14, "files of --log-dir that are kept, the newest ones; 0 = all", "logs", low=0)
     prometheus_host: str | None = _setting(None, "address of a port for /metrics alone (default: 0.0.0.0, with --prometheus-port)", "logs")
     prometheus_port: int | None = _setting(
         None, "port for /metrics alone (default: 29000, with --prometheus-host); the main port has it too", "logs", low=0, high=65535)

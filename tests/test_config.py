@@ -80,6 +80,7 @@ NEEDS = {
     "prefill_policy": ["--pd-disaggregation"],
     "decode_policy": ["--pd-disaggregation"],
     "tenant_fairness": ["--max-concurrent-requests", "9"],
+    "main_port_paths": ["--prometheus-port", "29000"],
     "log_files_kept": ["--log-dir", FOLDER],
 } | {
     one: [flag_of(other), __file__]

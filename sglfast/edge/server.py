@@ -274,7 +274,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
                 self.answer_error(errors.MODEL_NOT_FOUND, head.request_id, None, is_head)
             else:
                 self._answer(answers.head(found[0], found[1], len(found[2])), b"" if is_head else found[2], head.request_id)
-        elif from_control is None or (from_control.is_admin and self.shard.config.admin_port is not None):
+        elif from_control is None or from_control.kind in self.shard.kinds_elsewhere:
             may_pass = head.method == b"POST" and is_under_v1(path) and not self.shard.config.passthrough
             hint = "no such path here; the router relays unknown paths under /v1/ when it is started with --passthrough"
             self.answer_error(errors.NOT_FOUND, head.request_id, hint if may_pass else None, is_head)

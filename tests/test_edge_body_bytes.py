@@ -18,13 +18,6 @@ LARGE = 200_000
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker()
-    yield worker
-    worker.close()
-
-
-@pytest.fixture(scope="module")
 def shard_of_one(worker: Worker) -> Iterator[Edge]:
     with Edge([worker], max_payload_size=LARGE, max_buffered_bytes=LIMIT, disable_health_check=True) as edge:
         yield edge

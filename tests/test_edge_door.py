@@ -7,7 +7,6 @@ import resource
 import socket
 import ssl
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,13 +20,6 @@ from sglfast.config import ServeConfig
 from sglfast.edge.door import Door, most_clients
 
 HEALTH = request("GET", "/health")
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker()
-    yield worker
-    worker.close()
 
 
 def leave_files(edge: Edge, free: int) -> None:

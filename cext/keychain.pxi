@@ -13,18 +13,20 @@ cdef class KeyChain:
     cdef Py_ssize_t n_waiting  # ids behind the last full page; with bigram also that page's last id, which begins the next
     cdef uint8_t *waiting      # room for one page of ids (and one more for bigram), then scratch for one page and a key
 
-    def __cinit__(self, Py_ssize_t page_size, *, bint bigram=False, bytes cache_salt not None=b"", seed=None):
+    def __cinit__(self, Py_ssize_t page_size, *, bint bigram=False, bytes cache_salt not None=b"", seed=None, uint64_t parent=0):
         if page_size < 1 or page_size > 1 << 24:
             raise ValueError(f"page_size must be from 1 to 2**24 tokens, not {page_size}")
         if seed is not None and cache_salt:
             raise ValueError("the token route has its salt in the seed")
+        if seed is None and parent:
+            raise ValueError("a chain of the SHA route starts from no key")
         self.page_size = page_size
         self.bigram = bigram
         self.waiting = <uint8_t *> PyMem_RawMalloc(4 * (page_size + 1) + 8 * page_size + 16)
         if self.waiting == NULL:
             raise MemoryError
         self.chain.is_sha = seed is None
-        self.chain.parent = 0
+        self.chain.parent = parent
         self.chain.has_prior = False
         if seed is not None:
             self.chain.seed = seed

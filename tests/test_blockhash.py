@@ -195,12 +195,13 @@ class TestKeyChain:
         page_size=st.integers(1, 9) | st.integers(50, 70),
         bigram=st.booleans(),
         seed=st.integers(0, U64),
+        parent=st.integers(0, U64),
         forks=st.sets(st.integers(0, 7)),
     )
     def test_with_a_seed_it_equals_token_keys(
-        self, parts: list[list[int]], page_size: int, bigram: bool, seed: int, forks: set[int]
+        self, parts: list[list[int]], page_size: int, bigram: bool, seed: int, parent: int, forks: set[int]
     ) -> None:
-        chain = KeyChain(page_size, bigram=bigram, seed=seed)
+        chain = KeyChain(page_size, bigram=bigram, seed=seed, parent=parent)
         keys, tokens = b"", array.array("I")
         for number, part in enumerate(parts):
             if number in forks:
@@ -208,7 +209,7 @@ class TestKeyChain:
                 left.extend(array.array("I", range(3 * page_size)))
             keys += chain.extend(array.array("I", part))
             tokens.extend(part)
-            assert keys == token_keys(tokens, page_size, bigram=bigram, seed=seed)
+            assert keys == token_keys(tokens, page_size, bigram=bigram, seed=seed, parent=parent)
             assert (chain.tokens, 8 * chain.pages) == (len(tokens), len(keys))
 
     def test_a_seed_has_its_salt_in_it(self) -> None:
@@ -216,6 +217,10 @@ class TestKeyChain:
             KeyChain(4, cache_salt=b"s", seed=1)
         with pytest.raises(OverflowError):
             KeyChain(4, seed=-1)
+        with pytest.raises(OverflowError):
+            KeyChain(4, seed=1, parent=2**64)
+        with pytest.raises(ValueError, match="starts from no key"):
+            KeyChain(4, parent=1)
 
     @pytest.mark.parametrize("page_size", [0, -1, 2**24 + 1])
     def test_page_size(self, page_size: int) -> None:

@@ -49,6 +49,7 @@ class Router(RouterBase):
         self.pools: dict[str | None, Pool] = {}
         self.only: Pool | None = None  # the one pool, when no worker, also of those that are down, has another model
         self.models: list[str] = []
+        self.adapters: dict[str, str] = {}  # name of an adapter that is asked for as a model -> its base model
         self.closed: dict[str | None, errors.Reason] = {}  # models without a pool, and why: breakers, or half of a pair
         self.ready_workers = 0  # those that are shut included, those whose other half is missing not
 
@@ -99,6 +100,8 @@ class Router(RouterBase):
         if old:
             self._shard.cut(set(old.values()))
         self.models = sorted({view.record.model for view in views if view.record.model is not None})
+        bases = {name: view.record.model for view in views for name in view.record.adapter_models if view.record.model is not None}
+        self.adapters = {name: model for name, model in bases.items() if name not in self.models}
 
     def _make_pools(self) -> None:
         """The pools of the workers that may be chosen."""
@@ -192,6 +195,7 @@ class Router(RouterBase):
         if self.only is not None:
             return self.only
         model = model_of(body)
+        model = self.adapters.get(model, model) if model is not None else None
         # A pool that does not know its model takes any name.
         pool = self.pools.get(model) or self.pools.get(None)
         if pool is None and model is not None and ":" in model and model not in self.models:

@@ -140,7 +140,7 @@ async def _ask_model(client: LoadClient, url: str) -> str:
     if answer.error:
         reason = answer.body.decode("utf-8", "replace") or answer.error
         raise ConfigError(f"{url}/v1/models does not answer ({reason}); is a router running there? Or name it: --model")
-    model = parse_models(answer.body)
+    model, _ = parse_models(answer.body)
     if model is None:
         raise ConfigError(f"{url}/v1/models names no model; name it: --model")
     return model

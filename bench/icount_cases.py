@@ -52,6 +52,14 @@ def token_keys_of_8192_tokens_by_16() -> Call:
     return partial(token_keys, array("I", range(8192)), 16, seed=1)
 
 
+@case
+def token_keys_of_a_list_of_8192_tokens_by_64() -> Call:
+    """From Python ints, as callers that have no buffer bring them."""
+    from sglfast._blockhash import token_keys
+
+    return partial(token_keys, list(range(8192)), 64, seed=1)
+
+
 # ---- a chat prompt to block keys, as far as anybody owns its blocks; its parts ----
 
 for prepare in PROMPT_CASES:

@@ -9,13 +9,13 @@ for each block has no goal: libzmq and pyzmq take some 4 us a message before any
 """
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import os
 import sys
 import time
-from multiprocessing.queues import SimpleQueue
-from multiprocessing.synchronize import Event as Flag
+from multiprocessing.connection import Connection
 
 import zmq
 from compare import machine
@@ -66,20 +66,25 @@ def payloads(route: KeyRoute, way: str, n_blocks: int) -> list[bytes]:
     return batches
 
 
-def publish(route: KeyRoute, way: str, n_blocks: int, cores: list[int], port: "SimpleQueue[int]", go: Flag, done: Flag) -> None:
-    """The other process: a PUB socket that sends everything at once when it is told to."""
+def publish(route: KeyRoute, way: str, n_blocks: int, cores: list[int], owner: "Connection[int, None]") -> None:
+    """The other process: a PUB socket, whose port it tells, that sends everything at once when it is told to, until its owner hangs up.
+
+    A pipe and no queue or event: those are semaphores with names, which a run that is stopped leaves behind.
+    """
     os.sched_setaffinity(0, cores)
     batches = payloads(route, way, n_blocks)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     with context.socket(zmq.XPUB) as live:
         live.setsockopt(zmq.SNDHWM, 0)
         live.setsockopt(zmq.LINGER, 0)
-        port.put(live.bind_to_random_port("tcp://127.0.0.1"))
+        owner.send(live.bind_to_random_port("tcp://127.0.0.1"))
         live.recv()  # the subscription
-        go.wait(TIMEOUT_S)
+        owner.poll(TIMEOUT_S)
+        with contextlib.suppress(EOFError):
+            owner.recv()
         for seq, payload in enumerate(batches):
             live.send_multipart(live_frames(b"", seq, payload))
-        done.wait(TIMEOUT_S)
+        owner.poll(TIMEOUT_S)
     context.term()
 
 
@@ -89,28 +94,28 @@ def measure(route: KeyRoute, way: str, n_blocks: int, other_cores: list[int]) ->
     os.close(fd)
     tree, reader = TreeLock(TreeWriter(segment)), TreeReader(segment)
     tree.writer.reset()
-    port: SimpleQueue[int] = SPAWN.SimpleQueue()
-    go, done = SPAWN.Event(), SPAWN.Event()
-    publisher = SPAWN.Process(target=publish, args=(route, way, n_blocks, other_cores, port, go, done), daemon=True)
+    owner, other_end = SPAWN.Pipe()
+    publisher = SPAWN.Process(target=publish, args=(route, way, n_blocks, other_cores, other_end), daemon=True)
     publisher.start()
+    other_end.close()
     log = logging.LoggerAdapter(logging.getLogger("bench"), {})
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     index = RankIndex(tree, 0, block_size=BLOCK_TOKENS[route], is_bigram=False, log=log, key_route=route)
     subscriber = Subscriber(
-        context, Endpoints(f"tcp://127.0.0.1:{port.get()}", None, b""), index, RankTable(segment), generation=1, log=log
+        context, Endpoints(f"tcp://127.0.0.1:{owner.recv()}", None, b""), index, RankTable(segment), generation=1, log=log
     )
     subscriber.start()
     try:
         time.sleep(0.3)  # the subscription arrives
         wall_s, cpu_s = time.monotonic(), time.process_time()
-        go.set()
+        owner.send(None)
         while reader.stats()["live_blocks"] < n_blocks:
             time.sleep(0.002)
             if time.monotonic() - wall_s > TIMEOUT_S:
                 raise SystemExit(f"index_events: only {reader.stats()['live_blocks']} of {n_blocks} blocks arrived ({route}, {way})")
         return n_blocks / (time.process_time() - cpu_s), n_blocks / (time.monotonic() - wall_s)
     finally:
-        done.set()
+        owner.close()
         subscriber.stop()
         subscriber.join(5.0)
         context.term()

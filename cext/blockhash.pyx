@@ -43,6 +43,9 @@ cdef extern from *:
     _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "pages are hashed in place: little-endian machines only");
     """
 
+cdef extern from "sf_pylong.h":
+    bint sf_uint32_of_longs(PyObject **items, Py_ssize_t count, uint32_t *ids) noexcept
+
 cdef extern from "sf_sha256.h":
     ctypedef struct sf_sha256_t:
         uint32_t h[8]
@@ -126,94 +129,7 @@ cdef _keys(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages, chai
     return _keys_of_sequence(tokens, page_size, bigram, max_pages, chain)
 
 
-@cython.final
-cdef class KeyChain:
-    """The chain of one text that becomes known bit by bit; see the stub."""
-
-    cdef readonly Py_ssize_t page_size
-    cdef readonly bint bigram
-    cdef readonly Py_ssize_t tokens
-    cdef readonly Py_ssize_t pages
-    cdef chain_t chain
-    cdef Py_ssize_t n_waiting  # ids behind the last full page; with bigram also that page's last id, which begins the next
-    cdef uint8_t *waiting      # room for one page of ids (and one more for bigram), then scratch for one page and a key
-
-    def __cinit__(self, Py_ssize_t page_size, *, bint bigram=False, bytes cache_salt not None=b"", seed=None):
-        if page_size < 1 or page_size > 1 << 24:
-            raise ValueError(f"page_size must be from 1 to 2**24 tokens, not {page_size}")
-        if seed is not None and cache_salt:
-            raise ValueError("the token route has its salt in the seed")
-        self.page_size = page_size
-        self.bigram = bigram
-        self.waiting = <uint8_t *> PyMem_RawMalloc(4 * (page_size + 1) + 8 * page_size + 16)
-        if self.waiting == NULL:
-            raise MemoryError
-        self.chain.is_sha = seed is None
-        self.chain.parent = 0
-        self.chain.has_prior = False
-        if seed is not None:
-            self.chain.seed = seed
-            sf_xxh3_make_secret(self.chain.secret, self.chain.seed)
-        else:
-            self.chain.has_prior = _salt_digest(cache_salt, self.chain.digest)
-
-    def __dealloc__(self):
-        PyMem_RawFree(self.waiting)
-
-    def copy(self):
-        cdef KeyChain other = KeyChain(self.page_size, bigram=self.bigram)
-        other.tokens = self.tokens
-        other.pages = self.pages
-        other.n_waiting = self.n_waiting
-        other.chain = self.chain
-        memcpy(other.waiting, self.waiting, 4 * self.n_waiting)
-        return other
-
-    def extend(self, tokens):
-        cdef Py_buffer view
-        _open_uint32(tokens, &view)
-        try:
-            return self._extend(<const uint8_t *> view.buf, view.len // 4)
-        finally:
-            PyBuffer_Release(&view)
-
-    cdef bytes _extend(self, const uint8_t *ids, Py_ssize_t count):
-        cdef Py_ssize_t full = self.page_size + self.bigram, taken = 0, pages
-        cdef uint8_t *scratch = self.waiting + 4 * (self.page_size + 1)
-        cdef bytes keys
-        cdef char *out
-        self.tokens += count
-        if self.n_waiting + count < full:
-            memcpy(self.waiting + 4 * self.n_waiting, ids, 4 * count)
-            self.n_waiting += count
-            return b""
-        pages = (self.n_waiting + count - self.bigram) // self.page_size
-        keys = PyBytes_FromStringAndSize(NULL, pages * sizeof(uint64_t))
-        out = PyBytes_AS_STRING(keys)
-        self.pages += pages
-        if self.n_waiting:
-            # Complete the page that began before where it waits. The others are hashed where they lie.
-            taken = full - self.n_waiting
-            memcpy(self.waiting + 4 * self.n_waiting, ids, 4 * taken)
-            self.c_hash(self.waiting, 1, scratch, out)
-            out += sizeof(uint64_t)
-            pages -= 1
-            taken -= self.bigram  # the last id of a page of pairs begins the next one
-        if pages:
-            self.c_hash(ids + 4 * taken, pages, scratch, out)
-            taken += pages * self.page_size
-        self.n_waiting = count - taken
-        memcpy(self.waiting, ids + 4 * taken, 4 * self.n_waiting)
-        return keys
-
-    cdef void c_hash(self, const uint8_t *ids, Py_ssize_t pages, uint8_t *scratch, char *keys) noexcept nogil:
-        cdef chain_t *chain = &self.chain
-        if chain.is_sha:
-            _chain_narrow(ids, self.page_size, self.bigram, pages, chain.has_prior, chain.digest, scratch, keys)
-            chain.has_prior = True
-        else:
-            _chain_tokens(ids, 4, self.page_size, self.bigram, pages, chain, scratch, keys)
-            memcpy(&chain.parent, keys + 8 * (pages - 1), 8)
+include "keychain.pxi"
 
 
 cdef inline Py_ssize_t _pages(Py_ssize_t tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max_pages) noexcept nogil:
@@ -265,6 +181,19 @@ cdef _keys_of_sequence(tokens, Py_ssize_t page_size, bint bigram, Py_ssize_t max
     if pages == 0:
         return b""
     cdef Py_ssize_t count = pages * page_size + bigram
+    cdef uint32_t *narrow = <uint32_t *> PyMem_RawMalloc(count * sizeof(uint32_t))
+    if narrow == NULL:
+        raise MemoryError
+    try:
+        if sf_uint32_of_longs(PySequence_Fast_ITEMS(items), count, narrow):
+            return _chain(<const uint8_t *> narrow, 4, page_size, bigram, pages, chain)
+    finally:
+        PyMem_RawFree(narrow)
+    return _keys_of_unusual_ints(items, count, page_size, bigram, pages, chain)
+
+
+cdef _keys_of_unusual_ints(items, Py_ssize_t count, Py_ssize_t page_size, bint bigram, Py_ssize_t pages, chain_t *chain):
+    """All ids there are, subclasses of int too, and what is no id."""
     cdef uint64_t *ids = <uint64_t *> PyMem_RawMalloc(count * sizeof(uint64_t))
     if ids == NULL:
         raise MemoryError

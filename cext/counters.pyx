@@ -72,6 +72,7 @@ S_LOG_LINES_LOST = 53     # request lines that nobody will read
 S_AFFINITY_SAME_HOST = 54
 S_AFFINITY_BREAKER = 55
 S_AFFINITY_LOAD = 56
+S_BODY_BYTES = 57         # of request bodies that this shard holds
 S_REASONS = 64            # 64 words, one per row of errors.REASONS
 S_TTFT = 128              # histogram: buckets, then count and sum in microseconds
 S_DURATION = 160
@@ -82,7 +83,7 @@ BUCKETS_US = (
 )
 HISTOGRAM_BUCKETS = 25    # 24 bounds and the rest
 GAUGES_WORKER = (W_INFLIGHT_REQUESTS, W_INFLIGHT_TOKENS, W_CONNECTIONS)
-GAUGES_SHARD = (S_CONNECTIONS, S_INFLIGHT, S_PERMITS, S_WAITING, S_WAITING_HEAD)
+GAUGES_SHARD = (S_CONNECTIONS, S_INFLIGHT, S_PERMITS, S_WAITING, S_WAITING_HEAD, S_BODY_BYTES)
 
 cdef enum:
     c_W_INFLIGHT_REQUESTS = 0
@@ -96,6 +97,7 @@ cdef enum:
     c_S_BYTES_OUT = 5
     c_S_RESPONSES_2XX = 11
     c_S_DECISIONS = 32
+    c_S_BODY_BYTES = 57
     c_S_TTFT = 128
     c_S_DURATION = 160
     c_BUCKETS = 24
@@ -159,6 +161,11 @@ cdef class Column:
         _sf_add(self.words + c_S_INFLIGHT, <uint64_t>-1)
         _sf_add(self.words + c_S_BYTES_OUT, bytes_out)
         return outcome_word == c_W_ERRORS or (_sf_load(self.breakers + worker_idx) & SF_BREAKER_TROUBLE) != 0
+
+    cpdef long long hold_body(self, long long n_bytes):
+        """So many bytes of request bodies are held more; negative: fewer. Returns how many are held now."""
+        _sf_add(self.words + c_S_BODY_BYTES, <uint64_t>n_bytes)
+        return <int64_t>_sf_load(self.words + c_S_BODY_BYTES)
 
     cpdef add(self, unsigned int word, long long n=1):
         """Add to a word of the shard (negative only for gauges)."""

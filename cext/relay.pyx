@@ -92,6 +92,8 @@ cdef class ExchangeBase:
     cdef public object ticket      # of the queue, while it waits for that
     cdef public object last_route  # of the worker that it has left
     cdef public long long bytes_in
+    cdef public long long held_bytes  # of its body, as the shard counts them
+    cdef public bint is_choosing  # its body is being looked at, maybe by the tokenizer's thread
     cdef public unsigned int outcome  # word of the worker that it has left; 0 = it was at none
 
     def __init__(self, ClientBase client not None, endpoint, RequestHead head not None, bytes body not None):
@@ -101,6 +103,7 @@ cdef class ExchangeBase:
         self.head = head
         self.body = body
         self.bytes_in = PyBytes_GET_SIZE(body)
+        self.count_body(self.bytes_in)
         self.kept = head.kept
         self.makes_id = not head.has_request_id
         self.request_id = head.request_id if head.request_id is not None else client.shard.new_request_id()
@@ -209,7 +212,7 @@ cdef class ExchangeBase:
         self.has_answer = True
         if self.pair is not None:
             extra += self.pair_header(head)
-        self.body = b""  # it is not sent again from here on; a stream may last long
+        self.drop_body()  # it is not sent again from here on; a stream may last long
         self.status = head.status
         self.keeps_alive = head.keeps_alive
         self.is_event_stream = head.is_event_stream
@@ -306,11 +309,24 @@ cdef class ExchangeBase:
             if self.pair is not None:
                 self.left_pair(outcome_word)
 
+    cpdef drop_body(self):
+        """The body is not needed any more."""
+        self.body = b""
+        self.count_body(0)
+
+    cpdef count_body(self, long long n_bytes):
+        """So many bytes of it are held from now on."""
+        if n_bytes != self.held_bytes:
+            self.shard.column.hold_body(n_bytes - self.held_bytes)
+            self.held_bytes = n_bytes
+
     cpdef finish(self):
         """The exchange is over: its client reads on."""
         if self.is_over:
             raise RuntimeError("an exchange ends once")
         self.is_over = True
+        if not self.is_choosing:
+            self.drop_body()
         self.client.exchange = None
         if self.holds_permit or self.ticket is not None:
             self.shard.admission.leave(self)

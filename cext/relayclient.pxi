@@ -31,6 +31,7 @@ cdef class ClientBase:
     cdef public int state
     cdef public long long body_left
     cdef public long long body_size
+    cdef public long long held_bytes  # of a body that is not complete, as far as they are counted by the shard
     cdef public double quiet_since_s
     cdef public double fresh_since_s
     cdef public long long fresh_bytes   # of a body, since then
@@ -102,7 +103,8 @@ cdef class ClientBase:
             if not head.keeps_alive:
                 self.closes = True
             size = head.content_length
-            if size > limit_body_bytes or head.expects_other or PyBytes_GET_SIZE(head.target) > self.shard.max_url_bytes:
+            if size > limit_body_bytes or head.expects_other or PyBytes_GET_SIZE(head.target) > self.shard.max_url_bytes \
+                    or (size > 0 and self.shard.column.hold_body(0) + size > self.shard.max_buffered_bytes):
                 self.refuse_head(head)
                 return
             end = head.head_bytes + (size if size > 0 else 0)
@@ -141,15 +143,33 @@ cdef class ClientBase:
         self.end_body()
         return rest
 
-    cpdef keep(self, bytes data):
-        """Keep a piece of a body. Small ones are put together: each by itself would take many times its size."""
-        cdef object last = self.pieces[len(self.pieces) - 1] if self.pieces else None
+    cpdef bint hold(self, long long n_bytes) except -1:
+        """Count bytes of a body as held. False: the shard holds too many, and the request was refused."""
+        self.held_bytes += n_bytes
+        if self.shard.column.hold_body(n_bytes) <= self.shard.max_buffered_bytes:
+            return True
+        self.refuse_body()
+        return False
+
+    cpdef let_go(self):
+        """The body has been handed on, or is dropped: who has it now counts it."""
+        if self.held_bytes:
+            self.shard.column.hold_body(-self.held_bytes)
+            self.held_bytes = 0
+
+    cpdef bint keep(self, bytes data) except -1:
+        """Keep a piece of a body; False as by `hold`. Small ones are put together: each by itself would take many times its size."""
+        cdef object last
+        if not self.hold(PyBytes_GET_SIZE(data)):
+            return False
+        last = self.pieces[len(self.pieces) - 1] if self.pieces else None
         if PyBytes_GET_SIZE(data) >= SMALL_BYTES:
             self.pieces.append(data)
         elif type(last) is bytearray:
             last += data
         else:
             self.pieces.append(bytearray(data))
+        return True
 
     cpdef end_body(self):
         """The body is complete: its request begins."""
@@ -158,6 +178,7 @@ cdef class ClientBase:
         self.head = None
         self.chunks = None
         self.pieces = None
+        self.let_go()
         self.state = c_HEAD
         self.begin(head, body)
 

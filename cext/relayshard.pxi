@@ -20,6 +20,7 @@ cdef class ShardBase:
     # Copies of settings
     cdef long long max_header_bytes
     cdef long long max_payload_size
+    cdef long long max_buffered_bytes
     cdef long long max_url_bytes
     cdef double request_timeout_secs
     cdef double stale_request_timeout_secs
@@ -39,6 +40,7 @@ cdef class ShardBase:
         self.config = config
         self.max_header_bytes = config.max_header_bytes
         self.max_payload_size = config.max_payload_size
+        self.max_buffered_bytes = max(config.max_buffered_bytes, config.max_payload_size)  # else a large body is never taken
         self.max_url_bytes = config.max_url_bytes
         self.request_timeout_secs = config.request_timeout_secs
         self.stale_request_timeout_secs = config.stale_request_timeout_secs

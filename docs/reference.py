@@ -37,6 +37,17 @@ by name, wherever it stands; `sglfast check-config` with the same flags prints w
 * **Secrets** (marked) are never printed. On a command line every user of the machine can read them; the environment and files are better.
 """
 
+_PATHS = """
+## Which paths are at which address
+
+| paths | main port | `--admin-port`, where given | `--prometheus-port`, where given |
+|---|---|---|---|
+| the API under `/v1/` and its siblings, `/health`, `/readyz`, `/v1/models` | always | | |
+| `/metrics`, `/engine_metrics` | unless `--main-port-paths` is `no-metrics` or `data` | yes | yes |
+| `/server_info`, `/model_info`, `/health_generate` | unless `--main-port-paths` is `data` | yes | |
+| `/workers` and all else that administers | where there is no `--admin-port` | yes | |
+"""
+
 _FILE_HEAD = """
 ## The file in sgl-router's form
 
@@ -108,7 +119,7 @@ def flags_page() -> str:
         flags = ", ".join(f"`{flag_of(name)}`" for name in field.names)
         marks = "".join(f" *{mark}*" for mark in ("live", "secret") if mark in field.meta)
         parts.append(f"| {flags} | {_form(field)} | {_cell(help_of(field))}{marks} |\n")
-    parts.append(_FILE_HEAD)
+    parts += [_PATHS, _FILE_HEAD]
     parts += [f"| `{field.meta['section']}` | `{field.flag}` |\n" for field in FIELDS.values() if "section" in field.meta]
     return "".join(parts)
 

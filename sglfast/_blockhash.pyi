@@ -55,8 +55,9 @@ def xxh3(data: ReadableBuffer, seed: int = 0) -> int:
 class KeyChain:
     """`page_keys` of a text whose tokens become known bit by bit: each token is hashed once. With `seed`: its `token_keys`.
 
-    tokens, pages: how many of each so far. Raises ValueError: page_size below 1 or above 2**24, or both a salt and a seed (from
-    `chain_seed`, which has the salt in it); OverflowError when the seed is no uint64. Of one thread at a time.
+    tokens, pages: how many of each so far. Raises ValueError: page_size below 1 or above 2**24, both a salt and a seed (from
+    `chain_seed`, which has the salt in it), a parent without a seed; OverflowError when the seed or the parent is no uint64. Of one
+    thread at a time.
     """
 
     @property
@@ -67,7 +68,9 @@ class KeyChain:
     def tokens(self) -> int: ...
     @property
     def pages(self) -> int: ...
-    def __new__(cls, page_size: int, *, bigram: bool = False, cache_salt: bytes = b"", seed: int | None = None) -> KeyChain: ...
+    def __new__(
+        cls, page_size: int, *, bigram: bool = False, cache_salt: bytes = b"", seed: int | None = None, parent: int = 0
+    ) -> KeyChain: ...
     def extend(self, tokens: ReadableBuffer) -> bytes:
         """Go on with `tokens`, a contiguous buffer of uint32; return the keys of the pages that are full now and were not before.
 

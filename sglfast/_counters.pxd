@@ -20,6 +20,7 @@ cdef class Column:
     cpdef bint end(
         self, unsigned int worker_idx, unsigned long long tokens, unsigned int outcome_word, unsigned long long bytes_out
     ) except -1
+    cpdef long long hold_body(self, long long n_bytes)
     cpdef add(self, unsigned int word, long long n=*)
     cpdef add_worker(self, unsigned int worker_idx, unsigned int word, long long n=*)
     cpdef observe(self, unsigned long long ttft_us, unsigned long long duration_us)

@@ -106,6 +106,7 @@ NO_DECODE_WORKERS_AVAILABLE = Reason(
     "no_decode_workers_available", 503, "router", "no healthy decode workers for the requested model", True
 )
 PREFILL_FAILED = Reason("prefill_failed", 502, "worker", "the prefill half of the request failed", True)
+BODIES_FULL = Reason("bodies_full", 503, "router", "the router holds as many bytes of request bodies as it may, try again later", True)
 
 # Position = word in each shard's column of shared memory: append only.
 REASONS: tuple[Reason, ...] = (
@@ -141,5 +142,6 @@ REASONS: tuple[Reason, ...] = (
     NO_PREFILL_WORKERS_AVAILABLE,
     NO_DECODE_WORKERS_AVAILABLE,
     PREFILL_FAILED,
+    BODIES_FULL,
 )
 REASON_INDEX: dict[str, int] = {reason.code: position for position, reason in enumerate(REASONS)}

@@ -77,6 +77,7 @@ class Variant(NamedTuple):
 class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """What is read of a worker only when the table changes: the blob of its slot.
 
+    adapter_models: names of LoRA adapters that requests give as their model.
     api_key: what the router shows the worker. No secret that the worker tells of itself is ever here.
     """
 
@@ -92,6 +93,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_replay_port_base: int | None = None
     kv_connects_out: bool = False
     adapters: Adapters = "named"
+    adapter_models: tuple[str, ...] = ()
     takes_rid: bool = False  # requests may carry a `rid` by which /abort_request ends them
     role: Role = "regular"
     bootstrap_port: int | None = None  # where a prefill worker meets its decode workers; None = it has told none

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from sglfast._blockhash import token_keys
 from sglfast.errors import PromptError
-from sglfast.prompt.adapters import asked_for, seeds_of
+from sglfast.prompt.adapters import asked_for, starts_of
 from sglfast.prompt.keys import PromptReader, RequestKind
 from sglfast.prompt.lazy import Keying, Keys, LazyKeyer
 from sglfast.prompt.pieces import PieceCache
@@ -78,11 +78,12 @@ def plain(tokenizer: Tokenizer, body: bytes) -> Keys | None:
         prompt = reader.text_of(RequestKind.CHAT, fields)
         ids = reader.tokens_of(prompt)
         salt = prompt.cache_salt
-        for variant, seed in zip(VARIANTS, seeds_of(tuple(VARIANTS), *asked_for(fields), salt), strict=True):
+        for variant, start in zip(VARIANTS, starts_of(tuple(VARIANTS), *asked_for(fields), salt), strict=True):
             size, bigram = variant.block_size, variant.bigram
             keys[variant] = reader.keys_of(ids, size, bigram=bigram, cache_salt=salt)
-            if seed is not None:
-                keys[variant] = token_keys(ids, size, bigram=bigram, max_pages=len(keys[variant]) // 8, seed=seed)
+            if start is not None:
+                n_max = len(keys[variant]) // 8
+                keys[variant] = token_keys(ids, size, bigram=bigram, max_pages=n_max, seed=start.seed, parent=start.parent)
     except (orjson.JSONDecodeError, PromptError):
         return None
     return Keys(len(ids), False, keys)

@@ -2,6 +2,7 @@
 
 `Edge` does what control does for one shard: shared memory, worker table, listening socket, `python -m sglfast.edge.main`. After
 every test `settle` asserts that the shard lives, has logged no error, holds no connection, and that every gauge is back at 0.
+The fixtures here are every test file's that has none of the same name (conftest.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+import pytest
 import uvloop
 from raw_client import WAIT_S, Answer, Client
 from scripted_worker import Worker
@@ -223,6 +225,33 @@ class Edge(Memory):
             if isinstance(worker, Worker):
                 errors, worker.errors = worker.errors, []
                 assert not errors
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[list[Worker]]:
+    """Three workers that do as a test tells them; `worker` is the first."""
+    workers = [Worker("first"), Worker("second"), Worker("third")]
+    yield workers
+    for worker in workers:
+        worker.close()
+
+
+@pytest.fixture(scope="module")
+def worker(workers: list[Worker]) -> Worker:
+    return workers[0]
+
+
+@pytest.fixture(scope="module")
+def patient_shard(worker: Worker) -> Iterator[Edge]:
+    """A shard before that worker, of default settings but for PLAIN; tests take it as `edge`."""
+    with Edge([worker]) as edge:
+        yield edge
+
+
+@pytest.fixture
+def edge(patient_shard: Edge) -> Iterator[Edge]:
+    with settled(patient_shard):
+        yield patient_shard
 
 
 @contextmanager

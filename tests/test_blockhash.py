@@ -4,6 +4,7 @@ import array
 import json
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -79,7 +80,8 @@ class TestGolden:
 
 
 # Ids of each width, with the edges; a prompt of mixed pages must switch the page's form page by page.
-TOKEN = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1), st.sampled_from([0, 2**32 - 1, 2**32, 2**62, 2**63, U64]))
+BORDERS = [0, 2**15, 2**30 - 1, 2**30, 2**31, 2**32 - 1, 2**32, 2**60, 2**62, 2**63, U64]  # of ids in memory and of an int's digits
+TOKEN = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1), st.sampled_from(BORDERS))
 TOKENS = st.one_of(st.lists(st.integers(0, 2**32 - 1), max_size=90), st.lists(TOKEN, max_size=60))
 
 
@@ -193,12 +195,13 @@ class TestKeyChain:
         page_size=st.integers(1, 9) | st.integers(50, 70),
         bigram=st.booleans(),
         seed=st.integers(0, U64),
+        parent=st.integers(0, U64),
         forks=st.sets(st.integers(0, 7)),
     )
     def test_with_a_seed_it_equals_token_keys(
-        self, parts: list[list[int]], page_size: int, bigram: bool, seed: int, forks: set[int]
+        self, parts: list[list[int]], page_size: int, bigram: bool, seed: int, parent: int, forks: set[int]
     ) -> None:
-        chain = KeyChain(page_size, bigram=bigram, seed=seed)
+        chain = KeyChain(page_size, bigram=bigram, seed=seed, parent=parent)
         keys, tokens = b"", array.array("I")
         for number, part in enumerate(parts):
             if number in forks:
@@ -206,7 +209,7 @@ class TestKeyChain:
                 left.extend(array.array("I", range(3 * page_size)))
             keys += chain.extend(array.array("I", part))
             tokens.extend(part)
-            assert keys == token_keys(tokens, page_size, bigram=bigram, seed=seed)
+            assert keys == token_keys(tokens, page_size, bigram=bigram, seed=seed, parent=parent)
             assert (chain.tokens, 8 * chain.pages) == (len(tokens), len(keys))
 
     def test_a_seed_has_its_salt_in_it(self) -> None:
@@ -214,6 +217,10 @@ class TestKeyChain:
             KeyChain(4, cache_salt=b"s", seed=1)
         with pytest.raises(OverflowError):
             KeyChain(4, seed=-1)
+        with pytest.raises(OverflowError):
+            KeyChain(4, seed=1, parent=2**64)
+        with pytest.raises(ValueError, match="starts from no key"):
+            KeyChain(4, parent=1)
 
     @pytest.mark.parametrize("page_size", [0, -1, 2**24 + 1])
     def test_page_size(self, page_size: int) -> None:
@@ -249,6 +256,16 @@ class TestBadInput:
     def test_id_of_another_type(self, token: Any) -> None:
         with pytest.raises(TypeError, match="token id 1 must be an int"):
             page_keys([1, token], 2)
+
+    @pytest.mark.parametrize("position", [0, 3])
+    def test_subclasses_of_int_are_ints(self, position: int) -> None:
+        for token in (True, signal.SIGKILL, *BORDERS):
+            tokens: list[int] = [1, 2, 3, 4]
+            tokens[position] = token
+            plain = [int(token) for token in tokens]
+            assert page_keys(tokens, 2) == page_keys(tuple(plain), 2)
+            if token < 2**32:
+                assert page_keys(tokens, 2) == page_keys(array.array("I", plain), 2)
 
     @pytest.mark.parametrize("tokens", [None, 5, object()])
     def test_no_sequence(self, tokens: Any) -> None:

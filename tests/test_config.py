@@ -80,6 +80,8 @@ NEEDS = {
     "prefill_policy": ["--pd-disaggregation"],
     "decode_policy": ["--pd-disaggregation"],
     "tenant_fairness": ["--max-concurrent-requests", "9"],
+    "main_port_paths": ["--prometheus-port", "29000"],
+    "log_files_kept": ["--log-dir", FOLDER],
 } | {
     one: [flag_of(other), __file__]
     for pair in (("tls_cert_path", "tls_key_path"), ("client_cert_path", "client_key_path"))

@@ -172,6 +172,9 @@ def test_a_secret_on_the_command_line_is_noted_and_not_shown() -> None:
     [
         (["--admin-host", "10.0.0.1"], "--admin-host needs --admin-port"),
         (["--priority-header", "x-p"], f"--priority-header needs one of {LIMITS}: without a limit nobody waits"),
+        (["--main-port-paths", "no-metrics"], "--main-port-paths needs --prometheus-port or --admin-port"),
+        (["--main-port-paths", "data", "--prometheus-port", "29000"], "--main-port-paths needs --admin-port"),
+        (["--log-files-kept", "3"], "--log-files-kept needs --log-dir"),
         (["--tenant-fairness"], f"--tenant-fairness needs one of {LIMITS}: without a limit nobody waits"),
     ],
 )

@@ -2,11 +2,16 @@
 
 import asyncio
 import os
+import re
+import signal
 import socket
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from control_doubles import WAIT_S, Remembered, no_task_is_left, remembering_log
+from router_process import engine, get, running
 from shared_memory import forked
 
 from sglfast.config import ServeConfig
@@ -51,6 +56,40 @@ def test_metrics_as_prometheus_wants_them() -> None:
     assert f"content-type: {CONTENT_TYPE}" in lines
     assert "content-length: 18" in lines
     assert body == "sglfast_state 1.0\n"
+
+
+ENGINE_ARGV = [sys.executable, "-m", "sglfast", "serve", "--shards", "1", "--prometheus-host", "127.0.0.1", "--prometheus-port", "0"]
+INFO = ("/server_info", "/get_server_info", "/model_info", "/get_model_info", "/health_generate")
+METRICS = ("/metrics", "/engine_metrics")
+
+
+@pytest.mark.parametrize(
+    ("flags", "main", "own"),
+    [
+        ((), {*METRICS, *INFO, "/workers"}, {"metrics": {*METRICS}}),
+        (("--main-port-paths", "no-metrics"), {*INFO, "/workers"}, {"metrics": {*METRICS}}),
+        (
+            ("--main-port-paths", "data", "--admin-port", "0"),
+            set(),
+            {"metrics": {*METRICS}, "administration": {*METRICS, *INFO, "/workers"}},
+        ),
+    ],
+)
+def test_which_paths_are_where(flags: tuple[str, ...], main: set[str], own: dict[str, set[str]], tmp_path: Path) -> None:
+    with engine() as url, running(tmp_path, ENGINE_ARGV, *flags, worker=url) as router:
+        router.until_listening()
+        router.until(lambda: get(router.port, "/readyz")[0] == 200, "ready")
+
+        def served(port: int) -> set[str]:
+            return {path for path in (*METRICS, *INFO, "/workers") if get(port, path)[0] != 404}
+
+        assert served(router.port) == main
+        assert get(router.port, "/v1/models")[0] == get(router.port, "/health")[0] == 200
+        found: list[tuple[str, str]] = re.findall(r"(\w+) has an address of its own url=\S+:(\d+)", router.err)
+        assert {what: served(int(port)) for what, port in found} == own
+        assert "sglfast_" in get(int(dict(found)["metrics"]), "/metrics")[1]
+        router.signal(signal.SIGTERM)
+        assert router.end() == 0
 
 
 def test_other_paths_are_not_there() -> None:

@@ -81,6 +81,22 @@ def test_an_engine_without_server_info_has_spoken_when_its_name_is_known() -> No
     assert hits == dict.fromkeys(("/server_info", "/get_server_info", "/model_info", "/get_model_info", "/v1/models"), 1)
 
 
+def test_adapters_that_are_models_of_their_own() -> None:
+    """vLLM lists them beside the model, whichever way it tells the rest; SGLang lists them, too, but takes other names for them."""
+    names = [
+        {"id": "m3", "object": "model"},
+        {"id": "ad", "object": "model", "parent": "m3"},
+        {"id": "b:c", "object": "model", "parent": "m3"},
+    ]
+    listed = answer({"object": "list", "data": names})
+    assert look_at(v1__models=[listed])[0].adapters == ("ad", "b:c")
+    found, _ = look_at(server_info=[answer({"vllm_config": "...", "served_model_name": "m2"})], v1__models=[listed])
+    assert (found.model, found.adapters, found.is_complete) == ("m2", ("ad", "b:c"), True)
+    found, hits = look_at(server_info=[server_info()], v1__models=[listed])
+    assert (found.adapters, hits["/v1/models"]) == ((), 0)
+    assert look_at(server_info=[server_info(served_model_name="")], v1__models=[listed])[0].adapters == ()
+
+
 @pytest.mark.parametrize(
     ("scripts", "model"),
     [

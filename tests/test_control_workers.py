@@ -1,6 +1,7 @@
 """The worker table's owner: slots, rank ranges, and what is kept of a worker when it says little, much or nonsense."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,6 +176,23 @@ def test_a_name_that_would_spoil_logs_or_the_slot_is_not_used(name: str) -> None
         assert workers.views[0].block_size == 64
         assert "model name is not used" in seen.text
         assert name not in seen.text
+
+
+def test_adapters_as_many_as_fit() -> None:
+    with pool(1) as (workers, _, seen):
+        workers.learn(0, dataclasses.replace(spoken(facts()), adapters=("ad", "b:c")))
+        assert workers.views[0].record.adapter_models == ("ad", "b:c")
+        assert workers.views[0].block_size == 64
+        workers.learn(0, SILENT)
+        assert workers.views[0].record.adapter_models == ("ad", "b:c")
+        assert seen.text == ""
+        workers.learn(0, dataclasses.replace(spoken(facts()), adapters=(*(f"adapter-{i:03}" for i in range(1000)), "bad\nname")))
+        found = workers.views[0].record.adapter_models
+        assert found == tuple(f"adapter-{i:03}" for i in range(len(found)))
+        assert 200 < len(found) < 400
+        assert f"'adapters': 1001, 'known': {len(found)}" in seen.text
+        workers.learn(0, spoken(facts()))
+        assert workers.views[0].record.adapter_models == ()
 
 
 @pytest.mark.parametrize("fields", [{"version": "v" * 5000}, {"block_size": 1 << 40}])

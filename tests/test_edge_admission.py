@@ -8,9 +8,10 @@ from contextlib import ExitStack
 import pytest
 from edge_harness import Edge, settled, wait_until
 from raw_client import Client, post
-from scripted_worker import Call, Script, Worker, echoes
+from scripted_worker import Call, Script, Worker, answer, echoes
 
 from sglfast import _counters as c
+from sglfast import _workers
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +245,63 @@ def test_a_full_model_does_not_hold_up_another(workers: list[Worker], gate: Gate
         waiting(edge, 1)
         assert edge.ask(post(b'{"model":"b"}')).status == 200
         gate.let(2)
+
+
+def busy_once(call: Call) -> None:
+    """A worker that refuses its first request."""
+    if len(call.worker.calls) > 1:
+        echoes(call)
+    else:
+        call.send(answer(b"busy", status="503 Service Unavailable"))
+
+
+RETRIES = {"disable_retries": False, "retry_initial_backoff_ms": 1, "worker_max_in_flight": 1}
+
+
+def test_a_further_attempt_waits_for_a_full_worker_and_lets_others_pass(workers: list[Worker], gate: Gate) -> None:
+    workers[0].plan(busy_once)
+    with Edge(workers, **RETRIES) as edge, settled(edge), ExitStack() as clients:  # type: ignore[arg-type]
+        second = next_at(edge, workers[1], clients, gate)
+        failed = asks(clients, edge, b"fails")  # only the first worker has room
+        workers[0].wait_calls(1)
+        waiting(edge, 1)
+        assert edge.worker_word(1, c.W_INFLIGHT_REQUESTS) == 1, "no request too many"
+        assert edge.ask(post(b"passes")).body == b"passes"
+        assert failed.is_silent(0.05)
+        gate.let(2)
+        assert second.read_answer().status == 200
+        assert failed.read_answer().body == b"fails"
+        assert gate.seen[-1] == b"fails", "the second worker had it"
+        assert [call.body for call in workers[0].calls] == [b"fails", b"passes"]
+
+
+def test_a_further_attempt_that_waits_too_long_ends_with_what_a_worker_said(workers: list[Worker], gate: Gate) -> None:
+    workers[0].plan(busy_once)
+    with Edge(workers, **RETRIES, queue_timeout_secs=0.2) as edge, settled(edge), ExitStack() as clients:  # type: ignore[arg-type]
+        next_at(edge, workers[1], clients, gate)
+        found = edge.ask(post(b"fails"))
+        assert (found.status, found.body, found.code) == (503, b"busy", None)
+        gate.let()
+
+
+def test_a_further_attempt_without_a_queue_ends_with_what_a_worker_said(workers: list[Worker], gate: Gate) -> None:
+    workers[0].plan(busy_once)
+    with Edge(workers, **RETRIES, queue_size=0) as edge, settled(edge), ExitStack() as clients:  # type: ignore[arg-type]
+        next_at(edge, workers[1], clients, gate)
+        found = edge.ask(post(b"fails"))
+        assert (found.status, found.body) == (503, b"busy")
+        assert edge.worker_word(1, c.W_INFLIGHT_REQUESTS) == 1
+        gate.let()
+
+
+def next_at(edge: Edge, worker: Worker, clients: ExitStack, gate: Gate) -> Client:
+    """A request that a worker behind the gate has now. The other worker is closed meanwhile."""
+    other = 1 - edge.workers.index(worker)
+    edge.table.set_state(other, _workers.UNHEALTHY)
+    client = asks(clients, edge, b"holds")
+    wait_until(lambda: gate.seen == [b"holds"], "it is at the worker")
+    edge.table.set_state(other, _workers.READY)
+    return client
 
 
 def test_a_rate(workers: list[Worker]) -> None:

@@ -4,14 +4,13 @@ Every case must give the same answer however its bytes arrive, and must leave th
 """
 
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import SeededRandom
-from edge_harness import Edge, settled
+from edge_harness import Edge
 from raw_client import Answer, Client
 from scripted_worker import Call, Worker
 
@@ -52,25 +51,6 @@ def load() -> list[Case]:
 CASES = load()
 CLOSING = [case for case in CASES if case.closes]
 STAYING = [case for case in CASES if not case.closes]
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker()
-    yield worker
-    worker.close()
-
-
-@pytest.fixture(scope="module")
-def shard(worker: Worker) -> Iterator[Edge]:
-    with Edge([worker]) as edge:
-        yield edge
-
-
-@pytest.fixture
-def edge(shard: Edge) -> Iterator[Edge]:
-    with settled(shard):
-        yield shard
 
 
 def check_answer(case: Case, found: Answer) -> None:

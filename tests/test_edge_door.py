@@ -5,9 +5,9 @@ import itertools
 import os
 import resource
 import socket
+import ssl
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -20,13 +20,6 @@ from sglfast.config import ServeConfig
 from sglfast.edge.door import Door, most_clients
 
 HEALTH = request("GET", "/health")
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker()
-    yield worker
-    worker.close()
 
 
 def leave_files(edge: Edge, free: int) -> None:
@@ -135,11 +128,24 @@ def test_those_who_wait_are_let_in_by_the_tick() -> None:
     run(test())
 
 
-def test_a_handshake_that_does_not_go_on_is_cut(worker: Worker, tmp_path: Path) -> None:
-    issued = trustme.CA().issue_cert("localhost")
-    issued.private_key_pem.write_to_path(tmp_path / "key")
-    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert")
-    settings = {"tls_cert_path": str(tmp_path / "cert"), "tls_key_path": str(tmp_path / "key"), "header_timeout_secs": 0.5}
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder, issued = tmp_path_factory.mktemp("tls"), trustme.CA().issue_cert("localhost")
+    issued.private_key_pem.write_to_path(folder / "key")
+    issued.cert_chain_pems[0].write_to_path(folder / "cert")
+    return {"tls_cert_path": str(folder / "cert"), "tls_key_path": str(folder / "key")}
+
+
+def in_tls(client: Client) -> Client:
+    """The same client after its handshake; nobody is checked."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    client.sock = context.wrap_socket(client.sock)
+    return client
+
+
+def test_a_handshake_that_does_not_go_on_is_cut(worker: Worker, tls: dict[str, str]) -> None:
+    settings: dict[str, Any] = {**tls, "header_timeout_secs": 0.5}
     with Edge([worker], **settings) as edge, settled(edge), Client(edge.port) as silent, Client(edge.port) as begun:
         begun.send(b"\x16\x03\x01\x02\x00")
         start = time.monotonic()
@@ -147,3 +153,37 @@ def test_a_handshake_that_does_not_go_on_is_cut(worker: Worker, tmp_path: Path) 
             with client:
                 assert client.has_ended()
         assert 0.3 < time.monotonic() - start < WAIT_S - 1
+
+
+def test_handshakes_count_as_clients(worker: Worker, tls: dict[str, str]) -> None:
+    settings: dict[str, Any] = {**tls, "max_connections": 3, "header_timeout_secs": 60.0}
+    with Edge([worker], **settings) as edge, settled(edge):
+        edge.allowed_log = ("connections above 3 are refused",)
+        with many(3, edge.port) as inside:
+            for client in inside:
+                assert in_tls(client).ask(HEALTH).status == 200
+            with many(63, edge.port):
+                with Client(edge.port) as above:
+                    assert in_tls(above).read_answer().code == "too_many_connections"
+                with many(40, edge.port) as crowd:
+                    wait_until(lambda: sum(not client.is_silent(0.01) for client in crowd) >= 38, "who could not even be told is closed")
+                assert inside[0].ask(post(b"1")).body == b"1"
+            wait_until(lambda: edge.word(c.S_CONNECTIONS) == 3, "who was above has left")
+        wait_until(lambda: edge.word(c.S_CONNECTIONS) == 0, "all have left")
+        with edge.client() as client:
+            assert in_tls(client).ask(post(b"2")).body == b"2", "handshakes that came to nothing count no more"
+
+
+def test_without_descriptors_handshakes_wait(worker: Worker, tls: dict[str, str]) -> None:
+    with Edge([worker], **tls) as edge, settled(edge):  # type: ignore[arg-type]
+        edge.allowed_log = ("no descriptor is free",)
+        with edge.client() as first:
+            assert in_tls(first).ask(HEALTH).status == 200
+            leave_files(edge, 0)
+            with edge.client() as second:
+                wait_until(lambda: "no descriptor is free: new connections wait" in edge.log(), "the log says so")
+                before_s = edge.cpu_s()
+                time.sleep(1.0)
+                assert edge.cpu_s() - before_s < 0.3, "a full shard rests"
+                leave_files(edge, 100)
+                assert in_tls(second).ask(HEALTH).status == 200

@@ -1,7 +1,6 @@
 """sglfast.edge.exchange when the client leaves or does not read: cancellation and back-pressure."""
 
 import time
-from collections.abc import Iterator
 
 import pytest
 from conftest import SeededRandom
@@ -13,31 +12,6 @@ from sglfast import _counters as c
 
 MB = 1 << 20
 EVENT = b'data: {"n":%d}\n\n'
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[list[Worker]]:
-    workers = [Worker("first"), Worker("second"), Worker("third")]
-    yield workers
-    for worker in workers:
-        worker.close()
-
-
-@pytest.fixture
-def worker(workers: list[Worker]) -> Worker:
-    return workers[0]
-
-
-@pytest.fixture(scope="module")
-def patient_shard(workers: list[Worker]) -> Iterator[Edge]:
-    with Edge(workers[:1]) as edge:
-        yield edge
-
-
-@pytest.fixture
-def edge(patient_shard: Edge) -> Iterator[Edge]:
-    with settled(patient_shard):
-        yield patient_shard
 
 
 # ---- clients that leave ----

@@ -17,31 +17,6 @@ EVENT = b'data: {"n":%d}\n\n'
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[list[Worker]]:
-    workers = [Worker("first"), Worker("second"), Worker("third")]
-    yield workers
-    for worker in workers:
-        worker.close()
-
-
-@pytest.fixture
-def worker(workers: list[Worker]) -> Worker:
-    return workers[0]
-
-
-@pytest.fixture(scope="module")
-def patient_shard(workers: list[Worker]) -> Iterator[Edge]:
-    with Edge(workers[:1]) as edge:
-        yield edge
-
-
-@pytest.fixture
-def edge(patient_shard: Edge) -> Iterator[Edge]:
-    with settled(patient_shard):
-        yield patient_shard
-
-
-@pytest.fixture(scope="module")
 def impatient_shard(workers: list[Worker]) -> Iterator[Edge]:
     # send_timeout_secs below the others: what is said at their end must still be sent
     with Edge(workers[:1], request_timeout_secs=0.5, stream_idle_timeout_secs=0.7, send_timeout_secs=0.3) as edge:

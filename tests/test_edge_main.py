@@ -4,7 +4,6 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 
 import orjson
 import pytest
@@ -19,13 +18,6 @@ from sglfast.prompt.keys import PromptReader, RequestKind
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 
 MB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker()
-    yield worker
-    worker.close()
 
 
 def test_says_who_it_is_and_that_it_lives(worker: Worker) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter
 from itertools import product
 
@@ -11,8 +10,8 @@ from edge_harness import Memory
 from test_edge_route import routed
 
 from sglfast import _counters as c
-from sglfast._counters import Column, Loads
-from sglfast.edge.pairs import Decodes, least_untried
+from sglfast._counters import Column
+from sglfast.edge.pairs import Decodes
 from sglfast.edge.policy import Prompt
 from sglfast.edge.route import Router
 from sglfast.edge.shard import Shard
@@ -86,21 +85,3 @@ def test_a_named_policy_does_not_care_for_hosts(policy: str) -> None:
     assert set(found) == {(0, 0), (1, 0), (2, 0)}
     if policy == "least_load":
         assert set(choices([HERE, THERE, THERE], [1, 2, 0], policy=policy)) == {(2, 0)}
-
-
-def test_least_untried() -> None:
-    memory = Memory(["http://h"] * 4)
-    column = Column(memory.segment, 0)
-    for row, load in enumerate((0, 2, 1, 1)):
-        for _ in range(load):
-            column.begin(row, 0, 16, 0)
-    loads, idxs = Loads(memory.segment), rows_below(4)
-    assert least_untried(idxs, loads, ()) == 0
-    assert {least_untried(idxs, loads, (0, 9)) for _ in range(40)} == {2, 3}
-    assert least_untried(idxs, loads, (1, 2, 3, 0)) in (2, 3), "not the one that has just failed"
-    assert least_untried(rows_below(1), loads, (0,)) == 0, "if there is another"
-    assert least_untried(rows_below(1), loads, (7, 0)) == 0
-
-
-def rows_below(count: int) -> array[int]:
-    return array("i", range(count))

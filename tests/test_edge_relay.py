@@ -59,32 +59,32 @@ def sends(data: bytes) -> Handler:
 
 
 @pytest.mark.parametrize(
-    ("path", "methods", "is_admin"),
+    ("path", "methods", "kind"),
     [
-        (b"/metrics", "GET HEAD", False),
-        (b"/engine_metrics", "GET HEAD", False),
-        (b"/health_generate", "GET HEAD", False),
-        (b"/server_info", "GET HEAD", False),
-        (b"/get_server_info", "GET HEAD", False),
-        (b"/model_info", "GET HEAD", False),
-        (b"/get_model_info", "GET HEAD", False),
-        (b"/workers", "GET HEAD POST", True),
-        (b"/workers/abc", "GET HEAD PUT DELETE", True),
-        (b"/workers/http%3A%2F%2Fa%3A1", "GET HEAD PUT DELETE", True),
-        (b"/workers/", "GET HEAD PUT DELETE", True),
-        (b"/add_worker", "POST", True),
-        (b"/remove_worker", "POST", True),
-        (b"/list_workers", "GET HEAD", True),
-        (b"/get_loads", "GET HEAD", True),
-        (b"/flush_cache", "POST", True),
+        (b"/metrics", "GET HEAD", "metrics"),
+        (b"/engine_metrics", "GET HEAD", "metrics"),
+        (b"/health_generate", "GET HEAD", "info"),
+        (b"/server_info", "GET HEAD", "info"),
+        (b"/get_server_info", "GET HEAD", "info"),
+        (b"/model_info", "GET HEAD", "info"),
+        (b"/get_model_info", "GET HEAD", "info"),
+        (b"/workers", "GET HEAD POST", "admin"),
+        (b"/workers/abc", "GET HEAD PUT DELETE", "admin"),
+        (b"/workers/http%3A%2F%2Fa%3A1", "GET HEAD PUT DELETE", "admin"),
+        (b"/workers/", "GET HEAD PUT DELETE", "admin"),
+        (b"/add_worker", "POST", "admin"),
+        (b"/remove_worker", "POST", "admin"),
+        (b"/list_workers", "GET HEAD", "admin"),
+        (b"/get_loads", "GET HEAD", "admin"),
+        (b"/flush_cache", "POST", "admin"),
     ],
 )
-def test_paths(path: bytes, methods: str, is_admin: bool) -> None:
+def test_paths(path: bytes, methods: str, kind: str) -> None:
     found = relayed(path)
     assert found is not None
     every = ("GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS")
     assert [method for method in every if found.takes(method.encode())] == methods.split()
-    assert found.is_admin is is_admin
+    assert found.kind == kind
 
 
 @pytest.mark.parametrize("path", [b"/", b"/worker", b"/workersx", b"/v1/workers", b"/metrics/", b"/flush_cache/x", b""])

@@ -18,13 +18,6 @@ from sglfast.config import ServeConfig
 from sglfast.edge.request_log import RequestLog
 
 
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker()
-    yield worker
-    worker.close()
-
-
 @contextmanager
 def logged(worker: Worker, log_format: str, request_log: str = "all", **settings: Any) -> Iterator[Edge]:
     with Edge([worker], log_format=log_format, request_log=request_log, **settings) as edge:

@@ -24,14 +24,6 @@ def status(line: str, body: bytes = b'{"error":"the worker\'s"}', *headers: str)
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[list[Worker]]:
-    workers = [Worker("first"), Worker("second"), Worker("third")]
-    yield workers
-    for worker in workers:
-        worker.close()
-
-
-@pytest.fixture(scope="module")
 def shard_of_two(workers: list[Worker]) -> Iterator[Edge]:
     with Edge(workers[:2], **QUICK) as edge:  # type: ignore[arg-type]
         yield edge

@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
+import orjson
 import pytest
 from edge_harness import Memory, run, shard_in_loop
 
@@ -11,6 +12,7 @@ from sglfast import _counters as c
 from sglfast import _workers, errors
 from sglfast._counters import RANK_EXACT, Column, RankTable
 from sglfast._hashtree import TreeWriter
+from sglfast.edge import answers
 from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, LEAST_LOAD, ROUND_ROBIN, UNKEYED
 from sglfast.edge.pools import Route
 from sglfast.edge.request import ENDPOINTS, Facts
@@ -100,6 +102,31 @@ def test_several_models() -> None:
         assert router.models == ["a", "b"]
 
     routed(Memory(ENGINES[:4], models=["a", "b", "a", "b"]), test)
+
+
+def test_adapters_that_are_models_of_their_own() -> None:
+    memory = Memory(ENGINES[:4], models=["a", "b", "b", None])
+    memory.put_record(0, adapter_models=("ad", "b"))
+    memory.put_record(2, adapter_models=("x:y",))
+
+    def test(router: Router, shard: Shard) -> None:
+        assert chosen(router, b'{"model":"ad"}') == 0
+        assert {chosen(router, b'{"model":"x:y"}') for _ in range(4)} == {1, 2}
+        assert {chosen(router, b'{"model":"b"}') for _ in range(4)} == {1, 2}, "a model's own name comes first"
+        assert chosen(router, b'{"model":"z"}') == 3
+        for worker_idx in (0, 3):
+            memory.table.set_state(worker_idx, _workers.UNHEALTHY)
+        assert choose(router, b'{"model":"ad"}') is errors.NO_HEALTHY_WORKERS
+        assert choose(router, b'{"model":"z"}') is errors.MODEL_NOT_FOUND
+        rows = orjson.loads(answers.models(shard)[2])["data"]
+        assert [(row["id"], row.get("parent")) for row in rows] == [("a", None), ("b", None), ("ad", "a"), ("x:y", "b")]
+        found = answers.one_model(shard, b"/v1/models/x%3Ay")
+        assert found is not None
+        assert orjson.loads(found[2])["parent"] == "b"
+        memory.put_record(0, adapter_models=())
+        assert choose(router, b'{"model":"ad"}') is errors.MODEL_NOT_FOUND
+
+    routed(memory, test)
 
 
 def test_workers_without_a_model_take_what_nobody_else_does() -> None:

@@ -16,14 +16,6 @@ from scripted_worker import Worker, answer, echoes, says
 
 from sglfast import _counters as c
 
-
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker()
-    yield worker
-    worker.close()
-
-
 # ---- keys ----
 
 

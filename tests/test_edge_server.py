@@ -22,22 +22,9 @@ CHUNKED_TO_NOWHERE = b"POST /x HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker()
-    yield worker
-    worker.close()
-
-
-@pytest.fixture(scope="module")
 def patient_shard(worker: Worker) -> Iterator[Edge]:
     with Edge([worker], max_payload_size=100_000, max_header_bytes=4096) as edge:
         yield edge
-
-
-@pytest.fixture
-def edge(patient_shard: Edge) -> Iterator[Edge]:
-    with settled(patient_shard):
-        yield patient_shard
 
 
 # ---- keep-alive, pipelines ----

@@ -16,13 +16,6 @@ from sglfast.edge.shard import Shard
 HEALTH = request("GET", "/health")
 
 
-@pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    worker = Worker()
-    yield worker
-    worker.close()
-
-
 @pytest.fixture
 def edge(worker: Worker) -> Iterator[Edge]:
     with Edge([worker]) as edge, settled(edge):

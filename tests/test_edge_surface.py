@@ -21,17 +21,11 @@ def worker() -> Iterator[Worker]:
     worker.close()
 
 
-@pytest.fixture(scope="module")
-def shard(worker: Worker) -> Iterator[Edge]:
-    with Edge([worker]) as edge:
-        yield edge
-
-
 @pytest.fixture
-def edge(shard: Edge, worker: Worker) -> Iterator[Edge]:
+def edge(patient_shard: Edge, worker: Worker) -> Iterator[Edge]:
     worker.plan(echoes)
-    with settled(shard):
-        yield shard
+    with settled(patient_shard):
+        yield patient_shard
 
 
 def test_every_endpoint_has_a_kind_that_prompts_know() -> None:

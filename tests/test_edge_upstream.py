@@ -23,11 +23,6 @@ def workers() -> Iterator[list[Worker]]:
         worker.close()
 
 
-@pytest.fixture
-def worker(workers: list[Worker]) -> Worker:
-    return workers[0]
-
-
 @pytest.fixture(scope="module")
 def shard(workers: list[Worker]) -> Iterator[Edge]:
     with Edge(workers[:1], upstream_keepalive_secs=0.6) as edge:

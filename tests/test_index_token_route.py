@@ -13,7 +13,8 @@ from sglfast._blockhash import chain_seed, token_keys
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment, segment_bytes
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.shm import KeyRoute
+from sglfast.prompt.adapters import starts_of
+from sglfast.shm import KeyRoute, Variant
 from sglfast.wire import kv_events
 from sglfast.wire.kv_events import EventOut
 
@@ -43,6 +44,14 @@ class House:
     def overlap(self, tokens: list[int], *, lora_name: str = "", cache_salt: str = "", tiers: int = 7) -> int:
         seed = chain_seed(self.model, self.block_size, lora_name=lora_name, cache_salt=cache_salt)
         self.reader.match(token_keys(tokens, self.block_size, seed=seed), tiers)
+        return self.reader.overlap(RANK)
+
+    def asked(self, tokens: list[int], model: str = "m", cache_salt: str = "", tiers: int = 7) -> int:
+        """Overlap for a request of a vLLM worker."""
+        variant = Variant(self.block_size, route="tokens", model="m", adapters="models")
+        (start,) = starts_of((variant,), model, "", cache_salt)
+        assert start is not None
+        self.reader.match(token_keys(tokens, self.block_size, seed=start.seed, parent=start.parent), tiers)
         return self.reader.overlap(RANK)
 
 
@@ -124,6 +133,20 @@ def test_what_is_hashed_beside_the_tokens_hides_a_block() -> None:
     assert house.index.owned_blocks == 0
     house.apply(stored([5, 6], TOKENS[:8], lora_name="ad", extra_keys=[["ad"], ["ad"]]))
     assert house.overlap(TOKENS, lora_name="ad") == 2
+
+
+def test_salts_of_vllm_stand_before_the_first_block() -> None:
+    house = House()
+    house.apply(stored([1, 2], TOKENS[:8], extra_keys=[["s"], None]), stored([3], TOKENS[8:12], 2))
+    assert [house.asked(TOKENS, cache_salt=salt) for salt in ("s", "t", "")] == [3, 0, 0]
+    house.apply(
+        stored([4], TOKENS[:4], lora_name="ad", extra_keys=[["ad", "s"]]), stored([5], TOKENS[4:8], 4, lora_name="ad", extra_keys=[["ad"]])
+    )
+    assert [house.asked(TOKENS, "ad", salt) for salt in ("s", "t", "")] == [2, 0, 0]
+    house.apply(stored([6], TOKENS[:4], extra_keys=[[["image", 0], "s"]]))
+    assert house.asked(TOKENS, cache_salt="s") == 3, "an image beside the salt is another prompt"
+    house.apply(removed([1, 2, 3, 4, 5, 6]))
+    assert house.asked(TOKENS, cache_salt="s") == house.index.owned_blocks == 0
 
 
 def test_only_the_main_attention_counts() -> None:
@@ -223,7 +246,7 @@ def test_random_engine_with_opaque_hashes(rng: SeededRandom, round_: int) -> Non
 
 def test_golden_vllm() -> None:
     """Every recorded batch: what is not a child of something unseen is found again by its tokens."""
-    n_found = 0
+    n_found = n_salted = 0
     for path in sorted((GOLDEN / "kv_events" / "vllm_batches").glob("*/*.msgpack")):
         house = House(block_size=16)
         house.index.apply(path.read_bytes())
@@ -232,8 +255,12 @@ def test_golden_vllm() -> None:
         events = [event for event in msgspec.msgpack.decode(path.read_bytes())[1] if isinstance(event, dict)]
         for event in events if path.stem != "mixed" else []:
             if event["type"] == "BlockStored" and event["token_ids"] and event["parent_block_hash"] is None:
-                expected = 0 if event.get("group_idx") or event.get("extra_keys") else len(event["block_hashes"])
+                extras = [extra for extra in event.get("extra_keys") or [] if extra]
+                salt = extras[0][0] if len(extras) == 1 and isinstance(extras[0][0], str) else ""
+                expected = 0 if event.get("group_idx") or (extras and not salt) else len(event["block_hashes"])
                 tiers = kv_events.tier_mask(event["medium"])
-                assert house.overlap(event["token_ids"], lora_name=event["lora_name"] or "", tiers=tiers) == expected, path
+                assert house.asked(event["token_ids"], event["lora_name"] or "m", salt, tiers) == expected, path
+                n_salted += bool(salt)
                 n_found += expected
     assert n_found >= 10
+    assert n_salted >= 2

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -25,6 +26,9 @@ from sglfast.load.demo import WorkerView, live_line, live_table, main, what_to_t
 
 ROOT = Path(__file__).parent.parent
 SGLFAST = [sys.executable, "-m", "sglfast"]
+SEED = int(os.environ.get("SGLFAST_TEST_SEED", random.randrange(1 << 32)))
+TRIES = 6
+LAST_SIGNAL_S = 6.0
 
 
 def curls(text: str) -> list[list[str]]:
@@ -200,6 +204,25 @@ def test_prefill_and_decode_apart() -> None:
         line = read_until(process, "requests per worker")
         while not re.search(r"requests per worker 1 / (0 / 1|1 / 0) ", line):
             line = read_until(process, "requests per worker")
+
+
+@pytest.mark.parametrize("attempt", range(TRIES))
+def test_signal_at_any_moment_ends_it_and_its_children(attempt: int) -> None:
+    """From the first import over the start of the children to the traffic; bounded, and nothing is left."""
+    chance = random.Random(SEED + attempt)
+    after_s = LAST_SIGNAL_S * (attempt + chance.random()) / TRIES
+    with demo("--traffic", "--workers", "1") as process:
+        end_s, pids = time.monotonic() + after_s, set[int]()
+        while time.monotonic() < end_s:
+            pids |= descendants(process.pid)  # also of those that end by themselves
+            time.sleep(0.02)
+        process.send_signal(chance.choice((signal.SIGTERM, signal.SIGINT)))
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            pids |= descendants(process.pid)
+        rest, _ = process.communicate(timeout=60)
+        assert process.returncode in (0, 1, 130, -signal.SIGTERM, -signal.SIGINT), rest  # not 0: it came before the demo was there
+        assert process.returncode == 0 or "Starting" not in rest, rest
+        wait_gone(pids)
 
 
 def test_killed_demo_leaves_no_process() -> None:

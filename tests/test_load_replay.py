@@ -16,6 +16,7 @@ from test_load_report import sample
 from test_load_run import a_run
 
 from sglfast.errors import ConfigError
+from sglfast.load.interrupts import Interrupts
 from sglfast.load.replay import ReplaySettings, main, replay
 from sglfast.load.run import load_run, save_run
 from sglfast.load.trace import TraceRequest
@@ -113,8 +114,8 @@ def test_bar_on_a_terminal() -> None:
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=120)
     trace = [TraceRequest(0, 600, 1, [1, 2])] * 3
-    with serving(Router()) as server:
-        run = replay(server.url, trace, "t", "a label", ReplaySettings(), console)
+    with serving(Router()) as server, Interrupts() as interrupts:
+        run = replay(server.url, trace, "t", "a label", ReplaySettings(), console, interrupts)
     assert len(run.samples) == 3
     assert "3/3" in output.getvalue()
     assert "a label" in output.getvalue()

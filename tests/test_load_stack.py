@@ -1,12 +1,10 @@
 """The owner of child processes, with small scripts in the place of router and simulator; the real ones are in test_load_demo.py."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +20,6 @@ from sglfast.load.stack import (
     Stack,
     StackError,
     check_port,
-    sigterm_as_interrupt,
     wait_announced,
     wait_ready,
 )
@@ -199,18 +196,3 @@ def test_stack_that_fails_to_start_leaves_nothing(monkeypatch: pytest.MonkeyPatc
         owner.__enter__()
     assert owner.children == []
     assert [path.name for path in tmp_path.iterdir()] == ["sglfast.py"]
-
-
-def test_sigterm_interrupts_and_is_put_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
-
-    def wait() -> None:
-        with sigterm_as_interrupt():
-            timer.start()
-            time.sleep(20)
-
-    with pytest.raises(KeyboardInterrupt):
-        wait()
-    timer.join()
-    assert signal.getsignal(signal.SIGTERM) == before

@@ -40,6 +40,34 @@ def test_a_new_day_is_a_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     }
 
 
+def test_old_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = ["sglfast.2026-05-01.log.gz", "other.2026-05-01.log", "sglfast.log", "sglfast.2026-05-1.log"]
+    for name in (*others, *(f"sglfast.2026-05-{day:02}.log" for day in range(10, 30))):
+        (tmp_path / name).write_text("")
+    days = ["2026-05-30", "2026-05-30", "2026-05-31", "2026-05-01"]
+    monkeypatch.setattr(log_file.time, "strftime", lambda _: days.pop(0))
+
+    def kept() -> list[str]:
+        return sorted(path.name for path in tmp_path.iterdir() if path.name not in others)
+
+    file = LogFile(str(tmp_path), 3)
+    assert kept() == ["sglfast.2026-05-28.log", "sglfast.2026-05-29.log", "sglfast.2026-05-30.log"]
+    file.write_lines(b"the same day\n")
+    file.write_lines(b"the next day\n")
+    assert kept() == ["sglfast.2026-05-29.log", "sglfast.2026-05-30.log", "sglfast.2026-05-31.log"]
+    file.write_lines(b"a clock that was set back\n")
+    file.close()
+    assert kept() == ["sglfast.2026-05-01.log", "sglfast.2026-05-30.log", "sglfast.2026-05-31.log"]
+    assert len([*tmp_path.iterdir()]) == 3 + len(others)
+
+
+def test_all_files_may_stay(tmp_path: Path) -> None:
+    for day in range(10, 30):
+        (tmp_path / f"sglfast.2026-05-{day:02}.log").write_text("")
+    LogFile(str(tmp_path), 0).close()
+    assert len([*tmp_path.iterdir()]) == 21
+
+
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"--log-dir .*/file/logs: cannot be written \(Not a directory\)"):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from sglfast._blockhash import chain_seed
-from sglfast.prompt.adapters import asked_for, lora_name_of, seeds_of
+from sglfast.prompt.adapters import Start, asked_for, lora_name_of, parent_of, starts_of
 from sglfast.shm import Variant
 
 
@@ -46,10 +46,15 @@ def test_a_colon_in_the_served_name_is_no_adapter() -> None:
     assert lora_name_of(Variant(4, model="llama:8b"), "llama:8b:ad", "") == "8b:ad", "SGLang cuts at the first colon"
 
 
-def test_seeds_of() -> None:
-    sha, by_tokens = Variant(4, True), Variant(4, True, "tokens", "m", "models")
-    plain, salted = chain_seed("m", 4, bigram=True), chain_seed("m", 4, bigram=True, cache_salt="s")
-    assert seeds_of((sha, by_tokens), "m", "", "") == seeds_of((sha, by_tokens), "", "", "") == (None, plain)
-    assert seeds_of((sha, by_tokens), "m", "", "s") == (None, salted)
-    assert seeds_of((sha, by_tokens), "m", "ad", "s") == (chain_seed("", 4, bigram=True, lora_name="ad", cache_salt="s"), salted)
-    assert seeds_of((by_tokens,), "ad", "", "s") == (chain_seed("m", 4, bigram=True, lora_name="ad", cache_salt="s"),)
+def test_starts_of() -> None:
+    sha, by_tokens, vllm = Variant(4, True), Variant(4, True, "tokens", "m"), Variant(4, True, "tokens", "m", "models")
+    plain, salted = (Start(chain_seed("m", 4, bigram=True, cache_salt=salt)) for salt in ("", "s"))
+    beside = Start(plain.seed, parent_of(["s"]))
+    everybody = (sha, by_tokens, vllm)
+    assert starts_of(everybody, "m", "", "") == starts_of(everybody, "", "", "") == (None, plain, plain)
+    assert starts_of(everybody, "m", "", "s") == (None, salted, beside)
+    assert starts_of(everybody[:2], "m", "ad", "s") == tuple(
+        Start(chain_seed(model, 4, bigram=True, lora_name="ad", cache_salt="s")) for model in ("", "m")
+    )
+    assert starts_of((vllm,), "ad", "", "s") == (Start(chain_seed("m", 4, bigram=True, lora_name="ad"), parent_of(["s"])),)
+    assert len({parent_of([salt]) for salt in ("s", "t", "ss")} | {0}) == 4

@@ -14,6 +14,7 @@ from sglfast import shm
 from sglfast._blockhash import chain_seed, token_keys
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast.errors import PromptError
+from sglfast.prompt.adapters import starts_of
 from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
 from sglfast.prompt.lazy import Keys, LazyKeyer, Probe
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
@@ -82,11 +83,13 @@ def plain(tokenizer: Tokenizer, prompt: PromptText, variants: Sequence[Variant])
     salt = prompt.cache_salt
     keys = {}
     for variant in variants:
-        size, bigram, route, model, _ = variant
+        size, bigram, route, _, _ = variant
         keys[variant] = reader.keys_of(ids, size, bigram=bigram, cache_salt=salt)
         if route == "tokens":
-            seed = chain_seed(model, size, bigram=bigram, cache_salt=salt)
-            keys[variant] = token_keys(ids, size, bigram=bigram, max_pages=len(keys[variant]) // 8, seed=seed)
+            (start,) = starts_of((variant,), "", "", salt)
+            assert start is not None
+            n_max = len(keys[variant]) // 8
+            keys[variant] = token_keys(ids, size, bigram=bigram, max_pages=n_max, seed=start.seed, parent=start.parent)
     return Keys(len(ids), False, keys)
 
 

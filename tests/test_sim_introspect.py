@@ -53,7 +53,7 @@ def test_secrets_are_there_and_can_be_searched_for(engines: list[Engine]) -> Non
 
 def test_model_routes(engines: list[Engine]) -> None:
     assert parse_model_info(orjson.dumps(introspect.model_info(SETTINGS))) == "m/x"
-    assert parse_models(orjson.dumps(introspect.models(SETTINGS, 12.5))) == "m/x"
+    assert parse_models(orjson.dumps(introspect.models(SETTINGS, 12.5))) == ("m/x", ())
     assert introspect.models(SETTINGS, 12.5)["data"][0]["max_model_len"] == 3200
 
 

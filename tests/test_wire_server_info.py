@@ -200,9 +200,9 @@ def test_model_names() -> None:
         {"id": "m", "object": "model"},
         {"id": "n"},
     ]
-    assert server_info.parse_models(body(object="list", data=models)) == "m"
-    assert server_info.parse_models(body(object="list", data=[])) is None
-    assert server_info.parse_models(body(object="list")) is None
+    assert server_info.parse_models(body(object="list", data=models)) == ("m", ("lo",))
+    assert server_info.parse_models(body(object="list", data=[])) == (None, ())
+    assert server_info.parse_models(body(object="list")) == (None, ())
 
 
 @pytest.mark.parametrize(

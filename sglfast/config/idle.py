@@ -30,6 +30,9 @@ def check_needs(config: ServeConfig, origins: Mapping[str, str]) -> None:
     """Refuse flags of ours that do nothing without another. origins: see sources.Loaded. Raises ConfigError."""
     # Prefill workers are enough to want it; a switch that is off beside them is a contradiction.
     is_pd_wanted = config.pd_disaggregation or origins["pd_disaggregation"] == DEFAULT
+    hidden = ("--admin-port", config.admin_port is not None)
+    if config.main_port_paths == "no-metrics":
+        hidden = ("--prometheus-port or --admin-port", config.admin_port is not None or config.prometheus_port is not None)
     queue = f"one of {_LIMITS}: without a limit nobody waits"
     for name, needed, is_there in (
         ("admin_host", "--admin-port", config.admin_port is not None),
@@ -41,8 +44,10 @@ def check_needs(config: ServeConfig, origins: Mapping[str, str]) -> None:
         ("decode", "--prefill: a decode worker computes no prompt", bool(config.prefill)),
         ("prefill_policy", f"--pd-disaggregation: {_NO_PD}", config.is_pd),
         ("decode_policy", f"--pd-disaggregation: {_NO_PD}", config.is_pd),
+        ("main_port_paths", *hidden),
+        ("log_files_kept", "--log-dir", config.log_dir is not None),
     ):
-        if origins[name] != DEFAULT and getattr(config, name) and not is_there:
+        if origins[name] != DEFAULT and getattr(config, name) not in (None, "", 0, (), "all") and not is_there:
             raise ConfigError(f"{origins[name]} needs {needed}")
 
 

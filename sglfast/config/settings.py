@@ -73,6 +73,9 @@ class ServeConfig:
         32768, "client connections of each shard at most; fewer where its limit of open files is lower than that and an eighth", "server",
         low=1, high=1 << 20, live=True)
     max_payload_size: int = _setting(64 << 20, "largest request body in bytes", "server", low=1, live=True)
+    max_buffered_bytes: int = _setting(
+        1 << 30, "bytes of request bodies that each shard holds at most, whole or not yet; above, bodies are answered 503. Not less than "
+        "--max-payload-size", "server", low=1, live=True)
     max_header_bytes: int = _setting(64 << 10, "largest request head in bytes", "server", low=1024, high=1 << 20, live=True)
     max_url_bytes: int = _setting(16 << 10, "longest request target in bytes", "server", low=64, high=1 << 20, live=True)
     header_timeout_secs: float = _setting(10.0, "a request head must arrive within this time", "server", low=0.1, live=True)
@@ -200,6 +203,10 @@ class ServeConfig:
     admin_host: str = _setting("127.0.0.1", "address of administration, with --admin-port", "security")
     admin_port: int | None = _setting(
         None, "port on which administration is served, and then there only; default: on the main port", "security", low=0, high=65535)
+    main_port_paths: str = _setting(
+        "all", "what the main port serves besides the API, health and models: no-metrics = without /metrics and /engine_metrics, which "
+        "are then at --prometheus-port and --admin-port only; data = also without /server_info, /model_info and /health_generate, which "
+        "are then at --admin-port only", "security", choices=("all", "no-metrics", "data"))
     tls_cert_path: str | None = _setting(None, "the server's certificate chain (PEM); needs --tls-key-path", "security", metavar="PATH")
     tls_key_path: str | None = _setting(None, "the server's private key (PEM)", "security", metavar="PATH")
     client_cert_path: str | None = _setting(
@@ -218,9 +225,11 @@ class ServeConfig:
         "all", "one line for each request, for those that were not answered well (4xx, 5xx, cut, left), or none", "logs",
         choices=("all", "errors", "off"), live=True)
     log_dir: str | None = _setting(None, "folder for log files, one a day, beside standard error", "logs", metavar="PATH")
-    prometheus_host: str | None = _setting(None, "address of a port for /metrics alone (default: 0.0.0.0, with --prometheus-port)", "logs")
+    log_files_kept: int = _setting(14, "files of --log-dir that are kept, the newest ones; 0 = all", "logs", low=0)
+    prometheus_host: str | None = _setting(None, "address of a port for metrics alone (default: 0.0.0.0, with --prometheus-port)", "logs")
     prometheus_port: int | None = _setting(
-        None, "port for /metrics alone (default: 29000, with --prometheus-host); the main port has it too", "logs", low=0, high=65535)
+        None, "port for /metrics and /engine_metrics (default: 29000, with --prometheus-host); the main port has them too, unless "
+        "--main-port-paths says otherwise", "logs", low=0, high=65535)
     # fmt: on
 
     @property

@@ -106,8 +106,8 @@ DIFFERS: Mapping[str, str] = {
     "cb_window_duration_secs": "takes effect; there it does not",
     "control_plane_api_keys": "the role `user` may read, there it may do nothing",
     "cors_allowed_origins": "none given means none allowed, instead of any",
-    "prometheus_host": "the main port serves `/metrics` too; this one only when it or `--prometheus-port` is given",
-    "prometheus_port": "the main port serves `/metrics` too; this one only when it or `--prometheus-host` is given",
+    "prometheus_host": "the main port has `/metrics` too (see `--main-port-paths`); this one only when it or `--prometheus-port` is given",
+    "prometheus_port": "the main port has `/metrics` too (see `--main-port-paths`); this one only when it or `--prometheus-host` is given",
 }
 
 

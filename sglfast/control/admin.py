@@ -28,6 +28,7 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _UCRED = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _BACKLOG = 128
 _CLOSE_S = 0.2  # for answers that are being sent
+_METRICS = ("/metrics", "/engine_metrics")
 _BODY_LIMIT_BYTES = 64 << 10  # a worker's description; shards refuse larger ones too
 
 
@@ -66,7 +67,8 @@ class AdminServer:
             self._tls = server_context(config)
             await self._open("administration", config.admin_host, config.admin_port, self._routes, self._tls)
         if config.prometheus_port is not None:
-            await self._open("metrics", config.prometheus_host or "0.0.0.0", config.prometheus_port, self._routes[:1], None)
+            metrics = [route for route in self._routes if route.path in _METRICS]
+            await self._open("metrics", config.prometheus_host or "0.0.0.0", config.prometheus_port, metrics, None)
 
     def renew_certificates(self, config: ServeConfig) -> None:
         """Read the certificate files again. Raises ConfigError, and then nothing has changed."""

@@ -8,11 +8,13 @@ Attempts as sgl-router makes them (spec/router.md 3.4): three, on transport erro
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sglfast.control.fetch import Answer, Fetcher, FetchError
 from sglfast.errors import WorkerInfoError
 from sglfast.wire.server_info import WorkerFacts, parse_model_info, parse_models, parse_server_info
 
+T = TypeVar("T")
 _BODY_LIMIT_BYTES = 4 << 20
 _RETRY_PAUSES_S = (0.1, 0.2)
 _RETRY_LATER_FIRST_S = 5.0
@@ -22,7 +24,8 @@ _RETRY_LATER_GROWTH = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What one introspection found. facts: None when `/server_info` told nothing; model: the served name, wherever it was found.
+    """What one introspection found. facts: None when `/server_info` told nothing; model: the served name, wherever it was found;
+    adapters: LoRA adapters that requests ask for as their model, as vLLM has them.
 
     has_spoken: the worker answered `/server_info`, or has no such path; else what is known of it from before may still be true.
     problem: empty when has_spoken, else why not, without a byte of the worker's answer.
@@ -32,6 +35,7 @@ class Findings:
     model: str | None
     has_spoken: bool
     problem: str
+    adapters: tuple[str, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -57,7 +61,7 @@ async def introspect(fetcher: Fetcher, worker_url: str, timeout_s: float, api_ke
                 break
         return answer
 
-    async def name(parse: Callable[[bytes], str | None], *paths: str) -> str | None:
+    async def told(parse: Callable[[bytes], T], *paths: str) -> T | None:
         try:
             answer = await ask(*paths)
             return parse(answer.body) if answer.is_good else None
@@ -75,9 +79,13 @@ async def introspect(fetcher: Fetcher, worker_url: str, timeout_s: float, api_ke
     except (FetchError, WorkerInfoError) as error:
         problem = f"/server_info: {error}"
     model = facts.model if facts else None
-    model = model or await name(parse_model_info, "/model_info", "/get_model_info")
-    model = model or await name(parse_models, "/v1/models")
-    return Findings(facts=facts, model=model, has_spoken=not problem, problem=problem)
+    model = model or await told(parse_model_info, "/model_info", "/get_model_info")
+    adapters: tuple[str, ...] = ()
+    has_adapters = facts.adapters == "models" if facts is not None else not problem
+    if model is None or has_adapters:
+        served, found = await told(parse_models, "/v1/models") or (None, ())
+        model, adapters = model or served, found if has_adapters else ()
+    return Findings(facts=facts, model=model, has_spoken=not problem, problem=problem, adapters=adapters)
 
 
 async def _ask_one(fetcher: Fetcher, url: str, timeout_s: float, pauses_s: Sequence[float], api_key: str | None) -> Answer:

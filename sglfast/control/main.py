@@ -342,7 +342,7 @@ def _open_log(owned: contextlib.ExitStack, config: ServeConfig, log_fd: int) -> 
     loss = loss_line("control", config.log_format)
     sinks = [LineSink(descriptor_writer(log_fd), loss)]
     if config.log_dir is not None:
-        log_file = LogFile(config.log_dir)
+        log_file = LogFile(config.log_dir, config.log_files_kept)
         owned.callback(log_file.close)
         sinks.append(LineSink(log_file.write_lines, loss))
     for sink in sinks:

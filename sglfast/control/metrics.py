@@ -58,6 +58,10 @@ _SHARD_GAUGES = {
     words.S_CONNECTIONS: ("connections", "Open client connections."),
     words.S_INFLIGHT: ("inflight_requests", "Requests that a worker has and has not finished."),
     words.S_PERMITS: ("admitted_requests", "Requests in flight that count under --max-concurrent-requests."),
+    words.S_BODY_BYTES: (
+        "request_body_bytes",
+        "Bytes of request bodies that are held, whole or not yet; --max-buffered-bytes bounds them.",
+    ),
     words.S_WAITING: ("waiting_requests", "Requests that wait for their turn."),
 }
 _CLASSES = {

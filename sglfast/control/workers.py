@@ -205,11 +205,28 @@ class Workers:
         else:
             found = self._role_of(worker_idx, findings.facts)
             new = self._place(old, model, with_setting(findings.facts, old.record.url, self._kv_settings), found)
+            new = self._with_adapters(new, findings.adapters)
             self._note_traits(new, findings.facts)
         if new == old:
             return False
         self._put(new)
         return True
+
+    def _with_adapters(self, view: WorkerView, adapters: tuple[str, ...]) -> WorkerView:
+        """The same with the names of its adapters, as many as fit into its record."""
+        names = [name for name in adapters if name.isprintable() and len(name) <= _NAME_LIMIT_CHARACTERS]
+        for count in range(len(names), 0, -1):
+            record = msgspec.structs.replace(view.record, adapter_models=tuple(names[:count]))
+            if _fits(record):
+                break
+        else:
+            count, record = 0, view.record
+        if count < len(adapters):
+            self._log.warning(
+                "not all adapters of the worker can be told from other models",
+                extra={"fields": {"worker": record.url, "adapters": len(adapters), "known": count}},
+            )
+        return msgspec.structs.replace(view, record=record)
 
     def _role_of(self, worker_idx: int, facts: WorkerFacts | None) -> Found:
         found = resolve(self._named.get(worker_idx, Named()), facts)

@@ -108,17 +108,25 @@ class Admission:
     def take_worker(self, exchange: Exchange, route: Route) -> Route | None:
         """The route, or another where the chosen worker is full; None when all are: the request waits again.
 
+        That holds for further attempts too. One that has failed at some workers waits for the others, also while those have room.
         Shards that choose at the same moment do not see each other here: a worker may get one request too many from each.
         """
         if not self._worker_limit:
             return route
-        first = self._first_in_line(route.pool.model)
+        tried, router = exchange.tried, self._shard.router
+
+        def untried(route: Route) -> bool:
+            return set(tried).isdisjoint(route.rows)
+
+        first = self._first_to_go(route.pool.model)
         if first is None or Ticket(exchange, self._priority_of(exchange.head.kept), b"") < first:
+            if not untried(route):
+                route = router.next_choice(route, tried) or route  # chosen anew, after it had to wait
             full = self._full(route)
             if not full:
                 return route
-            other: Route | None = self._shard.router.next_choice(route, (*exchange.tried, *full))
-            if other is not None and not self._full(other):
+            other: Route | None = router.next_choice(route, (*tried, *full))
+            if other is not None and not self._full(other) and (untried(other) or not untried(route)):
                 return other
         exchange.holds_permit = False
         self._limits.give_back()
@@ -152,7 +160,7 @@ class Admission:
     def _wait(self, exchange: Exchange, model: str | None = None, *, is_admitted: bool = False) -> None:
         """Line up: for a permit, or, with that, for a worker of the model."""
         if not self._has_queue or not any(self._limits.line_up() for _ in range(_TRIES)):
-            exchange.refuse(errors.QUEUE_FULL)
+            exchange.give_up(errors.QUEUE_FULL)
             return
         kept = exchange.head.kept
         tenant = value_of(kept, b"authorization") or b"" if self._is_fair else b""
@@ -161,7 +169,8 @@ class Admission:
         self._waiting += 1
         self._count += 1
         self._shard.column.add(_counters.S_QUEUED)
-        heappush(self._by_age, (ticket.since_s, self._count, ticket))
+        # An attempt may have lasted for long, and that is no wait: a further one waits from now on.
+        heappush(self._by_age, (ticket.begun_s if exchange.tried else ticket.since_s, self._count, ticket))
         if is_admitted:
             ticket.is_in_line = True
             insort(self._lines.setdefault(model, []), ticket)
@@ -223,25 +232,34 @@ class Admission:
 
     def _admit_line(self, model: str | None) -> None:
         """Admit those who wait for a worker of this model, one for each place."""
-        loads, pools = self._shard.loads, self._shard.router.pools
-        while (first := self._first_in_line(model)) is not None:
-            pool = pools.get(model)  # none: whoever chooses now is told so
-            is_full = pool is not None and self._worker_limit and pool.is_full(loads, self._worker_limit)
-            if is_full or not self._take():
+        while (first := self._first_to_go(model)) is not None:
+            if self._is_full(model, first) or not self._take():
                 return
             exchange = self._drop(first)
             self._admit(exchange)
             if exchange.ticket is not None:
                 return  # full after all
 
-    def _first_in_line(self, model: str | None) -> Ticket | None:
-        """Who waits first for a worker of this model. Empties what is void on its way."""
+    def _first_to_go(self, model: str | None) -> Ticket | None:
+        """Who is next for a worker of this model. Who has failed at some waits for the others and lets pass who comes behind."""
+        place = 0
+        while (ticket := self._in_line(model, place)) is not None and ticket.exchange.tried and self._is_full(model, ticket):
+            place += 1
+        return ticket
+
+    def _is_full(self, model: str | None, ticket: Ticket) -> bool:
+        """Whether no worker has room for a request; a model without a pool has, and whoever chooses is told so."""
+        pool = self._shard.router.pools.get(model)
+        return bool(self._worker_limit) and pool is not None and pool.is_full(self._shard.loads, self._worker_limit, ticket.exchange.tried)
+
+    def _in_line(self, model: str | None, place: int) -> Ticket | None:
+        """Who waits at this place of a model's line. Empties what is void there."""
         line = self._lines.get(model)
-        while line:
-            if not line[0].is_void:
-                return line[0]
-            line.pop(0)
-        if line is not None:
+        while line and place < len(line):
+            if not line[place].is_void:
+                return line[place]
+            line.pop(place)
+        if line is not None and not line:
             del self._lines[model]
         return None
 
@@ -268,5 +286,5 @@ class Admission:
         while self._by_age and (self._by_age[0][2].is_void or self._by_age[0][0] < before_s):
             ticket = heappop(self._by_age)[2]
             if not ticket.is_void:
-                ticket.exchange.refuse(errors.QUEUE_TIMEOUT)
+                ticket.exchange.give_up(errors.QUEUE_TIMEOUT)
         self._admit_waiting()

@@ -101,9 +101,9 @@ def ready(shard: Shard) -> tuple[int, bytes, bytes]:
 
 
 def models(shard: Shard) -> tuple[int, bytes, bytes]:
-    """GET /v1/models: the models of the workers, also of those that are down at present."""
+    """GET /v1/models: the models of the workers, also of those that are down at present, and the adapters that are asked for like these."""
     shard.router.refresh()
-    rows = [_row(shard, model) for model in shard.router.models]
+    rows = [_row(shard, model) for model in (*shard.router.models, *sorted(shard.router.adapters))]
     return 200, JSON, orjson.dumps({"object": "list", "data": rows})
 
 
@@ -111,11 +111,13 @@ def one_model(shard: Shard, path: bytes) -> tuple[int, bytes, bytes] | None:
     """GET /v1/models/NAME: the same of one model, None when no worker has it. A name may hold slashes."""
     shard.router.refresh()
     name = unquote_to_bytes(path.removeprefix(MODELS_UNDER)).decode(errors="replace")
-    return (200, JSON, orjson.dumps(_row(shard, name))) if name in shard.router.models else None
+    return (200, JSON, orjson.dumps(_row(shard, name))) if name in shard.router.models or name in shard.router.adapters else None
 
 
 def _row(shard: Shard, model: str) -> dict[str, object]:
-    return {"id": model, "object": "model", "created": shard.started_s, "owned_by": "sglang", "root": model}
+    row = {"id": model, "object": "model", "created": shard.started_s, "owned_by": "sglang", "root": model}
+    base = shard.router.adapters.get(model)
+    return row if base is None else {**row, "parent": base}
 
 
 MODELS_UNDER = b"/v1/models/"

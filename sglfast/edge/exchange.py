@@ -57,17 +57,22 @@ class Exchange(Leg):
 
     def choose(self) -> None:
         """Choose a worker, at once or when the prompt has been tokenized, and send the request."""
+        self._unpair()
+        self.is_choosing = True
         try:
             self.shard.router.choose(self.endpoint, self.body, self.on_route)
         except Exception as error:  # here, because it may be another client's end that made place for this one
+            self.is_choosing = False
             self.client.on_broken(error)
 
     def on_route(self, route: Route | errors.Reason) -> None:
         """The router has chosen: a route, or the reason why there is none."""
+        self.is_choosing = False
         if self.is_over:
+            self.drop_body()
             return  # the client left while its prompt was being tokenized
         if isinstance(route, errors.Reason):
-            self.refuse(route)
+            self.give_up(route)
             return
         granted = route if self.shard.admission is None else self.shard.admission.take_worker(self, route)
         if granted is not None:
@@ -75,13 +80,18 @@ class Exchange(Leg):
 
     def send(self, route: Route) -> None:
         """Give the request to the route's worker, or to both of a pair."""
-        if self.pair is not None:
-            self.body, self.kept = self.pair.plain_body, self.pair.plain_kept
-            self.pair = None
+        self._unpair()
         if route.prefill is None:
             self.dispatch(route)
         else:
             send_pair(self, route)
+
+    def _unpair(self) -> None:
+        """The pair of the last attempt is over: the request is as its client wrote it."""
+        if self.pair is not None:
+            self.body, self.kept = self.pair.plain_body, self.pair.plain_kept
+            self.count_body(len(self.body))
+            self.pair = None
 
     def may_probe(self, route: Route) -> bool:
         """Be the probe of a half-open worker; False: another is, and this request has gone elsewhere."""
@@ -324,6 +334,13 @@ class Exchange(Leg):
             self.refuse(errors.INTERNAL_ERROR)
 
     # ---- ends ----
+
+    def give_up(self, reason: errors.Reason) -> None:
+        """Refuse the request, unless a worker has answered it: then with that."""
+        if self.failed_attempts is None:
+            self.refuse(reason)
+        else:
+            self.failed_attempts.give_up(reason)
 
     def refuse(self, reason: errors.Reason) -> None:
         """No byte of an answer has gone to the client: send an error of our own."""

@@ -60,12 +60,6 @@ class Decodes(Pool):
         return loads.least(idxs)[0], word
 
 
-def least_untried(idxs: array[int], loads: Loads, tried: tuple[int, ...]) -> int:
-    """Position of the least loaded of these rows that was not tried; when all were, of those that have not just failed; else of all."""
-    left = array("i", [idx for idx in idxs if idx not in tried]) or array("i", [idx for idx in idxs if idx != tried[-1]]) or idxs
-    return idxs.index(left[loads.least(left)[0]])
-
-
 def make_decodes(
     model: str | None,
     workers: list[WorkerView],

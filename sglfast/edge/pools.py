@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglfast import errors
-from sglfast.edge.policy import Hit, Policy, PoolView
+from sglfast.edge.policy import NO_PROMPT, Hit, Policy, PoolView, Prompt
 from sglfast.edge.policy.approximate import ApproximateCacheAware
 from sglfast.edge.policy.cache_aware import CacheAware
 from sglfast.edge.policy.least_load import LeastLoad
@@ -52,6 +52,7 @@ class Route:
     is_approximate: bool = False
     prediction: Prediction | None = None
     prefill: Route | None = None
+    prompt: Prompt = NO_PROMPT  # for a further attempt
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -117,13 +118,16 @@ class Pool:
         """Whether the worker computes prompts only: another has to make the tokens behind them."""
         return self.workers[position].record.role == "prefill"
 
-    def is_full(self, loads: Loads, limit: int) -> bool:
-        """Whether no request can be given away without some worker getting more than `limit` of them."""
+    def is_full(self, loads: Loads, limit: int, tried: tuple[int, ...] = ()) -> bool:
+        """Whether no request can be given away without some worker getting more than `limit` of them.
+
+        tried: rows of workers that have failed the request; they do not count as long as there are others.
+        """
         decodes = self.decodes
         idxs = self.view.worker_idxs
-        if decodes is not None and loads.least(decodes.view.worker_idxs)[1] >= limit:
+        if decodes is not None and loads.least(_others(decodes.view.worker_idxs, tried))[1] >= limit:
             idxs = array("i", [idx for position, idx in enumerate(idxs) if not self.is_prefill(position)])
-        return not idxs or loads.least(idxs)[1] >= limit
+        return not idxs or loads.least(_others(idxs, tried))[1] >= limit
 
     def is_approximate_at(self, position: int) -> bool:
         """Whether what is known of the worker's cache is what it was sent, not what its events say."""
@@ -136,6 +140,10 @@ class Pool:
     def known_tokens(self, hit: Hit) -> int:
         """Overlap as users and the parity loop are to see it: where there are events, nothing that they do not say."""
         return hit.overlap_tokens if self.is_approximate_at(hit.position) else hit.overlap_tokens - hit.guessed_tokens
+
+
+def _others(idxs: array[int], tried: tuple[int, ...]) -> array[int]:
+    return (array("i", [idx for idx in idxs if idx not in tried]) or idxs) if tried else idxs
 
 
 def make_policy(name: str, config: ServeConfig, loads: Loads, *, has_events: bool) -> Policy:

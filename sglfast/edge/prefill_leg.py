@@ -201,6 +201,7 @@ def send_pair(exchange: Exchange, route: Route) -> None:
     leg.probe = probe
     exchange.pair = leg
     exchange.body, exchange.kept = leg.body, leg.kept
+    exchange.count_body(len(leg.body) + len(leg.plain_body))
     exchange.dispatch(route)
     if exchange.route is route:  # else the decode worker's probe was out, and the request has gone elsewhere
         leg.start()

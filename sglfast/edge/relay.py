@@ -2,8 +2,7 @@
 
 Runs in: shards, event loop. Contract: method, target, end-to-end headers (`authorization` with them) and body are the client's; HEAD
     is asked as GET. A connection for each request: these paths are rare, and control may be restarted at any moment with nothing
-    to notice. `is_admin` marks what changes the router or its workers, or tells of them what clients of the data plane need not
-    know: whoever checks keys asks `relayed`.
+    to notice. A path's kind decides whether the main port has it (`--admin-port`, `--main-port-paths`).
 """
 
 from __future__ import annotations
@@ -11,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from sglfast import errors
 from sglfast._httphead import RequestHead, ResponseHead, scan_response
 
 if TYPE_CHECKING:
+    from sglfast.config import ServeConfig
     from sglfast.edge.server import ClientConnection
 
 _ANSWER_LIMIT_BYTES = 64 << 20
@@ -29,10 +29,14 @@ _METRICS_TIMEOUT_SECS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Relayed:
-    """A path of control's. methods: without HEAD, which goes with GET."""
+    """A path of control's. methods: without HEAD, which goes with GET.
+
+    kind: `admin` changes the router or its workers, or tells of them what clients of the data plane need not know; `metrics`; `info`
+    tells clients of the workers.
+    """
 
     methods: tuple[bytes, ...]
-    is_admin: bool = True
+    kind: Literal["admin", "metrics", "info"] = "admin"
     timeout_s: float = _TIMEOUT_SECS
 
     def takes(self, method: bytes) -> bool:
@@ -43,13 +47,13 @@ class Relayed:
 _GET, _POST = (b"GET",), (b"POST",)
 _ONE_WORKER = Relayed((b"GET", b"PUT", b"DELETE"))
 _PATHS = {
-    b"/metrics": Relayed(_GET, is_admin=False, timeout_s=_METRICS_TIMEOUT_SECS),
-    b"/engine_metrics": Relayed(_GET, is_admin=False),
-    b"/health_generate": Relayed(_GET, is_admin=False),
-    b"/server_info": Relayed(_GET, is_admin=False),
-    b"/get_server_info": Relayed(_GET, is_admin=False),
-    b"/model_info": Relayed(_GET, is_admin=False),
-    b"/get_model_info": Relayed(_GET, is_admin=False),
+    b"/metrics": Relayed(_GET, "metrics", timeout_s=_METRICS_TIMEOUT_SECS),
+    b"/engine_metrics": Relayed(_GET, "metrics"),
+    b"/health_generate": Relayed(_GET, "info"),
+    b"/server_info": Relayed(_GET, "info"),
+    b"/get_server_info": Relayed(_GET, "info"),
+    b"/model_info": Relayed(_GET, "info"),
+    b"/get_model_info": Relayed(_GET, "info"),
     b"/workers": Relayed((b"GET", b"POST")),
     b"/add_worker": Relayed(_POST),
     b"/remove_worker": Relayed(_POST),
@@ -57,6 +61,12 @@ _PATHS = {
     b"/get_loads": Relayed(_GET),
     b"/flush_cache": Relayed(_POST),
 }
+
+
+def elsewhere(config: ServeConfig) -> frozenset[str]:
+    """The kinds of paths that the main port does not have."""
+    kinds = {"all": [], "no-metrics": ["metrics"], "data": ["metrics", "info"]}[config.main_port_paths]
+    return frozenset([*kinds, *(["admin"] if config.admin_port is not None else [])])
 
 
 def relayed(path: bytes) -> Relayed | None:

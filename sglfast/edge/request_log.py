@@ -42,7 +42,7 @@ class RequestLog(RequestLogBase):
         loss = loss_line(process, config.log_format)
         self._sinks = [LineSink(descriptor_writer(fd), loss)]
         if config.log_dir is not None:
-            self._sinks.append(LineSink(LogFile(config.log_dir).write_lines, loss))
+            self._sinks.append(LineSink(LogFile(config.log_dir, config.log_files_kept).write_lines, loss))
         self._counted_lines = 0
 
     def label(self, model: str | None, url: str, role: str = "regular") -> bytes:

@@ -7,7 +7,8 @@ Runs in: shards, event loop. Contract: an attempt may be followed by another as 
     have that turns retries off.
     429 and 503 mean "busy": another worker is asked, and nobody holds it against the one that said so.
 Defaults and meaning of the settings are sgl-router's (spec/gateway.md 1.3), but for the choice of the worker: one that has failed
-    this request is asked again only when no other is left.
+    this request is asked again only when no other is left. As there, no attempt has a time of its own: a worker that hangs uses up
+    the request's, unless health checks find it out (`Exchange._flee`).
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Attempts:
         if following is None or at.worker_idx in following.rows:
             self.give_up(errors.BREAKER_OPEN)
         else:
-            self._exchange.send(following)
+            self._send(following)
 
     def failed(self, route: Route, reason: errors.Reason, *, at: Upstream | None = None, is_quick: bool = False) -> None:
         """The attempt by this route came to nothing: make another, maybe after a pause, or tell the client.
@@ -152,7 +153,15 @@ class Attempts:
         exchange.is_resent = exchange.decodes_chunks = False
         exchange.probe = NO_PROBE
         exchange.shard.column.add(_counters.S_RETRIES)
-        exchange.send(following)
+        self._send(following)
+
+    def _send(self, following: Route) -> None:
+        """Send it there, or, where `--worker-max-in-flight` holds it back, wait for a worker that has not failed it."""
+        exchange = self._exchange
+        admission = exchange.shard.admission
+        granted = following if admission is None else admission.take_worker(exchange, following)
+        if granted is not None:
+            exchange.send(granted)
 
     def give_up(self, reason: errors.Reason) -> None:
         """No further attempt: the client gets the last answer that a worker gave, if one did, else our own."""

@@ -6,18 +6,19 @@ Runs in: shards, event loop. Contract: `choose` calls back exactly once with a R
 
 from __future__ import annotations
 
-import dataclasses
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sglfast import _counters, _workers, errors
 from sglfast._breaker import CLOSED
 from sglfast._relay import RouterBase
 from sglfast.edge.bootstrap import address_of
+from sglfast.edge.failover import best_left, least_left, rows_left
 from sglfast.edge.mishap import report
-from sglfast.edge.pairs import Decodes, least_untried, make_decodes, pair
-from sglfast.edge.policy import FAILOVER, Hit, Prompt
+from sglfast.edge.pairs import Decodes, make_decodes, pair
+from sglfast.edge.policy import FAILOVER, NO_PROMPT, Hit, Prompt
 from sglfast.edge.pools import Pool, Route, policy_for, why_unserved
 from sglfast.edge.predict import NOTHING, Found, Prediction, Predictor, with_guesses
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
@@ -27,7 +28,6 @@ from sglfast.shm import PARITY_OK, WorkerView, read_workers
 if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
 
-_NO_PROMPT = Prompt()
 _NO_FACTS = Facts(0, {}, "the policy asks for no prompt")
 _UNREADABLE_PAUSE_S = 10.0
 _STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")
@@ -49,6 +49,7 @@ class Router(RouterBase):
         self.pools: dict[str | None, Pool] = {}
         self.only: Pool | None = None  # the one pool, when no worker, also of those that are down, has another model
         self.models: list[str] = []
+        self.adapters: dict[str, str] = {}  # name of an adapter that is asked for as a model -> its base model
         self.closed: dict[str | None, errors.Reason] = {}  # models without a pool, and why: breakers, or half of a pair
         self.ready_workers = 0  # those that are shut included, those whose other half is missing not
 
@@ -99,6 +100,8 @@ class Router(RouterBase):
         if old:
             self._shard.cut(set(old.values()))
         self.models = sorted({view.record.model for view in views if view.record.model is not None})
+        bases = {name: view.record.model for view in views for name in view.record.adapter_models if view.record.model is not None}
+        self.adapters = {name: model for name, model in bases.items() if name not in self.models}
 
     def _make_pools(self) -> None:
         """The pools of the workers that may be chosen."""
@@ -128,7 +131,7 @@ class Router(RouterBase):
         self.plain_routes = None
         if only is not None and only.decodes is None and not only.needs_prompt:
             self.plain_choose = only.policy.choose
-            self.plain_arguments = (only.view, self._shard.loads, _NO_PROMPT)
+            self.plain_arguments = (only.view, self._shard.loads, NO_PROMPT)
             self.plain_routes = only.plain_routes
 
     def _upstream_of(self, view: WorkerView) -> Upstream:
@@ -192,6 +195,7 @@ class Router(RouterBase):
         if self.only is not None:
             return self.only
         model = model_of(body)
+        model = self.adapters.get(model, model) if model is not None else None
         # A pool that does not know its model takes any name.
         pool = self.pools.get(model) or self.pools.get(None)
         if pool is None and model is not None and ":" in model and model not in self.models:
@@ -216,7 +220,7 @@ class Router(RouterBase):
         if isinstance(pool, errors.Reason):
             then(pool)
         elif not pool.needs_prompt:
-            position, decision = pool.policy.choose(pool.view, self._shard.loads, _NO_PROMPT)
+            position, decision = pool.policy.choose(pool.view, self._shard.loads, NO_PROMPT)
             route = pool.plain_routes[position]
             if route.decision != decision:
                 route = Route(pool, pool.upstreams[position], decision)
@@ -248,6 +252,9 @@ class Router(RouterBase):
             column.add(_counters.S_PROMPTS_UNKEYED)
         position, decision = pool.policy.choose(pool.view, self._shard.loads, prompt)
         route = self._route(pool, position, decision, prompt, found)
+        if prompt.is_keyed:
+            column.add_worker(route.upstream.worker_idx, _counters.W_PROMPT_BLOCKS, route.prompt_blocks)
+            column.add_worker(route.upstream.worker_idx, _counters.W_OVERLAP_BLOCKS, route.overlap_blocks)
         return route if pool.decodes is None else self._with_decode(pool, position, route, facts, body)
 
     def _with_decode(self, pool: Pool, position: int, first: Route, facts: Facts = _NO_FACTS, body: bytes = b"") -> Route:
@@ -255,7 +262,7 @@ class Router(RouterBase):
         decodes = pool.decodes
         if decodes is None or not pool.is_prefill(position):
             return first
-        prompt, found = self.compare(decodes, facts, body) if decodes.needs_prompt else (_NO_PROMPT, NOTHING)
+        prompt, found = self.compare(decodes, facts, body) if decodes.needs_prompt else (NO_PROMPT, NOTHING)
         second, word = decodes.choose(first.upstream.host, self._shard.loads, prompt)
         if word:
             self._shard.column.add(word)
@@ -283,10 +290,6 @@ class Router(RouterBase):
                 predicted_tokens = -1
         if found.keys and predictor is not None:
             prediction = predictor.sent(worker, hit.rank, found.keys, is_kept=is_approximate)
-        prompt_blocks = prompt.prompt_tokens // block_tokens
-        overlap_blocks = known_tokens // block_tokens
-        column.add_worker(worker.worker_idx, _counters.W_PROMPT_BLOCKS, prompt_blocks)
-        column.add_worker(worker.worker_idx, _counters.W_OVERLAP_BLOCKS, overlap_blocks)
         return Route(
             pool,
             upstream,
@@ -294,13 +297,14 @@ class Router(RouterBase):
             uncached_tokens=prompt.prompt_tokens - hit.overlap_tokens,
             rank=hit.rank,
             dp_rank=hit.rank - worker.rank_base,
-            overlap_blocks=overlap_blocks,
-            prompt_blocks=prompt_blocks,
+            overlap_blocks=known_tokens // block_tokens,
+            prompt_blocks=prompt.prompt_tokens // block_tokens,
             predicted_tokens=predicted_tokens,
             is_trusted=worker.parity == PARITY_OK,
             is_estimated=prompt.is_estimated,
             is_approximate=is_approximate,
             prediction=prediction,
+            prompt=prompt,
         )
 
     def compare(self, pool: Pool, facts: Facts, body: bytes) -> tuple[Prompt, Found]:
@@ -326,7 +330,7 @@ class Router(RouterBase):
     def look_up(self, pool: Pool, facts: Facts) -> Prompt:
         """Ask the KV index. Cost: one walk per way of cutting blocks, then the few ranks that hold something."""
         if not facts.keys:
-            return _NO_PROMPT
+            return NO_PROMPT
         tree = self._shard.tree
         best: dict[int, Hit] = {}
         prompt_blocks = 0
@@ -346,34 +350,35 @@ class Router(RouterBase):
         return Prompt(facts.prompt_tokens, prompt_blocks, tuple(best.values()), True, facts.is_estimated)
 
     def next_choice(self, failed: Route, tried: tuple[int, ...]) -> Route | None:
-        """The least loaded worker of the pool for one more attempt, or None when the pool is empty.
+        """A worker of the pool, or a pair, for one more attempt, or None when the pool is empty.
 
-        One that was not tried yet; when all were, one that has not just failed; else the one that has. Only after a failure, so a
-        scan is fine. Of a pair whose decode worker has failed the prefill worker stays: it has the prompt in its cache by now.
+        One that was not tried yet; when all were, one that has not just failed; else the one that has. Of these one below
+        `--worker-max-in-flight`, if there is one. Of a pair whose decode worker has failed the prefill worker stays: it has the prompt
+        in its cache by now.
         """
         self.refresh()
         first = failed.prefill or failed
         pool = self.pools.get(first.pool.model)
         if pool is None:
             return None
-        loads, decodes = self._shard.loads, pool.decodes
+        loads, decodes, limit = self._shard.loads, pool.decodes, self._shard.config.worker_max_in_flight
         idxs = pool.view.worker_idxs
         has_second = decodes is not None and any(idx not in tried for idx in decodes.view.worker_idxs)
         if has_second and first.upstream.worker_idx not in tried and first.upstream in pool.upstreams and failed.prefill is not None:
             position = pool.upstreams.index(first.upstream)
             prediction = self._sent_again(pool, position, first)
-            again = dataclasses.replace(first, pool=pool, decision=FAILOVER, predicted_tokens=-1, prediction=prediction)
+            again = replace(first, pool=pool, decision=FAILOVER, predicted_tokens=-1, prediction=prediction)
         else:
             # Where every decode worker has failed, those that need none go first.
             alone = array("i", [idx for place, idx in enumerate(idxs) if not pool.is_prefill(place) and idx not in tried])
-            position = idxs.index(alone[loads.least(alone)[0]]) if alone and not has_second else least_untried(idxs, loads, tried)
-            again = Route(
-                pool, pool.upstreams[position], FAILOVER, first.uncached_tokens, rank=pool.workers[position].rank_base,
-                prediction=self._sent_again(pool, position, first),
-            )  # fmt: skip
+            left = rows_left(alone if alone and not has_second else idxs, loads, tried, limit)
+            position, prompt = best_left(pool, left, loads, first.prompt)
+            found = Found(first.prediction.keys) if first.prediction is not None else NOTHING
+            # What was known is too old by now to be held against the worker's report.
+            again = replace(self._route(pool, position, FAILOVER, prompt, found), predicted_tokens=-1)
         if decodes is None or not pool.is_prefill(position):
             return again
-        return pair(decodes, least_untried(decodes.view.worker_idxs, loads, tried), again)
+        return pair(decodes, least_left(decodes.view.worker_idxs, loads, tried, limit), again)
 
     def _sent_again(self, pool: Pool, position: int, failed: Route) -> Prediction | None:
         if failed.prediction is None or self._predictor is None:

@@ -15,7 +15,7 @@ from sglfast._httphead import MORE, TOO_LARGE, Chunks, RequestHead
 from sglfast._relay import BODY, BUSY, CHUNKED, CLOSED, HEAD, UNUSUAL, ClientBase
 from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
-from sglfast.edge.later import LATER
+from sglfast.edge.later import LATER, Handler
 from sglfast.edge.mishap import report
 from sglfast.edge.relay import relay, relayed
 from sglfast.edge.request import ENDPOINTS, OTHER_KIND, Endpoint, is_under_v1
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sglfast.edge.tokenize import Answer
 
 _SMALL_BYTES = 64 << 10  # bodies of all paths but those of the data plane
-_LINGERING = 64  # connections above the limit that get the time to read why they are refused
+LINGERING = 64  # connections above the limit that get the time to read why they are refused
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -47,7 +47,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         above = len(self.shard.clients) - self.shard.max_clients
         if above > 0:
             self.shard.note_full(f"connections above {self.shard.max_clients} are refused")
-            self._refuse(errors.TOO_MANY_CONNECTIONS, lingers=above <= _LINGERING)
+            self._refuse(errors.TOO_MANY_CONNECTIONS, lingers=above <= LINGERING)
         self.shard.column.add(_counters.S_CONNECTIONS, 1)
         self.shard.column.add(_counters.S_CONNECTIONS_TOTAL, 1)
 
@@ -56,6 +56,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         self.state = CLOSED
         self.pending = b""
         self.pieces = []
+        self.let_go()
         self.shard.clients.discard(self)
         self.shard.column.add(_counters.S_CONNECTIONS, -1)
         if self.exchange is not None:
@@ -100,9 +101,16 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         """A head that says more than we take."""
         if head.expects_other:
             self._refuse(errors.EXPECTATION_FAILED)
+        elif head.content_length > self.shard.config.max_payload_size:
+            self._refuse(errors.PAYLOAD_TOO_LARGE)
+        elif len(head.target) > self.shard.config.max_url_bytes:
+            self._refuse(errors.URI_TOO_LONG)
         else:
-            is_long = head.content_length > self.shard.config.max_payload_size
-            self._refuse(errors.PAYLOAD_TOO_LARGE if is_long else errors.URI_TOO_LONG)
+            self._refuse(errors.BODIES_FULL, head.request_id)
+
+    def refuse_body(self) -> None:
+        """The shard holds too many bytes of bodies."""
+        self._refuse(errors.BODIES_FULL, self.head.request_id if self.head is not None else None)
 
     def read_no_head(self, code: int, data: bytes) -> None:
         """Bytes that hold no whole plain head. code: of _httphead.scan_request."""
@@ -146,7 +154,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         pieces: list[bytes] = []
         end = self.chunks.decode(data, 0, pieces)
         piece = b"".join(pieces)  # one object for many small chunks, else they cost many times their size
-        self.keep(piece)
+        if not self.keep(piece):
+            return b""
         self.body_size += len(piece)
         if end == -2:
             self._refuse(errors.BAD_REQUEST)
@@ -160,6 +169,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
     def read_unusual(self, data: bytes) -> None:
         """Bytes of a request that llhttp reads."""
         assert self.unusual is not None
+        if not self.hold(len(data)):
+            return
         found = self.unusual.feed(data)
         if isinstance(found, errors.Reason):
             self._refuse(found)
@@ -167,6 +178,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             head, body = found
             self.closes = True  # what follows on this connection is not looked at
             self.unusual = None
+            self.let_go()
             self.is_http10 = head.is_http10
             self.state = HEAD
             if head.expects_other:
@@ -240,7 +252,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             return
         self.state = BUSY
         if endpoint is None:
-            LATER[path](self.shard, head, body, lambda found: self._answer_later(found, head.request_id))
+            self._ask_later(LATER[path], head, body)
             return
         exchange = self.exchange = Exchange(self, endpoint, head, body)
         if self.shard.has_own_ids:
@@ -262,7 +274,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
                 self.answer_error(errors.MODEL_NOT_FOUND, head.request_id, None, is_head)
             else:
                 self._answer(answers.head(found[0], found[1], len(found[2])), b"" if is_head else found[2], head.request_id)
-        elif from_control is None or (from_control.is_admin and self.shard.config.admin_port is not None):
+        elif from_control is None or from_control.kind in self.shard.kinds_elsewhere:
             may_pass = head.method == b"POST" and is_under_v1(path) and not self.shard.config.passthrough
             hint = "no such path here; the router relays unknown paths under /v1/ when it is started with --passthrough"
             self.answer_error(errors.NOT_FOUND, head.request_id, hint if may_pass else None, is_head)
@@ -273,7 +285,29 @@ class ClientConnection(ClientBase, asyncio.Protocol):
             self.answer_error(errors.ORIGIN_NOT_ALLOWED, head.request_id)
         else:
             self.state = BUSY
+            self.shard.column.hold_body(len(body))
             self.task = self.shard.loop.create_task(relay(self, from_control, head, body))
+            self.task.add_done_callback(lambda _: self.shard.column.hold_body(-len(body)))
+
+    def _ask_later(self, handler: Handler, head: RequestHead, body: bytes) -> None:
+        """Whoever looks at the body holds it until there is an answer, also when the client is gone."""
+        column, held_bytes = self.shard.column, len(body)
+        column.hold_body(held_bytes)
+
+        def let_go() -> None:
+            nonlocal held_bytes
+            column.hold_body(-held_bytes)
+            held_bytes = 0
+
+        def then(found: Answer) -> None:
+            let_go()
+            self._answer_later(found, head.request_id)
+
+        try:
+            handler(self.shard, head, body, then)
+        except Exception:
+            let_go()
+            raise
 
     def _answer_later(self, found: Answer, request_id: bytes | None) -> None:
         if self.state != BUSY:
@@ -292,6 +326,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         self.closes = True
         self.lingers = lingers
         self.pieces = []
+        self.unusual = None
+        self.let_go()
         self.answer_error(reason, request_id)
         self.close_after_write()
 

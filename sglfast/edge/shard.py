@@ -25,6 +25,7 @@ from sglfast.edge.cors import Cors
 from sglfast.edge.door import Door, most_clients
 from sglfast.edge.guard import Guard
 from sglfast.edge.header_lines import value_of
+from sglfast.edge.relay import elsewhere
 from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.request_log import RequestLog
 from sglfast.edge.retry import RetryPolicy
@@ -63,6 +64,7 @@ class Shard(ShardBase):
         self.ranks = RankTable(boot.segment)
         self.tree = TreeReader(boot.segment)
         self.table = WorkerTable(boot.segment)
+        self.kinds_elsewhere = elsewhere(boot.config)
         self.clients = Clients()
         self.prefill_legs: set[PrefillLeg] = set()  # halves of requests that prefill workers have
         self.max_clients = most_clients(boot.config)

@@ -6,7 +6,8 @@ Runs in: index, one a rank, in its thread alone. Contract: the engine's hash is 
     left out and counted. The memory holds what the rank owns: `forget` and `prune` keep it so. What a batch removes is forgotten at the
     batch's end, so that `place_all`, which does a usual batch at once in C, and `place` and `resolve` event by event are the same.
 What cannot be matched from a request must not be matched by accident: vLLM hashes images, salts and prompt embeddings beside a
-    block's tokens (`extra_keys`); their bytes go into our chain, so that no prompt of plain tokens finds these blocks.
+    block's tokens (`extra_keys`); their bytes go into our chain, so that no prompt of plain tokens finds these blocks. A prompt with
+    nothing but a salt is found by it (prompt/adapters.py).
 Of a hybrid vLLM model only the main attention's cache counts; the blocks of its sliding windows and states come and go beside it.
 Source: spec/kv_events.md 2.4, 2.7, 2.8; the chain itself is in sglfast._blockhash.
 """
@@ -25,6 +26,7 @@ _PRUNE_SLACK = 1024
 _MAIN_KINDS = ("full", "mla")
 
 _decode_extras = msgspec.msgpack.Decoder(list[msgspec.Raw] | None).decode
+_encode = msgspec.msgpack.Encoder().encode
 _decode_names = msgspec.msgpack.Decoder().decode
 
 
@@ -170,5 +172,7 @@ def _unknown_part(extra: bytes, lora_name: str | None) -> bytes:
         names = _decode_names(extra)
     except (msgspec.DecodeError, RecursionError, ValueError, TypeError):
         return extra
-    is_known = not names or (isinstance(names, list) and all(name == lora_name for name in names))
-    return b"" if is_known else extra
+    if not isinstance(names, list):
+        return extra if names else b""
+    unknown = [name for name in names if name != lora_name]
+    return _encode(unknown) if unknown else b""

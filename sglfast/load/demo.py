@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import orjson
-import uvloop
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from sglfast.errors import ConfigError
 from sglfast.load.client import LoadClient
+from sglfast.load.interrupts import Interrupts
 from sglfast.load.openloop import OpenLoop
 from sglfast.load.scale_out import BANDWIDTH_BYTES_PER_S, MODEL_BYTES, ScaleOut, play
-from sglfast.load.stack import SimSettings, Stack, check_port, sigterm_as_interrupt
+from sglfast.load.stack import SimSettings, Stack, check_port
 from sglfast.load.text import PromptWriter, RequestWriter
 from sglfast.load.trace import SyntheticShape, synthetic_trace
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
@@ -212,16 +212,16 @@ def main(argv: list[str]) -> int:
         parts += f" ({args.workers // 2} for prefill, the others for decode)"
     print(f"Starting {parts} and the router ...", flush=True)
     try:
-        with sigterm_as_interrupt(), _stack(args) as stack, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with Interrupts() as interrupts, _stack(args) as stack:
             try:
                 if isinstance(stack, ScaleOut):
-                    play(stack, MODEL, console, runner.run)
+                    play(stack, MODEL, console, interrupts.run)
                 print(what_to_try(stack.url), flush=True)
                 if isinstance(stack, ScaleOut):
                     print(f"  who has which weights:\n    sglfast modelexpress sources --url {stack.service}\n", flush=True)
                 if not args.seconds and not args.once:
                     print("Ctrl-C stops everything.\n", flush=True)
-                runner.run(_watch(stack, args, console))
+                interrupts.run(_watch(stack, args, console))
             finally:
                 print("Stopping.", flush=True)
     except KeyboardInterrupt:

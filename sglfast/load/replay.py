@@ -13,19 +13,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sglfast.config import POLICIES
 from sglfast.errors import ConfigError, SglfastError
 from sglfast.load.client import LoadClient
+from sglfast.load.interrupts import Interrupts
 from sglfast.load.machine import read_cpu_ticks
 from sglfast.load.openloop import OpenLoop, send_settled
 from sglfast.load.plot import check_plot, draw
 from sglfast.load.report import Summary, summarize, table
 from sglfast.load.run import Run, load_run, save_run
-from sglfast.load.stack import SimSettings, Stack, sigterm_as_interrupt
+from sglfast.load.stack import SimSettings, Stack
 from sglfast.load.text import PATHS, PromptWriter, RequestWriter
 from sglfast.load.trace import (
     SyntheticShape,
@@ -65,14 +65,21 @@ class ReplaySettings:
     settled_checks: int = 0
 
 
-def replay(url: str, trace: Sequence[TraceRequest], trace_name: str, label: str, settings: ReplaySettings, console: Console) -> Run:
+def replay(
+    url: str,
+    trace: Sequence[TraceRequest],
+    trace_name: str,
+    label: str,
+    settings: ReplaySettings,
+    console: Console,
+    interrupts: Interrupts,
+) -> Run:
     """Send a trace to the server at `url` and return what happened. Raises ConfigError if the server does not answer at all."""
     prompts = PromptWriter(load_tokenizer(settings.tokenizer_path))
     gc.collect()
     gc.freeze()  # a full collection over the tokenizer's objects would make requests late
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_replay(url, trace, trace_name, label, settings, prompts, console))
+        return interrupts.run(_replay(url, trace, trace_name, label, settings, prompts, console))
     finally:
         gc.unfreeze()
 
@@ -133,7 +140,7 @@ async def _ask_model(client: LoadClient, url: str) -> str:
     if answer.error:
         reason = answer.body.decode("utf-8", "replace") or answer.error
         raise ConfigError(f"{url}/v1/models does not answer ({reason}); is a router running there? Or name it: --model")
-    model = parse_models(answer.body)
+    model, _ = parse_models(answer.body)
     if model is None:
         raise ConfigError(f"{url}/v1/models names no model; name it: --model")
     return model
@@ -187,12 +194,13 @@ def compare(
     sim: SimSettings,
     serve_flags: Sequence[str],
     console: Console,
+    interrupts: Interrupts,
 ) -> Iterator[Run]:
     """Yield one run a policy, each on simulated workers and a router of its own."""
     for policy in policies:
         print(f"{policy}: starting {sim.workers} simulated workers and the router", flush=True)
         with Stack(sim, policy=policy, serve_flags=serve_flags) as stack:
-            run = replay(stack.url, trace, trace_name, policy, settings, console)
+            run = replay(stack.url, trace, trace_name, policy, settings, console, interrupts)
             stack.check_alive()
         yield run
 
@@ -307,9 +315,9 @@ def main(argv: list[str]) -> int:
     print(f"{name}: {len(trace)} requests, {sum(r.input_length for r in trace):,} prompt tokens, in about {seconds:.0f} s", flush=True)
     runs = []
     try:
-        with sigterm_as_interrupt():
+        with Interrupts() as interrupts:
             if args.url:
-                runs.append(replay(args.url, trace, name, args.url, settings, console))
+                runs.append(replay(args.url, trace, name, args.url, settings, console, interrupts))
             else:
                 sim = SimSettings(
                     workers=args.sim_workers,
@@ -319,7 +327,7 @@ def main(argv: list[str]) -> int:
                     decode_tokens_per_s=args.sim_decode_tokens_per_s * args.speed_up,
                     tokenizer_path=args.tokenizer_path,
                 )
-                for run in compare(policies, trace, name, settings, sim, shlex.split(args.serve_flags), console):
+                for run in compare(policies, trace, name, settings, sim, shlex.split(args.serve_flags), console, interrupts):
                     runs.append(run)
     except KeyboardInterrupt:
         print("interrupted" + (": only finished runs are shown" if runs else ""), file=sys.stderr)

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
@@ -225,16 +225,6 @@ class Stack:
         for child in reversed(self.children):
             child.stop()
         self.children.clear()
-
-
-@contextlib.contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Within it SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that the owner of a Stack always leaves it. Main thread only."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def read_all(fd: int) -> bytes:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from sglfast._blockhash import KeyChain, page_keys, token_keys
 from sglfast.errors import PromptError
-from sglfast.prompt.adapters import seeds_of
+from sglfast.prompt.adapters import starts_of
 from sglfast.prompt.keys import PromptText
 from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.prefixes import Name, Prefix, PrefixCache
@@ -99,7 +99,7 @@ class Keying:
         "_prompt",
         "_result",
         "_saved",
-        "_seeds",
+        "_starts",
         "_text",
         "_variants",
     )
@@ -115,13 +115,13 @@ class Keying:
         self._is_open = False  # the whole text is rendered and looked up
         self._end = 0  # of the next piece, once it is known
         self._saved: tuple[int, Prefix] | None = None
-        self._seeds = seeds_of(variants, *asked, prompt.cache_salt)
+        self._starts = starts_of(variants, *asked, prompt.cache_salt)
         if prompt.text is None:
             return
         self._live = [True] * len(variants)
         least = min((variant.block_size for variant in variants), default=0)
         self._first_chars = max(_FIRST_CHARS[0], min(_FIRST_CHARS[1], least * _CHARS_PER_TOKEN))
-        self._kind = (variants, self._seeds, prompt.cache_salt, prompt.add_special_tokens)
+        self._kind = (variants, self._starts, prompt.cache_salt, prompt.add_special_tokens)
         self._names: list[Name] = []
         self._ends: Iterator[int] = iter(())
         try:
@@ -130,9 +130,9 @@ class Keying:
             raise PromptError(f"the cache salt is not valid Unicode text: {error}") from error
         self._chains = [
             KeyChain(variant.block_size, bigram=variant.bigram, cache_salt=salt)
-            if seed is None
-            else KeyChain(variant.block_size, bigram=variant.bigram, seed=seed)
-            for variant, seed in zip(variants, self._seeds, strict=True)
+            if start is None
+            else KeyChain(variant.block_size, bigram=variant.bigram, seed=start.seed, parent=start.parent)
+            for variant, start in zip(variants, self._starts, strict=True)
         ]
         self._keys = [b""] * len(variants)
         if prompt.add_special_tokens:
@@ -163,13 +163,13 @@ class Keying:
     def _of_ids(self, ids: Sequence[int]) -> Keys:
         salt = self._prompt.cache_salt.encode()
         found: dict[Variant, bytes] = {}
-        for variant, seed in zip(self._variants, self._seeds, strict=True):
+        for variant, start in zip(self._variants, self._starts, strict=True):
             size, bigram = variant.block_size, variant.bigram
             n_max = pages_max(len(ids), variant)
-            if seed is None:
+            if start is None:
                 found[variant] = page_keys(ids, size, bigram=bigram, max_pages=n_max, cache_salt=salt)
             else:
-                found[variant] = token_keys(ids, size, bigram=bigram, max_pages=n_max, seed=seed)
+                found[variant] = token_keys(ids, size, bigram=bigram, max_pages=n_max, seed=start.seed, parent=start.parent)
         return Keys(len(ids), False, found)
 
     def _run_head(self, probe: Probe, budget_chars: int) -> bool:

@@ -155,20 +155,26 @@ def parse_model_info(body: bytes) -> str | None:
     return _take(_object_of(body, "/model_info"), "served_model_name", str) or None
 
 
-def parse_models(body: bytes) -> str | None:
-    """Id of the first entry of `/v1/models` whose object is "model" and that is no adapter of another, else None.
+def parse_models(body: bytes) -> tuple[str | None, tuple[str, ...]]:
+    """(served model, adapters) of `/v1/models`: the id of the first entry whose object is "model" and that has no parent, None when
+    there is none; the ids of those that have one.
 
     Raises: WorkerInfoError when the body is no JSON object.
     """
+    served, adapters = None, []
     for raw in _take(_object_of(body, "/v1/models"), "data", list[msgspec.Raw]) or []:
         try:
             entry = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
         except (msgspec.DecodeError, RecursionError):
             continue
         name = _take(entry, "id", str)
-        if _take(entry, "object", str) == "model" and name and not _take(entry, "parent", str):
-            return name
-    return None
+        if _take(entry, "object", str) != "model" or not name:
+            continue
+        if _take(entry, "parent", str):
+            adapters.append(name)
+        else:
+            served = served or name
+    return served, tuple(adapters)
 
 
 def _object_of(body: bytes, path: str) -> dict[str, msgspec.Raw]:

@@ -46,6 +46,9 @@ class Prompt:
     is_estimated: bool = False
 
 
+NO_PROMPT = Prompt()
+
+
 @dataclass(frozen=True, slots=True)
 class PoolView:
     """Workers that may be chosen. worker_idxs: their rows in shared memory, int32."""

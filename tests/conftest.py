@@ -17,7 +17,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-pytest_plugins = ("edge_harness",)
+pytest_plugins = ("edge_harness", "pair_scripts")
 GOLDEN = Path(__file__).parent / "golden"
 RUN_MARK = f"PYTEST_RUN_MARK={os.getpid()}-{time.time_ns()}-"
 GRACE_S = 2.0

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import orjson
-from edge_harness import Edge, wait_until
+import pytest
+from edge_harness import Edge, settled, wait_until
 from raw_client import WAIT_S, chunk
 from scripted_worker import SSE_HEAD, Call, Script, Worker, answer, echoes, says
 
 from sglfast import _counters as c
+from sglfast.shm import Role
 
+DONE = says(answer(b'{"prefill":"is done"}'))
+ROLES: tuple[Role, ...] = ("prefill", "decode")
 P, D = 0, 1  # rows of the prefill and the decode worker where there is one of each
 OUTCOMES = {"ok": c.W_OK, "client_error": c.W_CLIENT_ERRORS, "busy": c.W_BUSY, "error": c.W_ERRORS, "cancelled": c.W_CANCELLED}
 ABORT = b"POST /abort_request HTTP/1.1"
@@ -142,3 +146,41 @@ class Ends:
 
 def status(line: str, body: bytes = b'{"error":"why"}') -> Script:
     return says(answer(body, "x-why: because", "content-type: application/json", status=line))
+
+
+# ---- a shard before one of each; fixtures of every test file (conftest.py) ----
+
+
+@pytest.fixture(scope="module")
+def pair_workers() -> Iterator[list[Worker]]:
+    halves = [Worker("prefill"), Worker("decode")]
+    yield halves
+    for worker in halves:
+        worker.close()
+
+
+@pytest.fixture(scope="module")
+def shard_of_a_pair(pair_workers: list[Worker]) -> Iterator[Edge]:
+    with Edge(pair_workers, takes_rid=True, roles=ROLES) as pair:
+        yield pair
+
+
+@pytest.fixture
+def pair(shard_of_a_pair: Edge) -> Iterator[Edge]:
+    with settled(shard_of_a_pair):
+        yield shard_of_a_pair
+        wait_until(lambda: not shard_of_a_pair.inflight(), "each half has ended")
+
+
+@pytest.fixture
+def prefill(pair_workers: list[Worker]) -> Half:
+    half = Half(pair_workers[P])
+    half.does(DONE)
+    return half
+
+
+@pytest.fixture
+def decode(pair_workers: list[Worker]) -> Half:
+    half = Half(pair_workers[D])
+    half.does(echoes)
+    return half

@@ -63,6 +63,7 @@ class ScriptedWorker:
         self._port = 0
         self._server: asyncio.Server | None = None
         self._busy: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+        self._is_open = False
 
     async def __aenter__(self) -> "ScriptedWorker":
         await self.open()
@@ -73,15 +74,19 @@ class ScriptedWorker:
 
     async def open(self) -> None:
         """Listen, the second time on the same port."""
+        self._is_open = True
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self._port)
         self._port = self._server.sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
 
     async def close(self) -> None:
         """Refuse connections from now on and drop those that are there."""
+        self._is_open = False
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
+        for _ in range(3):  # a connection that the loop has accepted comes to `_accept` in one of its next rounds
+            await asyncio.sleep(0)
         for task, writer in self._busy.items():
             task.cancel()
             writer.close()  # here, because a task that has not begun is cancelled without a word
@@ -89,6 +94,9 @@ class ScriptedWorker:
         await asyncio.sleep(0)  # what was closed is let go of in the loop's next round
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self._is_open:
+            writer.close()
+            return
         task = asyncio.create_task(self._answer(reader, writer), name="scripted worker")
         self._busy[task] = writer
         task.add_done_callback(self._busy.pop)

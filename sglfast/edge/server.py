@@ -82,6 +82,7 @@ class ClientConnection(ClientBase, asyncio.Protocol):
                 exchange.connection.transport.pause_reading()
             else:
                 exchange.connection.transport.resume_reading()
+                exchange.was_active = True  # the worker's clock has stood still and begins anew
 
     def on_broken(self, error: Exception) -> None:
         """Our own code has failed in the middle of this client's request."""

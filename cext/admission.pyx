@@ -100,6 +100,14 @@ cdef class Limits:
             return False
         return True
 
+    def has_room(self):
+        """Whether a request could begin now; takes nothing."""
+        if self.max_in_flight and self.sum_of(c_S_PERMITS) >= self.max_in_flight:
+            return False
+        cdef uint64_t now = now_us()
+        cdef uint64_t due = _sf_load(&sf_header(self.base).rate_due_us)
+        return not self.step_us or (due if due > now else now) + self.step_us <= now + self.burst_us
+
     cdef bint spend(self) noexcept nogil:
         cdef uint64_t *word = &sf_header(self.base).rate_due_us
         cdef uint64_t now = now_us()

@@ -157,6 +157,19 @@ def test_a_high_rate_is_not_exceeded(rate: int) -> None:
         assert taken <= 2 + rate * (time.monotonic() - begun)
 
 
+def test_whether_there_is_room_is_told_without_taking_it() -> None:
+    with shared_segment() as (_, segment):
+        one, two = (limits(segment, shard, in_flight=1) for shard in (0, 1))
+        assert [one.has_room(), two.has_room(), one.take()] == [True] * 3
+        assert [one.has_room(), two.has_room()] == [False, False]
+        one.give_back()
+        assert two.has_room()
+        assert all(limits(segment).has_room() for _ in range(3)), "no limit"
+    with shared_segment() as (_, segment):
+        slow = limits(segment, rate=0.5, burst=1)
+        assert [slow.has_room(), slow.has_room(), slow.take(), slow.has_room()] == [True, True, True, False]
+
+
 def test_the_lowest_order_of_all_shards() -> None:
     with shared_segment() as (_, segment):
         one, two = limits(segment, 0), limits(segment, 1)

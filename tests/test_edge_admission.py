@@ -11,6 +11,7 @@ from raw_client import Client, post
 from scripted_worker import Call, Script, Worker, answer, echoes
 
 from sglfast import _counters as c
+from sglfast._admission import Limits
 from sglfast import _workers
 
 
@@ -165,6 +166,29 @@ def test_tenants_take_turns(edge: Edge, gate: Gate) -> None:
             gate.let()
             wait_until(lambda body=expected: gate.seen[-1] == body, f"{expected!r} is next, not {gate.seen[-1]!r}")  # type: ignore[misc]
         gate.let(2)
+
+
+def test_a_free_place_is_left_to_another_shard_that_is_first(workers: list[Worker]) -> None:
+    times_s: list[float] = []
+
+    def slow(call: Call) -> None:
+        times_s.append(time.monotonic())
+        if len(times_s) == 1:
+            time.sleep(0.3)  # for far longer than a place is left to a shard that hangs
+        times_s.append(time.monotonic())
+        echoes(call)
+
+    workers[0].plan(slow)
+    with Edge(workers[:1], shards=2, max_concurrent_requests=1) as edge, settled(edge), ExitStack() as clients:
+        other = Limits(edge.segment, 1, max_in_flight=1, max_waiting=1, rate_per_s=0, burst=0)
+        asks(clients, edge, b"1")
+        wait_until(lambda: len(times_s) == 1, "it is at the worker")
+        other.show_head(1)  # and then it does not take its turn
+        try:
+            assert asks(clients, edge, b"2").read_answer().body == b"2"
+        finally:
+            other.show_head(0)
+    assert times_s[2] - times_s[1] > 0.015
 
 
 def test_paths_of_the_router_itself_are_not_limited(edge: Edge, gate: Gate) -> None:

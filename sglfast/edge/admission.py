@@ -4,7 +4,7 @@ Runs in: shards, event loop; only when a limit is set, else requests never come 
     (`Exchange.choose`), refused (429) or waiting; who waits is admitted, answered 408 after `--queue-timeout-secs`, or
     forgotten because its client left. Limits hold over all shards (sglfast._admission); each shard has a queue of its own, and the
     longest waiting request of the highest priority goes first, in whichever shard it is: a shard shows the others the order of its
-    first, and stands back while another shard's is lower. It stands back for _DEFER_SECS at most, in case that shard hangs.
+    first, and leaves a free place to a shard whose order is lower. It does so for _DEFER_SECS at most, in case that shard hangs.
     Who was admitted and finds all workers of its model full gives its permit back and waits in a line of that model, in this
     shard, so that it holds up no other model and is not looked at again before a worker has room.
 """
@@ -64,7 +64,7 @@ class Admission:
         self._count = 0
         self._waiting = 0
         self._is_polling = False
-        self._deferred: tuple[int, float] = (0, 0.0)  # another shard's first, and since when it has been before ours
+        self._deferred: tuple[int, float] = (0, 0.0)  # another shard's first, and since when a free place has been left to it
         self.apply()
 
     def apply(self) -> None:
@@ -224,7 +224,8 @@ class Admission:
         for model in [*self._lines]:
             self._admit_line(model)
         while (first := self._first()) is not None:
-            if self._stands_back(first.order) or not self._take():
+            # Only what is free can be left to another: no time of standing back is spent before.
+            if not self._limits.has_room() or self._stands_back(first.order) or not self._take():
                 break
             tenants = self._queues[first.priority]
             tenants.move_to_end(first.tenant)

@@ -13,7 +13,7 @@ from libc.stdint cimport int64_t, uint64_t, uintptr_t
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cimport cython
-from sf_shm cimport _sf_load, _sf_store, sf_column, sf_header
+from sf_shm cimport _sf_load, _sf_store, sf_column, sf_column_worker, sf_header
 
 
 cdef extern from * nogil:
@@ -31,6 +31,7 @@ cdef enum:
     c_S_PERMITS = 48
     c_S_WAITING = 49
     c_S_WAITING_HEAD = 50
+    c_W_WAITING_HEAD = 19
 
 
 cdef uint64_t now_us() noexcept nogil:
@@ -156,6 +157,24 @@ cdef class Limits:
             if order and (lowest == 0 or order < lowest):
                 lowest = order
         return lowest
+
+    def show_line_head(self, uint64_t worker_idx, uint64_t order):
+        """Tell the other shards the order of who waits first here for a worker of the pool whose first one this is; 0 = nobody."""
+        _sf_store(self.line_head(self.own, worker_idx), order)
+
+    def first_in_line(self, uint64_t worker_idx):
+        """The lowest order that waits for such a worker in any shard; 0 = nobody waits."""
+        cdef uint64_t lowest = 0, order, shard
+        for shard in range(self.n_shards):
+            order = _sf_load(self.line_head(self.first + shard * self.stride_words, worker_idx))
+            if order and (lowest == 0 or order < lowest):
+                lowest = order
+        return lowest
+
+    cdef uint64_t *line_head(self, uint64_t *column, uint64_t worker_idx) except NULL:
+        if worker_idx >= sf_header(self.base).max_workers:
+            raise ValueError(f"worker {worker_idx} is outside 0..{sf_header(self.base).max_workers - 1}")
+        return sf_column_worker(column, worker_idx) + c_W_WAITING_HEAD
 
     @property
     def in_flight(self):

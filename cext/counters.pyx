@@ -36,6 +36,7 @@ W_PARITY_LOW = 15         # ... were more
 W_BREAKER_OPENED = 16     # transitions of its breaker, by who made them
 W_BREAKER_HALF_OPENED = 17
 W_BREAKER_CLOSED = 18
+W_WAITING_HEAD = 19       # order of who waits first in this shard for a worker of the pool whose first one this is; 0 = nobody
 # Words of the shard itself.
 S_CONNECTIONS = 0
 S_INFLIGHT = 1
@@ -82,7 +83,7 @@ BUCKETS_US = (
     6_000_000, 8_000_000, 10_000_000, 20_000_000, 40_000_000, 60_000_000, 80_000_000, 100_000_000, 200_000_000, 400_000_000,
 )
 HISTOGRAM_BUCKETS = 25    # 24 bounds and the rest
-GAUGES_WORKER = (W_INFLIGHT_REQUESTS, W_INFLIGHT_TOKENS, W_CONNECTIONS)
+GAUGES_WORKER = (W_INFLIGHT_REQUESTS, W_INFLIGHT_TOKENS, W_CONNECTIONS, W_WAITING_HEAD)
 GAUGES_SHARD = (S_CONNECTIONS, S_INFLIGHT, S_PERMITS, S_WAITING, S_WAITING_HEAD, S_BODY_BYTES)
 
 cdef enum:

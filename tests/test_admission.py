@@ -25,10 +25,11 @@ def limits(segment: Segment, shard: int = 0, *, in_flight: int = 0, waiting: int
 
 
 def test_words_are_those_of_the_counters() -> None:
-    words = dict(re.findall(r"^    c_(S_\w+) = (\d+)$", SOURCE, re.MULTILINE))
-    assert len(words) == 3
+    words = dict(re.findall(r"^    c_([SW]_\w+) = (\d+)$", SOURCE, re.MULTILINE))
+    assert len(words) == 4
     assert {name: int(value) for name, value in words.items()} == {name: getattr(_counters, name) for name in words}
-    assert {getattr(_counters, name) for name in words} <= set(_counters.GAUGES_SHARD), "a dead shard's places come back"
+    gauges = {"S": _counters.GAUGES_SHARD, "W": _counters.GAUGES_WORKER}
+    assert all(getattr(_counters, name) in gauges[name[0]] for name in words), "a dead shard's places come back"
 
 
 def test_what_one_shard_takes_another_cannot_have() -> None:
@@ -179,6 +180,20 @@ def test_the_lowest_order_of_all_shards() -> None:
         assert one.first_order() == two.first_order() == 5
         two.show_head(0)
         assert two.first_order() == 9
+
+
+def test_the_lowest_order_that_waits_for_a_worker() -> None:
+    with shared_segment() as (_, segment):
+        one, two = limits(segment, 0), limits(segment, 1)
+        one.show_line_head(1, 9)
+        two.show_line_head(1, 5)
+        two.show_line_head(0, 1)
+        assert [one.first_in_line(worker) for worker in (0, 1, 2)] == [1, 5, 0]
+        Totals(segment).retire(1)
+        assert [one.first_in_line(worker) for worker in (0, 1)] == [0, 9]
+        for worker in (-1, segment.max_workers):
+            with pytest.raises((ValueError, OverflowError)):
+                one.first_in_line(worker)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from raw_client import Client, post
 from scripted_worker import Call, Script, Worker, answer, echoes
 
 from sglfast import _counters as c
-from sglfast._admission import Limits
 from sglfast import _workers
+from sglfast._admission import Limits
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,8 @@ def test_tenants_take_turns(edge: Edge, gate: Gate) -> None:
         gate.let(2)
 
 
-def test_a_free_place_is_left_to_another_shard_that_is_first(workers: list[Worker]) -> None:
+@pytest.mark.parametrize("limit", ["max_concurrent_requests", "worker_max_in_flight"])
+def test_a_free_place_is_left_to_another_shard_that_is_first(workers: list[Worker], limit: str) -> None:
     times_s: list[float] = []
 
     def slow(call: Call) -> None:
@@ -179,15 +180,18 @@ def test_a_free_place_is_left_to_another_shard_that_is_first(workers: list[Worke
         echoes(call)
 
     workers[0].plan(slow)
-    with Edge(workers[:1], shards=2, max_concurrent_requests=1) as edge, settled(edge), ExitStack() as clients:
+    with Edge(workers[:1], shards=2, **{limit: 1}) as edge, settled(edge), ExitStack() as clients:
         other = Limits(edge.segment, 1, max_in_flight=1, max_waiting=1, rate_per_s=0, burst=0)
         asks(clients, edge, b"1")
         wait_until(lambda: len(times_s) == 1, "it is at the worker")
-        other.show_head(1)  # and then it does not take its turn
+        # It shows that somebody waits there, and then does not take its turn.
+        other.show_head(limit == "max_concurrent_requests")
+        other.show_line_head(0, limit == "worker_max_in_flight")
         try:
             assert asks(clients, edge, b"2").read_answer().body == b"2"
         finally:
             other.show_head(0)
+            other.show_line_head(0, 0)
     assert times_s[2] - times_s[1] > 0.015
 
 

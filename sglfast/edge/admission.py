@@ -5,8 +5,9 @@ Runs in: shards, event loop; only when a limit is set, else requests never come 
     forgotten because its client left. Limits hold over all shards (sglfast._admission); each shard has a queue of its own, and the
     longest waiting request of the highest priority goes first, in whichever shard it is: a shard shows the others the order of its
     first, and leaves a free place to a shard whose order is lower. It does so for _DEFER_SECS at most, in case that shard hangs.
-    Who was admitted and finds all workers of its model full gives its permit back and waits in a line of that model, in this
-    shard, so that it holds up no other model and is not looked at again before a worker has room.
+    Who was admitted and finds all workers of its model full gives its permit back and waits in a line of that model, so that it
+    holds up no other model and is not looked at again before a worker has room. Lines of one model are one over all shards in the
+    same way; the order of a shard's first stands in the words of the pool's first worker.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _POLL_SECS = 0.002  # while somebody waits: places that other shards' requests l
 _DEFER_SECS = 0.02
 _TRIES = 4  # two shards that take the last place at once both step back
 _PRIORITY_MAX = 1000
+_QUEUE = -1  # where a place becomes free: here, or for a pool, whose first worker's row stands for it
 _TIME_BITS = 52  # microseconds of the monotonic clock: 142 years
 
 
@@ -64,7 +66,9 @@ class Admission:
         self._count = 0
         self._waiting = 0
         self._is_polling = False
-        self._deferred: tuple[int, float] = (0, 0.0)  # another shard's first, and since when a free place has been left to it
+        # Another shard's first, and since when a free place has been left to it; by row, or _QUEUE.
+        self._deferred: dict[int, tuple[int, float]] = {}
+        self._shown: dict[str | None, int] = {}  # model -> row that tells the other shards of its line
         self.apply()
 
     def apply(self) -> None:
@@ -118,19 +122,21 @@ class Admission:
         def untried(route: Route) -> bool:
             return set(tried).isdisjoint(route.rows)
 
-        first = self._first_to_go(route.pool.model)
-        if first is None or Ticket(exchange, self._priority_of(exchange.head.kept), b"") < first:
+        model = route.pool.model
+        ticket, first = Ticket(exchange, self._priority_of(exchange.head.kept), b""), self._first_to_go(model)
+        if first is None or ticket < first:
             if not untried(route):
                 route = router.next_choice(route, tried) or route  # chosen anew, after it had to wait
-            full = self._full(route)
-            if not full:
-                return route
-            other: Route | None = router.next_choice(route, (*tried, *full))
-            if other is not None and not self._full(other) and (untried(other) or not untried(route)):
-                return other
+            free: Route | None = route
+            if full := self._full(route):
+                free = router.next_choice(route, (*tried, *full))
+                if free is not None and (self._full(free) or (untried(route) and not untried(free))):
+                    free = None
+            if free is not None and not self._stands_back(self._row_of(model), ticket):
+                return free
         exchange.holds_permit = False
         self._limits.give_back()
-        self._wait(exchange, route.pool.model, is_admitted=True)
+        self._wait(exchange, model, is_admitted=True)
         return None
 
     def _full(self, route: Route) -> tuple[int, ...]:
@@ -174,6 +180,7 @@ class Admission:
         if is_admitted:
             ticket.is_in_line = True
             insort(self._lines.setdefault(model, []), ticket)
+            self._show_line_head(model)
         else:
             self._queues.setdefault(ticket.priority, OrderedDict()).setdefault(tenant, deque()).append(ticket)
             self._show_head()
@@ -225,7 +232,7 @@ class Admission:
             self._admit_line(model)
         while (first := self._first()) is not None:
             # Only what is free can be left to another: no time of standing back is spent before.
-            if not self._limits.has_room() or self._stands_back(first.order) or not self._take():
+            if not self._limits.has_room() or self._stands_back(_QUEUE, first) or not self._take():
                 break
             tenants = self._queues[first.priority]
             tenants.move_to_end(first.tenant)
@@ -233,13 +240,29 @@ class Admission:
 
     def _admit_line(self, model: str | None) -> None:
         """Admit those who wait for a worker of this model, one for each place."""
+        row = self._row_of(model)
         while (first := self._first_to_go(model)) is not None:
-            if self._is_full(model, first) or not self._take():
-                return
+            if self._is_full(model, first) or self._stands_back(row, first) or not self._take():
+                break
             exchange = self._drop(first)
             self._admit(exchange)
             if exchange.ticket is not None:
-                return  # full after all
+                break  # full after all
+        self._show_line_head(model)
+
+    def _row_of(self, model: str | None) -> int:
+        """Where shards tell each other who waits for a worker of this model; _QUEUE when it has none any more."""
+        pool = self._shard.router.pools.get(model)
+        return pool.view.worker_idxs[0] if pool is not None else _QUEUE
+
+    def _show_line_head(self, model: str | None) -> None:
+        first, row = self._first_to_go(model), self._row_of(model)
+        shown = self._shown.pop(model, _QUEUE)
+        if shown not in (_QUEUE, row) or (shown == row and first is None):
+            self._limits.show_line_head(shown, 0)
+        if first is not None and row != _QUEUE:
+            self._limits.show_line_head(row, first.order)
+            self._shown[model] = row
 
     def _first_to_go(self, model: str | None) -> Ticket | None:
         """Who is next for a worker of this model. Who has failed at some waits for the others and lets pass who comes behind."""
@@ -264,15 +287,15 @@ class Admission:
             del self._lines[model]
         return None
 
-    def _stands_back(self, own: int) -> bool:
-        """Whether a request of another shard is to go before our first."""
-        lowest = self._limits.first_order()
-        if not 0 < lowest < own:
+    def _stands_back(self, row: int, first: Ticket) -> bool:
+        """Whether a place that is free now is for another shard's request. row: of the pool, or _QUEUE."""
+        lowest = self._limits.first_order() if row == _QUEUE else self._limits.first_in_line(row)
+        if not 0 < lowest < first.order:
             return False
         now_s = monotonic()
-        if self._deferred[0] != lowest:
-            self._deferred = (lowest, now_s)
-        return now_s - self._deferred[1] < _DEFER_SECS
+        if row not in self._deferred or self._deferred[row][0] != lowest:
+            self._deferred[row] = (lowest, now_s)
+        return now_s - self._deferred[row][1] < _DEFER_SECS
 
     def _poll_later(self) -> None:
         if not self._is_polling:

@@ -19,6 +19,8 @@ _PR_SET_PDEATHSIG = 1
 
 # What control says through its socket, a byte each. SETTINGS comes with a descriptor of a memfd that holds the new ones.
 STOP, SETTINGS = b"q", b"c"
+# Exit code of a child that cannot work with its settings, however often it is started; its last line on standard error says why.
+UNUSABLE_SETTINGS = 2
 
 
 @dataclass(frozen=True, slots=True)

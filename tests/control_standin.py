@@ -1,7 +1,7 @@
 """Stand-ins for the children of control, and a control with such children: small programs that the tests of control start.
 
     control_standin.py index serve | crash | stubborn       <arguments of boot.py>
-    control_standin.py shard serve | crash | stubborn | crash_when_ready | silent      <arguments of boot.py>
+    control_standin.py shard serve | crash | stubborn | crash_when_ready | silent | unusable      <arguments of boot.py>
     control_standin.py control INDEX SHARD      <flags of sglfast serve>        INDEX, SHARD: one of the words above
 
 A shard serves one line a connection: `who` is answered with its pid; `work SECONDS` is answered after that time and in flight
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from sglfast._counters import Column
 from sglfast._segment import DRAINING
-from sglfast.boot import Boot, boot_child
+from sglfast.boot import UNUSABLE_SETTINGS, Boot, boot_child
 
 
 def serve_connection(connection: socket.socket, column: Column) -> None:
@@ -63,6 +63,9 @@ def main(role: str, behaviour: str, argv: list[str]) -> None:
     if behaviour == "crash":
         print("half of the story\nValueError: there is no tokenizer", file=sys.stderr, flush=True)
         sys.exit(1)
+    if behaviour == "unusable":
+        print("tokenizer path '/x': no such folder", file=sys.stderr, flush=True)
+        sys.exit(UNUSABLE_SETTINGS)
     if behaviour == "stubborn" or role == "shard":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     boot.segment.process_start(boot.process_slot, os.getpid(), int(time.time() * 1000))

@@ -103,6 +103,16 @@ def test_a_crash_loop_ends_it_with_the_childs_last_words(tmp_path: Path) -> None
         assert router.err.count("half of the story") == 3, "all that children write comes through"
 
 
+def test_settings_that_a_child_finds_out_to_be_wrong_end_it_at_once(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "sglfast", "serve"]
+    with running(tmp_path, argv, "--shards", "2", "--tokenizer-path", str(tmp_path)) as router:
+        assert router.end() == 2
+        (said,) = (line for line in router.err.splitlines() if "ERROR" in line)
+        assert said.endswith("give a folder that holds tokenizer.json, or that file; the router ends")
+        assert "Traceback" not in router.err
+        assert "started again" not in router.err
+
+
 def test_a_port_that_somebody_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -181,12 +181,13 @@ def test_an_exit_code_of_0_is_a_death_too() -> None:
             standins(shard=["crash_when_ready"]),
             "shard0 died 5 times in a row within 10 s of its start; the last time: killed by SIGKILL: died of old age",
         ),
+        (standins(shard=["unusable"]), "shard0: tokenizer path '/x': no such folder"),
         (
             Commands(index=standin("index", "serve"), shard=["/no/such/python"]),
             "shard0 did not start in 3 attempts; the last time: cannot be started: No such file or directory",
         ),
     ],
-    ids=["shard", "index", "after ready", "no program"],
+    ids=["shard", "index", "after ready", "settings", "no program"],
 )
 def test_a_child_that_keeps_dying_is_given_up_with_its_last_words(commands: Commands, message: str) -> None:
     async def scenario(them: Crew) -> None:

@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sglfast.boot import SETTINGS, STOP
+from sglfast.boot import SETTINGS, STOP, UNUSABLE_SETTINGS
 from sglfast.config.sources import without_settings
 
 _LINE_LIMIT_BYTES = 64 << 10
@@ -90,6 +90,11 @@ class Child:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
+
+    @property
+    def cannot_work(self) -> bool:
+        """Whether it has ended because its settings cannot work: its last line says why."""
+        return self._process.returncode == UNUSABLE_SETTINGS
 
     def describe_end(self) -> str:
         """How it ended, with its last line on standard error: `exit code 1: ValueError: ...`."""

@@ -247,7 +247,7 @@ class Control:
         first.cancel()
         if supervisor.failed.done():
             self._log.error(f"{supervisor.failed.result()}; the router ends")
-        return await self._end(supervisor, 1 if supervisor.failed.done() else 0)
+        return await self._end(supervisor, supervisor.exit_code if supervisor.failed.done() else 0)
 
     async def _become_ready(self, supervisor: Supervisor) -> None:
         await supervisor.wait_ready()

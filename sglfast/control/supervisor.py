@@ -3,6 +3,7 @@
 Runs in: control. Contract: of a dead shard the counter column is folded away, its probes are given back and the process slot freed
     before its successor starts, on the same listening socket. `failed` is set once, with a message for the operator, when a child
     cannot be kept alive. After `stop` no child is left.
+    A first start that ends because the settings cannot work is not tried again.
 """
 
 import asyncio
@@ -41,18 +42,18 @@ class RestartRecord:
 
     def __init__(self) -> None:
         self._pause_s = _FIRST_PAUSE_S
-        self._was_ever_ready = False
+        self.was_ever_ready = False
         self._deaths = 0
         self._short_lives = 0
 
     def died(self, lived_s: float, was_ready: bool) -> float | str:
         """Take note of a death; returns the pause before the next start in seconds, or why there is none."""
         self._deaths += 1
-        self._was_ever_ready |= was_ready
+        self.was_ever_ready |= was_ready
         if lived_s >= _LONG_LIFE_S:
             self._pause_s = _FIRST_PAUSE_S
         self._short_lives = self._short_lives + 1 if lived_s < _SHORT_LIFE_S else 0
-        if not self._was_ever_ready and self._deaths >= _STARTS_MAX:
+        if not self.was_ever_ready and self._deaths >= _STARTS_MAX:
             return f"did not start in {_STARTS_MAX} attempts"
         if self._short_lives >= _SHORT_LIVES_MAX:
             return f"died {_SHORT_LIVES_MAX} times in a row within {_SHORT_LIFE_S:g} s of its start"
@@ -100,6 +101,7 @@ class Supervisor:
         self._posts = [_Post("index", commands.index)]
         self._posts += [_Post(f"shard{shard}", commands.shard, shard, listener) for shard, listener in enumerate(listeners)]
         self.failed: asyncio.Future[str] = self._loop.create_future()
+        self.exit_code = 1  # of the program when that is set
 
     def start(self) -> None:
         """Start all children; `wait_ready` tells when they serve."""
@@ -171,9 +173,10 @@ class Supervisor:
 
     def _exited(self, post: _Post, child: Child) -> None:
         post.child = None
-        self._lost(post, self._loop.time() - child.started_s, child.describe_end())
+        is_hopeless = child.cannot_work and not post.record.was_ever_ready
+        self._lost(post, self._loop.time() - child.started_s, child.last_line if is_hopeless else child.describe_end(), is_hopeless)
 
-    def _lost(self, post: _Post, lived_s: float, end: str) -> None:
+    def _lost(self, post: _Post, lived_s: float, end: str, is_hopeless: bool = False) -> None:
         was_ready = self._segment.process_info(post.slot)[4]
         if post.shard >= 0:
             self._totals.retire(post.shard)
@@ -183,6 +186,11 @@ class Supervisor:
         self._segment.process_died(post.slot)
         if self._is_stopping:
             self._note_if_none_left()
+            return
+        if is_hopeless:
+            if not self.failed.done():
+                self.exit_code = 2
+                self.failed.set_result(f"{post.name}: {end}")
             return
         verdict = post.record.died(lived_s, was_ready)
         if isinstance(verdict, str):

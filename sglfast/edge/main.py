@@ -15,11 +15,12 @@ from collections.abc import Callable
 import uvloop
 
 from sglfast._hashtree import TreeReader
-from sglfast.boot import Boot, boot_child, hear
+from sglfast.boot import UNUSABLE_SETTINGS, Boot, boot_child, hear
 from sglfast.config import ServeConfig
 from sglfast.edge.door import Door
 from sglfast.edge.request import PromptKeyer
 from sglfast.edge.shard import Shard
+from sglfast.errors import ConfigError
 from sglfast.logs import setup_logs
 
 
@@ -104,7 +105,11 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # draining is control's word, said in shared memory
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    uvloop.run(serve(boot))
+    try:
+        uvloop.run(serve(boot))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return UNUSABLE_SETTINGS
     return 0
 
 

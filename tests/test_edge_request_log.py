@@ -123,6 +123,21 @@ def test_an_id_cannot_forge_fields(odd: str, log_format: str, worker: Worker) ->
             )
 
 
+@pytest.mark.parametrize("is_ready", [True, False], ids=["answered", "refused"])
+def test_a_line_with_an_odd_id_has_the_same_fields(is_ready: bool, worker: Worker) -> None:
+    with logged(worker, "json") as edge:
+        worker.plan(echoes)
+        if not is_ready:
+            edge.put(0, state=3, is_new=False)
+        edge.ask(post(b"{}", "x-request-id: plain"))
+        edge.ask(post(b"{}", 'x-request-id: "odd"'))
+        plain, odd = (json.loads(line) for line in lines(edge, 2))
+        assert list(odd) == list(plain)
+        changing = ("ts", "request_id", "ttft_ms", "latency_ms")
+        assert [odd[name] for name in odd if name not in changing] == [plain[name] for name in plain if name not in changing]
+        edge.put(0, is_new=False)
+
+
 def test_only_errors(worker: Worker) -> None:
     with logged(worker, "text", "errors") as edge:
         worker.plan(echoes)

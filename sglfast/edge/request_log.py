@@ -63,18 +63,25 @@ class RequestLog(RequestLogBase):
         pair, route = exchange.pair, exchange.last_route
         if pair is not None:
             route = pair.first
-        fields = {
+        fields: dict[str, object] = {
             "request_id": exchange.request_id[:1024].decode("latin-1"),
             "path": exchange.endpoint.path[:1024].decode("latin-1"),
-            "worker": route.upstream.url if route is not None else None,
-            **({"decode_worker": pair.decode.url} if pair is not None else {}),
-            "status": exchange.status,
-            "bytes_in": exchange.bytes_in,
-            "bytes_out": exchange.bytes_out,
-            "ttft_ms": exchange.ttft_us / 1000,
-            "latency_ms": int((time.monotonic() - exchange.started_s) * 1e6) / 1000,
-            "outcome": outcome.decode(),
         }
+        if route is not None:
+            fields["model"] = route.pool.model if self.is_json else route.pool.model or "-"
+            fields["worker"] = route.upstream.url
+            if pair is not None:
+                fields["decode_worker"] = pair.decode.url
+            fields["decision"] = DECISIONS[route.decision]
+            if route.prompt_blocks:
+                fields |= {"overlap_blocks": route.overlap_blocks, "prompt_blocks": route.prompt_blocks}
+        fields |= {"status": exchange.status, "bytes_in": exchange.bytes_in, "bytes_out": exchange.bytes_out}
+        if exchange.has_body:
+            fields["ttft_ms"] = exchange.ttft_us / 1000
+        fields["latency_ms"] = int((time.monotonic() - exchange.started_s) * 1e6) / 1000
+        if exchange.failed_attempts is not None:
+            fields["tried"] = len(exchange.failed_attempts.tried)
+        fields["outcome"] = outcome.decode()
         if self.is_json:
             line = {"ts": round(now_s, 6), "level": "info", "process": self._process, "message": "request", **fields}
             return orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)

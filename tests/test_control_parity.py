@@ -41,9 +41,19 @@ def test_trust_comes_back_with_good_samples_and_not_before() -> None:
     assert judge.verdict == PARITY_OK
 
 
-@pytest.mark.parametrize(("verdict", "lost", "word"), [(PARITY_LOW, 0, "template"), (PARITY_LOW, 3, "lost"), (PARITY_HIGH, 1, "lost")])
-def test_the_cause_is_named(verdict: int, lost: int, word: str) -> None:
-    assert word in likely_cause(verdict, lost)
+@pytest.mark.parametrize(
+    ("verdict", "lost", "dp_size", "word"),
+    [
+        (PARITY_LOW, 0, 1, "template"),
+        (PARITY_LOW, 3, 1, "lost"),
+        (PARITY_HIGH, 1, 1, "lost"),
+        (PARITY_HIGH, 0, 1, "salts"),
+        (PARITY_HIGH, 0, 4, "over its 4 data-parallel ranks"),
+        (PARITY_HIGH, 2, 4, "lost"),
+    ],
+)
+def test_the_cause_is_named(verdict: int, lost: int, dp_size: int, word: str) -> None:
+    assert word in likely_cause(verdict, lost, dp_size)
 
 
 def test_the_verdict_reaches_the_worker_table_and_the_log(caplog: pytest.LogCaptureFixture) -> None:

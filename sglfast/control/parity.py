@@ -65,11 +65,13 @@ def _size(window: "deque[Counts] | list[Counts]") -> int:
     return sum(counts.exact + counts.high + counts.low for counts in window)
 
 
-def likely_cause(verdict: int, lost_events: int) -> str:
-    """What an operator should look at. lost_events: gaps, give-ups and undecoded events of the worker's ranks."""
+def likely_cause(verdict: int, lost_events: int, dp_size: int = 1) -> str:
+    """What an operator should look at. lost_events: gaps, give-ups and undecoded events of the worker's ranks; dp_size: how many ranks."""
     if verdict == PARITY_HIGH:
         if lost_events:
             return "KV events that removed blocks were lost"
+        if dp_size > 1:
+            return f"the worker spreads requests over its {dp_size} data-parallel ranks itself, also to ranks that do not hold the prompt"
         return "the worker dropped blocks without an event, or prompts with other salts or adapters are taken for the same"
     if lost_events:
         return "KV events that stored blocks were lost"
@@ -114,5 +116,5 @@ class ParityWatch:
             how = "more" if verdict == PARITY_HIGH else "less"
             self._log.warning(
                 f"KV predictions do not agree with the worker: {how} was predicted than it reports as cached",
-                extra={"fields": fields | {"cause": likely_cause(verdict, lost)}},
+                extra={"fields": fields | {"cause": likely_cause(verdict, lost, view.dp_size)}},
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sglfast.load.interrupts import Interrupts
 from sglfast.load.replay import ReplaySettings, compare
 from sglfast.load.report import Summary, summarize
 from sglfast.load.stack import SimSettings
@@ -27,11 +28,13 @@ def summaries() -> dict[str, Summary]:
     sim = SimSettings(cache_tokens=3_000_000, prefill_tokens_per_s=12_000 * SPEED_UP, decode_tokens_per_s=80 * SPEED_UP)
     # Only cache_aware predicts: to send 300 requests one by one takes the others a while and shows nothing.
     plan = [("round_robin", 0), ("least_load", 0), ("cache_aware", 300)]
-    runs = [
-        run
-        for policy, checks in plan
-        for run in compare([policy], trace, "mooncake", ReplaySettings(speed_up=SPEED_UP, settled_checks=checks), sim, [], Console())
-    ]
+    with Interrupts() as interrupts:
+        runs = [
+            run
+            for policy, checks in plan
+            for settings in [ReplaySettings(speed_up=SPEED_UP, settled_checks=checks)]
+            for run in compare([policy], trace, "mooncake", settings, sim, [], Console(), interrupts)
+        ]
     return {run.label: summarize(run) for run in runs}
 
 

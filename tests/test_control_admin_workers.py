@@ -282,6 +282,11 @@ def test_the_older_names() -> None:
             found = await asking.ask("POST", "/add_worker", {"url": worker.url, "api_key": KEY})
             assert found.status == 200
             assert (await asking.ask("POST", "/remove_worker", {"url": worker.url})).status == 200
+            await until(lambda: not asking.house.members.members, "gone")
+            assert (await asking.ask("POST", f"/add_worker?url={worker.url}&api_key={KEY}")).status == 200
+            assert asking.house.members.members[0].spec.api_key == KEY
+        for path in ("/add_worker", "/remove_worker"):
+            assert b"?url=" in (await asking.ask("POST", path, b"")).body
         for target, body in (("/add_worker?url=x", None), ("/add_worker", b""), ("/remove_worker", b"[]"), ("/remove_worker?url=x", None)):
             assert (await asking.ask("POST", target, body)).status == 400, target
 

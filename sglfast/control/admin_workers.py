@@ -7,7 +7,7 @@ Runs in: control, behind AdminServer. Contract: an answer shows only what every 
     POST   /workers        {"url", ...}     202, Location       GET    /workers                     200
     GET    /workers/{id}   200, 404         PUT    /workers/{id}  {...}   202                       id: uuid, or the URL percent-encoded
     DELETE /workers/{id}[?force=true]       202; 404 once it is gone
-    POST   /add_worker[?url=]               200 when it is ready, 202 when it is not within 30 s
+    POST   /add_worker[?url=][&api_key=]    200 when it is ready, 202 when it is not within 30 s
     POST   /remove_worker[?url=]            200                 GET    /list_workers                200 {"urls": [...]}
 """
 
@@ -31,6 +31,7 @@ from sglfast.errors import ConfigError
 STATES = {JOINING: "joining", READY: "ready", UNHEALTHY: "unhealthy", DRAINING: "draining"}
 _PREFIX = "/workers/"
 _READY_S, _READY_POLL_S = 30.0, 0.05
+_URL_WANTED = "give the worker's URL as ?url= or in a JSON object"
 _TRUE = frozenset({"", "1", "true", "yes"})
 
 
@@ -211,7 +212,9 @@ class WorkerRoutes:
         try:
             body = await request.read()
             if "url" in request.query:
-                body = json.dumps({"url": request.query["url"]}).encode()
+                body = json.dumps({name: request.query[name] for name in ("url", "api_key") if name in request.query}).encode()
+            elif not body:
+                raise _RefusalError(400, "BAD_REQUEST", _URL_WANTED)
             member, _ = self._added(body)
         except _RefusalError as refusal:
             return web.Response(status=refusal.answer.status, text=str(refusal))
@@ -231,7 +234,7 @@ class WorkerRoutes:
         except _RefusalError as refusal:
             return web.Response(status=refusal.answer.status, text=str(refusal))
         except (msgspec.MsgspecError, ValueError, KeyError):
-            return web.Response(status=400, text="give the worker's URL as ?url= or in a JSON object")
+            return web.Response(status=400, text=_URL_WANTED)
         if member is None:
             return web.Response(status=404, text=f"Worker {text[:200]} not found")
         self._membership.remove(member, is_forced=_is_forced(request))

@@ -131,7 +131,12 @@ def apply_batch(route: "KeyRoute") -> Call:
     index = RankIndex(TreeLock(TreeWriter(segment)), 0, block_size=16, is_bigram=False, log=log, key_route=route)
     index.apply(payload)
     assert index.owned_blocks == 64
-    return partial(index.apply, payload)
+
+    def apply() -> None:
+        index.apply(payload)
+        index.settle()
+
+    return apply
 
 
 # ---- the hash tree in shared memory: match, apply ----

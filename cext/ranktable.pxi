@@ -17,12 +17,13 @@ R_LAST_EVENT_MS = 13     # wall clock
 R_REASON = 14            # why the state is DEGRADED or BLIND: index into sglfast.shm.RANK_REASONS
 R_GENERATION = 15        # generation of the worker that the row speaks of
 R_ORPHANS = 16           # blocks of the token route left out because their place in the prompt is unknown
-# What the next index process needs to go on with this rank's blocks (index/rank_state):
+# What the next index process needs to go on with this rank's blocks (index/rank_note):
 R_STREAM = 17            # hash of what makes the stream the one that was followed; 0 = the blocks belong to no stream
 R_NEXT_SEQ = 18          # number of the batch that comes next, + 1; 0 = unknown
 R_LAST_PRINT = 19        # hash of the batch before it
 R_LOSS = 20              # 0 = every batch since the rank was empty has been applied, else as R_REASON
-R_MAPPED_BLOCKS = 21     # blocks that only the process that stored them can remove
+R_MAPPED_BLOCKS = 21     # blocks that only who has the map of their engine's hashes (cext/keymap) can remove
+R_MAIN_GROUP = 22        # number of the main attention among a hybrid model's caches
 RANK_BLIND, RANK_SYNCING, RANK_EXACT, RANK_DEGRADED = range(4)
 
 

@@ -1,9 +1,16 @@
-from typing import Any, final
+from typing import Any, Self, final
 
 @final
 class KeyMap:
-    """Engine hash -> block key of one rank. Lists are n little-endian uint64 in a bytes-like object."""
+    """Engine hash -> block key of one rank. Lists are n little-endian uint64 in a bytes-like object.
 
+    fd, offset, region_bytes: the part of a file of which the map may take what it needs, and which no other map uses; the caller keeps the
+    descriptor open. -1: memory of its own, which dies with it. owner: whose hashes these are, 64 bits; `adopt` looks at it.
+    Raises ValueError for a region that is too small or does not begin at a multiple of 65,536.
+    Whatever makes it larger raises MemoryError when there is no memory or the region is full; then nothing has changed.
+    """
+
+    def __new__(cls, fd: int = -1, offset: int = 0, region_bytes: int = 17592186044416, owner: int = 0) -> Self: ...
     def __len__(self) -> int: ...
     def put(self, hashes: Any, keys: Any) -> None:
         """Remember the key of each hash. Raises ValueError when there are not as many of both."""
@@ -26,4 +33,10 @@ class KeyMap:
     def items(self) -> tuple[bytes, bytes]:
         """Return (all hashes, their keys) in no order."""
     def clear(self) -> None:
-        """Forget everything, and give the memory back."""
+        """Forget everything, and give the memory back, also what another process left there."""
+    def adopt(self) -> bool:
+        """Take over what another process, however it ended, left in the region for the same owner, and go on with it.
+
+        False when there is nothing such, or nothing that can be trusted: the map is empty then, and what is in the region must be cleared.
+        Cost: a look at each place of the table.
+        """

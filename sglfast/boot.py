@@ -26,7 +26,7 @@ UNUSABLE_SETTINGS = 2
 @dataclass(frozen=True, slots=True)
 class Boot:
     """What a child got from control. `control` reads EOF when control is gone; `shard` is -1 in index; log_fd: control's own standard
-    error, for what must not burden control (the request log)."""
+    error, for what must not burden control (the request log). maps_fd: the file of the token route's maps (shm.create_maps), for index."""
 
     config: ServeConfig
     segment: Segment
@@ -35,6 +35,7 @@ class Boot:
     listener: socket.socket | None
     control_address: str
     log_fd: int = 2
+    maps_fd: int | None = None
 
     @property
     def process_slot(self) -> int:
@@ -51,6 +52,7 @@ def boot_child(argv: list[str]) -> Boot:
     parser.add_argument("--listen-fd", type=int, default=-1)
     parser.add_argument("--control-address", default="")
     parser.add_argument("--log-fd", type=int, default=2)
+    parser.add_argument("--maps-fd", type=int)
     args = parser.parse_args(argv)
 
     die_with_parent(args.parent_pid)
@@ -72,6 +74,7 @@ def boot_child(argv: list[str]) -> Boot:
         listener=listener,
         control_address=args.control_address,
         log_fd=args.log_fd,
+        maps_fd=args.maps_fd,
     )
 
 

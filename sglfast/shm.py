@@ -1,4 +1,4 @@
-"""Create or attach the shared-memory segment, and the worker records that live in it.
+"""Create or attach the shared-memory segment, and the worker records that live in it; create the file of index's own maps.
 
 Runs in: control (create), index and shards (attach by file descriptor; nothing has a name in a file system).
 Contract: the layout is cext/sf_shm.h; a Segment of another layout version raises ShmLayoutError. Worker rows are read again only
@@ -151,6 +151,29 @@ def create(*, max_workers: int, max_ranks: int, max_shards: int, capacity_blocks
         os.close(fd)
         raise
     return fd, Segment.format(mapping, **sizes)
+
+
+def map_region_bytes(capacity_blocks: int) -> int:
+    """Bytes of a rank's region in the file of the maps: room for its engine hashes (cext/keymapmemory.pxi), far more than it ever takes.
+
+    A rank has at most twice the tree's blocks and what the batches of one round brought.
+    """
+    n_slots = 1 << (4 * capacity_blocks + (1 << 22) - 1).bit_length()
+    return 32 * n_slots
+
+
+def create_maps(*, max_ranks: int, capacity_blocks: int) -> int:
+    """Make the file of the token route's maps, a region a rank; returns its descriptor (inheritable by intent only). All of it is a hole:
+    only ranks whose blocks are keyed by tokens take memory. Raises OSError when a file of that size is refused.
+    """
+    fd = os.memfd_create("sglfast-maps", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, max_ranks * map_region_bytes(capacity_blocks))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def attach(fd: int) -> Segment:

@@ -81,6 +81,8 @@ def test_every_query_is_answered_exactly(path: Path, route: KeyRoute) -> None:
         n_hits += any(found)
     assert (n_batches, n_queries, n_hits) == tuple(meta["stats"][name] for name in ("batches", "queries", "hits"))
     assert sum(index.counters.undecoded + index.counters.orphans for index in indexes) == 0
+    for index in indexes:
+        index.settle()
     assert [index.mapped_blocks for index in indexes] == [index.owned_blocks * (route == "tokens") for index in indexes]
     assert all(stream.status() == (RANK_EXACT, 0) for stream in streams)
     assert all(index.mismatch == "" for index in indexes)

@@ -39,7 +39,9 @@ class House:
     def apply(self, *events: EventOut | dict[str, Any]) -> bool:
         """Publish and apply; True when something was lost."""
         out = [{"type": event.tag, **event.fields} if isinstance(event, EventOut) else event for event in events]
-        return self.index.apply(msgspec.msgpack.encode([1.0, out, 0])).is_lossy
+        is_lossy = self.index.apply(msgspec.msgpack.encode([1.0, out, 0])).is_lossy
+        self.index.settle()
+        return is_lossy
 
     def overlap(self, tokens: list[int], *, lora_name: str = "", cache_salt: str = "", tiers: int = 7) -> int:
         seed = chain_seed(self.model, self.block_size, lora_name=lora_name, cache_salt=cache_salt)

@@ -55,6 +55,7 @@ class Pair:
         outcomes = []
         for index in self.ranks:
             outcomes.append(index.apply(payload))
+            index.settle()
             index.has_agreed = True
         assert outcomes[0] == outcomes[1], msgspec.msgpack.decode(payload)
         self.check()

@@ -26,13 +26,15 @@ _WORDS_LIMIT = 500  # characters of the last line in a message
 @dataclass(frozen=True, slots=True)
 class Inheritance:
     """What every child gets. shm_fd: the segment; config_fd: memfd with the settings; control_address: `@name` of the admin socket;
-    log_fd: our standard error, for shards; take_lines: gets the lines that a child writes to its own, and must not wait."""
+    log_fd: our standard error, for shards; take_lines: gets the lines that a child writes to its own, and must not wait; maps_fd: the
+    file of the token route's maps, for index."""
 
     shm_fd: int
     config_fd: int
     control_address: str
     log_fd: int
     take_lines: Callable[[bytes], None]
+    maps_fd: int | None = None
 
 
 class Child:
@@ -69,6 +71,8 @@ class Child:
             if listener is not None:
                 fds |= {"--listen-fd": listener.fileno(), "--log-fd": inheritance.log_fd}
                 argv += ["--shard", str(shard), "--control-address", inheritance.control_address]
+            elif inheritance.maps_fd is not None:
+                fds["--maps-fd"] = inheritance.maps_fd
             for flag, fd in fds.items():
                 argv += [flag, str(fd)]
             self._process = subprocess.Popen(

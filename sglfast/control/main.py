@@ -50,7 +50,7 @@ from sglfast.errors import ConfigError
 from sglfast.log_file import LogFile
 from sglfast.log_sink import LineSink, descriptor_writer, loss_line
 from sglfast.logs import copy_logs_to, set_level, setup_logs
-from sglfast.shm import create
+from sglfast.shm import create, create_maps
 from sglfast.tls import server_context, worker_context
 from sglfast.wire.kv_endpoint import parse_kv_settings
 
@@ -124,7 +124,10 @@ def run(loaded: Loaded, read_again: Callable[[], Loaded], commands: Commands | N
         config = dataclasses.replace(config, port=listeners[0].getsockname()[1])
         segment, shm_fd = _create_segment(config)
         owned.callback(os.close, shm_fd)
-        control = Control(config, segment, shm_fd, listeners, commands or Commands(), log, log_fd, sinks)
+        maps_fd = _create_maps(config, log)
+        if maps_fd is not None:
+            owned.callback(os.close, maps_fd)
+        control = Control(config, segment, shm_fd, maps_fd, listeners, commands or Commands(), log, log_fd, sinks)
         owned.callback(control.close)
         reloader = Reloader(config, loaded, read_again, control.apply, log)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -139,6 +142,7 @@ class Control:
         config: ServeConfig,
         segment: Segment,
         shm_fd: int,
+        maps_fd: int | None,
         listeners: Sequence[socket.socket],
         commands: Commands,
         log: logging.Logger,
@@ -150,6 +154,7 @@ class Control:
         self._sinks = sinks
         self._segment = segment
         self._shm_fd = shm_fd
+        self._maps_fd = maps_fd
         self._config_fd = _memfd("sglfast-config", to_json(config))
         self._listeners = listeners
         self._commands = commands
@@ -206,7 +211,7 @@ class Control:
             for worker in named_workers(self._config.worker_urls, self._config.prefill, self._config.decode):
                 members.add(spec_of(worker))
             admin = self._admin = await self._start_admin(owned, members, watch, fetcher)
-            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address, self._log_fd, self._take_lines)
+            inheritance = Inheritance(self._shm_fd, self._config_fd, admin.address, self._log_fd, self._take_lines, self._maps_fd)
             supervisor = self._supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
             owned.push_async_callback(supervisor.stop)
             supervisor.start()
@@ -320,6 +325,15 @@ def _create_segment(config: ServeConfig) -> tuple[Segment, int]:
     except OSError as error:
         raise ConfigError(f"--kv-index-blocks {config.kv_index_blocks}: no shared memory of that size ({error.strerror})") from None
     return segment, fd
+
+
+def _create_maps(config: ServeConfig, log: logging.Logger) -> int | None:
+    """The file of the token route's maps; None where there can be none (a limit on the size of files)."""
+    try:
+        return create_maps(max_ranks=config.max_ranks, capacity_blocks=config.kv_index_blocks)
+    except OSError as error:
+        log.warning("what is known of engines' hashes will not outlive the index process: no file for it (%s)", error.strerror)
+        return None
 
 
 def _memfd(name: str, data: bytes) -> int:

@@ -3,9 +3,9 @@
 Runs in: index (`python -m sglfast.index.main`, started by control with inherited descriptors, see sglfast.boot).
 Contract: when there was an index before it, it takes over that one's tree and says so. A rank's blocks stay, as hints, if its
     stream is still the one that was followed; they count as exact again when the stream shows that nothing was missed
-    (index/stream), and are cleared when it shows otherwise. Ranks on the token route begin empty: the map of their engine's hashes
-    died with the process. Of a worker that goes, or comes back with other endpoints, ranks or blocks, all ranks are cleared before
-    their numbers are used again. It ends on SIGTERM and when control is gone.
+    (index/stream), and are cleared when it shows otherwise. So it is for blocks keyed by tokens, if the map of their engine's hashes
+    is there, too (index/key_maps). Of a worker that goes, or comes back with other endpoints, ranks or blocks, all ranks are cleared
+    before their numbers are used again. It ends on SIGTERM and when control is gone.
 """
 
 import contextlib
@@ -24,14 +24,17 @@ from sglfast import _counters as words
 from sglfast._blockhash import xxh3
 from sglfast._counters import RANK_BLIND, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
+from sglfast._keymap import KeyMap
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.boot import Boot, boot_child, hear
 from sglfast.errors import ConfigError
+from sglfast.index.key_maps import KeyMaps
 from sglfast.index.listener import Listener, listen_endpoint
 from sglfast.index.predictions import PredictionKeeper
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.index.stream import Limits, Resume
+from sglfast.index.rank_note import Noted, noted
+from sglfast.index.stream import Limits
 from sglfast.index.subscriber import Endpoints, Subscriber
 from sglfast.logs import set_level, setup_logs
 from sglfast.shm import WorkerView, read_workers
@@ -57,8 +60,10 @@ class Index:
         limits: Limits | None = None,
         kv_listen: str | None = None,
         predictions: PredictionKeeper | None = None,
+        maps_fd: int | None = None,
     ) -> None:
         self._segment = segment
+        self._maps = KeyMaps(maps_fd, segment, log)
         self._predictions = predictions
         self._log = log
         self._limits = limits
@@ -88,16 +93,21 @@ class Index:
         self._log.warning("the KV index goes on with the %d blocks of the process before this one, as far as the streams allow", n_blocks)
         return {rank: self._ranks.row(rank) for rank in range(n_ranks)}
 
-    def _resume(self, rank: int, identity: int, view: WorkerView) -> Resume | None:
-        """Where the stream was left, None when the rank begins empty (and then it is empty)."""
+    def _resume(self, rank: int, identity: int) -> tuple[Noted | None, KeyMap]:
+        """Where the stream was left, None when the rank begins empty (and then it is empty); its map of engine hashes."""
         row = self._inheritance.pop(rank, None)
-        if row is None:
-            return None
-        is_same = row[words.R_STREAM] == identity and row[words.R_NEXT_SEQ] > 0
-        if is_same and view.key_route == "sha256" and row[words.R_MAPPED_BLOCKS] == 0:
-            return Resume(row[words.R_NEXT_SEQ] - 1, row[words.R_LAST_PRINT], row[words.R_LOSS])
+        note = None if row is None else noted(row, identity)
+        key_map, is_left = self._maps.take(rank, identity, is_left=note is not None and note.mapped_blocks > 0)
+        if note is not None and (is_left or not note.mapped_blocks):
+            return note, key_map
+        if row is not None:
+            self._forget(rank)
+        return None, key_map
+
+    def _forget(self, rank: int) -> None:
+        """Clear what a former process left; without a note of it first, for the case that this one is killed meanwhile."""
+        self._ranks.clear(rank)
         self._tree.writer.clear(rank)
-        return None
 
     def sync(self) -> bool:
         """Follow the worker table; True when it had changed. Cheap when it had not."""
@@ -113,8 +123,8 @@ class Index:
             else:
                 self._followed[idx] = (view, self._follow(view))
         for rank in self._inheritance:  # nobody's now
-            self._tree.writer.clear(rank)
-            self._ranks.clear(rank)
+            self._forget(rank)
+            self._maps.take(rank, 0, is_left=False)
         self._inheritance = {}
         if self._predictions is not None:
             self._predictions.ready()
@@ -149,13 +159,15 @@ class Index:
             rank = view.rank_base + worker_rank
             live, why = self._live_endpoint(view, endpoint, worker_rank)
             if endpoint is None or live is None:
-                self._resume(rank, 0, view)
+                self._resume(rank, 0)
                 self._ranks.clear(rank)
                 self._ranks.set(rank, words.R_GENERATION, view.generation)
                 self._ranks.set(rank, words.R_REASON, why)
                 self._ranks.set(rank, words.R_STATE, RANK_BLIND)
                 continue
             log = logging.LoggerAdapter(self._log, {"fields": {"worker": view.record.url, "rank": worker_rank}})
+            identity = xxh3(repr((_stream_of(view), worker_rank)).encode()) or 1
+            note, key_map = self._resume(rank, identity)
             index = RankIndex(
                 self._tree,
                 rank,
@@ -164,9 +176,9 @@ class Index:
                 log=log,
                 key_route=view.key_route,
                 model=view.record.model or "",
+                key_map=key_map,
+                main_group=0 if note is None else note.main_group,
             )
-            identity = xxh3(repr((_stream_of(view), worker_rank)).encode()) or 1
-            resume = self._resume(rank, identity, view)
             is_shared = view.record.kv_connects_out
             endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode(), is_shared)
             subscriber = Subscriber(
@@ -178,7 +190,7 @@ class Index:
                 log=log,
                 limits=self._limits,
                 identity=identity,
-                resume=resume,
+                resume=None if note is None else note.resume,
             )
             subscriber.start()
             subscribers.append(subscriber)
@@ -221,7 +233,9 @@ class Index:
         all_ended = True
         for view, subscribers in dropped:
             for subscriber in subscribers:
-                all_ended &= subscriber.join(max(0.0, deadline_s - time.monotonic()))
+                if not subscriber.join(max(0.0, deadline_s - time.monotonic())):
+                    all_ended = False
+                    self._maps.abandon(subscriber.rank)
             for worker_rank in range(view.dp_size):
                 self._ranks.clear(view.rank_base + worker_rank)
         if dropped and self._predictions is not None:
@@ -263,7 +277,7 @@ def serve(boot: Boot, log: logging.Logger) -> None:
     previous = signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(stop_fd, 1))
     segment.process_start(INDEX_SLOT, os.getpid(), _now_ms())
     predictions = _keeper(boot, log)
-    index = Index(segment, log, kv_listen=boot.config.kv_listen, predictions=predictions)
+    index = Index(segment, log, kv_listen=boot.config.kv_listen, predictions=predictions, maps_fd=boot.maps_fd)
     try:
         index_loop(index, boot, stop_fd, log)
     finally:

@@ -3,7 +3,8 @@
 Runs in: index; called by the rank's subscriber thread, and by `main` when the worker goes.
 Contract: the tree has one writer object in the process (`TreeLock`), its lock is held for one batch at a time. After `retire`
     nothing of this rank reaches the tree any more, whatever its thread still holds in hand. What cannot be decoded is counted
-    and logged, never fatal.
+    and logged, never fatal. Applying batches again, in order, to a rank that has them already gives the same blocks, as long as
+    it was not settled in between.
 Root blocks are recomputed from their own tokens until one agrees (index/key_check.py); from then on batches in which all is usual
     are applied as runs of keys, made in one pass over their bytes.
 Source: spec/kv_events.md 2.1 to 2.3, 2.6, 2.8.
@@ -15,6 +16,7 @@ import time
 from dataclasses import dataclass, field
 
 from sglfast._hashtree import TreeWriter
+from sglfast._keymap import KeyMap
 from sglfast._kvdecode import CLEAR, STORE, runs
 from sglfast.errors import KvEventError
 from sglfast.index.key_check import disagreement
@@ -55,7 +57,8 @@ class RankIndex:
     """The blocks of tree rank `rank`; the keyword arguments are what shards use for this worker's keys (block_size in tokens).
 
     key_route: "sha256", the engine's hash is the key, except in events of a LoRA adapter; "tokens", keys are made of the tokens. model is
-    hashed into keys of the route "tokens" only: on the other one it may become known later without harm.
+    hashed into keys of the route "tokens" only: on the other one it may become known later without harm. key_map, main_group: as of
+    TokenRoute.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class RankIndex:
         log: logging.LoggerAdapter[logging.Logger],
         key_route: KeyRoute = "sha256",
         model: str = "",
+        key_map: KeyMap | None = None,
+        main_group: int = 0,
     ) -> None:
         self.counters = BlockCounters()
         self.last_event_ms = 0  # wall clock
@@ -79,7 +84,10 @@ class RankIndex:
         self._block_size = block_size
         self._is_bigram = is_bigram
         self._is_by_tokens = key_route == "tokens"
-        self._by_tokens = TokenRoute(model=model if self._is_by_tokens else "", block_size=block_size, is_bigram=is_bigram)
+        self._by_tokens = TokenRoute(
+            model=model if self._is_by_tokens else "", block_size=block_size, is_bigram=is_bigram, key_map=key_map, main_group=main_group
+        )
+        self._removed = b""  # engine hashes that the token route may forget
         self._log = log
         self._is_retired = False
         self._roots = 0
@@ -92,8 +100,13 @@ class RankIndex:
 
     @property
     def mapped_blocks(self) -> int:
-        """Blocks whose engine hash is not their key, so that only this process can remove them."""
+        """Blocks whose engine hash is not their key, so that only who has the map can remove them; until `settle` also removed ones."""
         return len(self._by_tokens)
+
+    @property
+    def main_group(self) -> int:
+        """Number of the main attention among a hybrid model's caches, 0 or as the events told it."""
+        return self._by_tokens.main_group
 
     def apply(self, payload: bytes) -> Outcome:
         """Apply one batch, whatever it holds."""
@@ -109,7 +122,6 @@ class RankIndex:
         outcome = _PLAIN
         undecoded, orphans = batch.undecoded, self._by_tokens.orphans
         stored_in: BlockStored | None = None
-        removed = b""
         with self._tree.lock:
             if self._is_retired:
                 return _PLAIN
@@ -124,12 +136,11 @@ class RankIndex:
                         if event.parent_block_hash is None:
                             stored_in = event
                     case BlockRemoved():
-                        removed += self._remove(writer, event)
+                        self._removed += self._remove(writer, event)
                     case AllBlocksCleared():
                         self.counters.blocks_removed += writer.clear(self.rank)
                         self._by_tokens.clear()
                         outcome, orphans = _CLEARED, self._by_tokens.orphans
-            self._tidy(writer, removed)
         self.counters.events += len(batch.events)
         self.last_event_ms = time.time_ns() // 1_000_000
         if stored_in is not None and not self.has_agreed:
@@ -144,13 +155,15 @@ class RankIndex:
     def _apply_usual(self, payload: bytes) -> Outcome | None:
         """The same in one pass; None, and nothing has changed, when something in the batch is not usual."""
         by_tokens, counters, rank = self._by_tokens, self.counters, self.rank
-        removed, is_lossy = b"", False
+        is_lossy = False
         if self._is_by_tokens:
             placed = by_tokens.place_all(payload)
             if placed is None:
                 return None
             n_events, found, removed, is_lossy = placed
             counters.orphans = by_tokens.orphans
+            if removed:
+                self._removed += removed
         else:
             usual = runs(payload)
             if usual is None:
@@ -176,19 +189,24 @@ class RankIndex:
                     if not self._is_by_tokens and len(by_tokens):
                         hashes, keys = by_tokens.find(keys)
                         counters.blocks_removed += writer.remove(rank, tiers, keys)
-                        removed += hashes
-            self._tidy(writer, removed)
+                        self._removed += hashes
         counters.events += n_events
         self.last_event_ms = time.time_ns() // 1_000_000
         return _LOSSY if is_lossy else outcome
 
-    def _tidy(self, writer: TreeWriter, removed: bytes) -> None:
-        """At the end of a batch: the token route's memory holds what the rank owns, and not much more."""
+    def settle(self) -> None:
+        """Nobody will apply again what was applied: the token route's memory holds what the rank owns now, and not much more."""
         by_tokens = self._by_tokens
-        if removed:
-            by_tokens.forget(removed, writer, self.rank)
-        if len(by_tokens):
-            by_tokens.prune(writer, self.rank)
+        if not len(by_tokens):
+            self._removed = b""
+            return
+        with self._tree.lock:
+            if self._is_retired:
+                return
+            if self._removed:
+                by_tokens.forget(self._removed, self._tree.writer, self.rank)
+                self._removed = b""
+            by_tokens.prune(self._tree.writer, self.rank)
 
     def clear(self) -> int:
         """Forget all blocks of the rank; returns how many they were."""
@@ -202,6 +220,10 @@ class RankIndex:
             if not self._is_retired:
                 self._is_retired = True
                 self._tree.writer.clear(self.rank)
+
+    def release(self) -> None:
+        """Give the map's memory back. After `retire`, when the rank's thread has ended."""
+        self._by_tokens.clear()
 
     def _store(self, writer: TreeWriter, event: BlockStored) -> None:
         tier = tier_mask(event.medium).bit_length() - 1

@@ -22,6 +22,7 @@ from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RankTable
 from sglfast.errors import KvEventError
 from sglfast.index.rank import RankIndex
+from sglfast.index.rank_note import RankNote
 from sglfast.index.stream import Limits, Outcome, RankStream, Resume
 from sglfast.wire.frames import parse_live, parse_replay, replay_request
 
@@ -90,13 +91,17 @@ class Subscriber:
         self._published: dict[int, int] = {}
         self._stream = RankStream(self, has_replay=endpoints.replay is not None, limits=limits, resume=resume)
         self._limits = limits
-        self._saved: Resume | None = None
         self._thread = threading.Thread(target=self._run, name=f"kv-rank-{index.rank}", daemon=True)
         ranks.clear(index.rank)
         ranks.set(index.rank, words.R_GENERATION, generation)
-        ranks.set(index.rank, words.R_STREAM, identity)
+        self._note = RankNote(ranks, index, identity)
         self._save()
         self.publish()
+
+    @property
+    def rank(self) -> int:
+        """Which rank of the tree it writes."""
+        return self._index.rank
 
     def start(self) -> None:
         """Start the thread."""
@@ -105,14 +110,16 @@ class Subscriber:
     def stop(self) -> None:
         """Tell the thread to leave; returns at once. Nothing of this rank reaches the tree after this call."""
         self._is_stopping.set()
+        self._note.unsave()
         self._index.retire()
         os.eventfd_write(self._stop_fd, 1)
 
     def join(self, timeout_s: float) -> bool:
-        """Wait for the thread's end and release its descriptor; False when it did not end in time (it stays harmless)."""
+        """Wait for the thread's end and release what it had; False when it did not end in time (it stays harmless)."""
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             return False
+        self._index.release()
         os.close(self._stop_fd)
         return True
 
@@ -148,26 +155,13 @@ class Subscriber:
         self._published = row
 
     def _save(self) -> None:
-        """Note in shared memory how far the rank's blocks are, for the next index process (main.Index._inherit).
-
-        Written after the blocks of a round: a process that dies in between leaves a tree that is ahead, and applying batches again, in
-        order, does no harm.
-        """
-        resume, index, ranks = self._stream.resume, self._index, self._ranks
-        if resume == self._saved or self._is_stopping.is_set():
-            return
-        self._unsave()
-        if resume is not None:
-            ranks.set(index.rank, words.R_MAPPED_BLOCKS, index.mapped_blocks)
-            ranks.set(index.rank, words.R_LAST_PRINT, resume.last_print)
-            ranks.set(index.rank, words.R_LOSS, resume.loss)
-            ranks.set(index.rank, words.R_NEXT_SEQ, resume.next_seq + 1)
-        self._saved = resume
+        """Note for the next index process how far the blocks are."""
+        if not self._is_stopping.is_set():
+            self._note.save(self._stream.resume)
 
     def _unsave(self) -> None:
         if not self._is_stopping.is_set():
-            self._ranks.set(self._index.rank, words.R_NEXT_SEQ, 0)
-            self._saved = None
+            self._note.unsave()
 
     def publish_size(self) -> None:
         """Bring the number of owned blocks up to date, from another thread: eviction changes it without an event of this rank."""
@@ -237,6 +231,7 @@ class Subscriber:
                 if self._dealer is not None and self._dealer in ready:
                     self._read_replay(self._dealer)
                 self._stream.on_time(time.monotonic())
+                self._save()
                 if self._stream.deadline_s is None:
                     self._close_dealer()
                 self.publish()

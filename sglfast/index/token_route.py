@@ -3,8 +3,8 @@
 Runs in: index, one a rank, in its thread alone. Contract: the engine's hash is an opaque name. `place` gives the keys of a store's
     blocks, chained to the key of its parent, and remembers hash -> key; removals and stores without tokens go through that
     memory. A block whose place in its prompt is unknown (its parent was never seen, its tokens do not fill it) is an orphan:
-    left out and counted. The memory holds what the rank owns: `forget` and `prune` keep it so. What a batch removes is forgotten at the
-    batch's end, so that `place_all`, which does a usual batch at once in C, and `place` and `resolve` event by event are the same.
+    left out and counted. The memory holds what the rank owns: `forget` and `prune` keep it so. What a batch removes is forgotten behind
+    its end, so that `place_all`, which does a usual batch at once in C, and `place` and `resolve` event by event are the same.
 What cannot be matched from a request must not be matched by accident: vLLM hashes images, salts and prompt embeddings beside a
     block's tokens (`extra_keys`); their bytes go into our chain, so that no prompt of plain tokens finds these blocks. A prompt with
     nothing but a salt is found by it (prompt/adapters.py).
@@ -31,16 +31,19 @@ _decode_names = msgspec.msgpack.Decoder().decode
 
 
 class TokenRoute:
-    """Keys of one rank's blocks. model, block_size (tokens) and is_bigram: of the seed of its base model's keys."""
+    """Keys of one rank's blocks. model, block_size (tokens) and is_bigram: of the seed of its base model's keys.
 
-    def __init__(self, *, model: str, block_size: int, is_bigram: bool) -> None:
+    key_map, main_group: what a former process knew, and a memory that outlives this one; None = nothing and none.
+    """
+
+    def __init__(self, *, model: str, block_size: int, is_bigram: bool, key_map: KeyMap | None = None, main_group: int = 0) -> None:
         self.orphans = 0  # blocks
         self._model = model
         self._block_size = block_size
         self._base_seed = chain_seed(model, block_size, bigram=is_bigram)
-        self._map = KeyMap()
+        self._map = KeyMap() if key_map is None else key_map
         self._seeds: dict[tuple[int, bool, str, str], int] = {}
-        self._main_group = 0
+        self.main_group = main_group  # number of the main attention among a hybrid model's caches
 
     def __len__(self) -> int:
         return len(self._map)
@@ -75,16 +78,16 @@ class TokenRoute:
 
         None when the batch is not entirely usual; then nothing has changed.
         """
-        placed = self._map.place(payload, seed=self._base_seed, block_size=self._block_size, main_group=self._main_group)
+        placed = self._map.place(payload, seed=self._base_seed, block_size=self._block_size, main_group=self.main_group)
         if placed is None:
             return None
-        n_events, n_orphans, n_orphans_live, self._main_group, runs, removed = placed
+        n_events, n_orphans, n_orphans_live, self.main_group, runs, removed = placed
         self.orphans += n_orphans
         return n_events, runs, removed, n_orphans_live > 0
 
     def resolve(self, event: BlockRemoved) -> tuple[bytes, bytes]:
         """(engine hashes, keys) of the event's blocks, as far as they are known."""
-        if event.group_idx is not None and event.group_idx != self._main_group:
+        if event.group_idx is not None and event.group_idx != self.main_group:
             return b"", b""
         return self.find(event.keys)
 
@@ -113,8 +116,8 @@ class TokenRoute:
         if event.spec_kind is not None:
             if not any(kind in event.spec_kind for kind in _MAIN_KINDS):
                 return False
-            self._main_group = event.group_idx
-        return event.group_idx == self._main_group
+            self.main_group = event.group_idx
+        return event.group_idx == self.main_group
 
     def _chain(self, event: BlockStored, units: "list[int] | list[tuple[int, int]] | memoryview[int]", parent: int) -> bytes:
         last = units[-1]

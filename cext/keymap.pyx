@@ -198,8 +198,16 @@ cdef class KeyMap:
         return hashes, keys
 
     def clear(self):
+        """Forget everything, but for a small table: whoever is killed now leaves a map that is empty, not one that is missing."""
+        if self.base == NULL:
+            return
+        table_clear(&self.table)
+        if self.table.n_slots > c_FIRST_SLOTS:
+            memory_resize(self, c_FIRST_SLOTS)  # without memory it stays as it is
+
+    def release(self):
         """Forget everything, and give the memory back, also what another process left in it."""
-        memory_clear(self)
+        memory_release(self)
 
     def adopt(self):
         """Take over what another process left for the same owner; False when there is nothing, or nothing that can be trusted."""

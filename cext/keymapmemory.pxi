@@ -98,7 +98,7 @@ cdef int memory_resize(KeyMap self, uint64_t n_slots) noexcept nogil:
     return 0
 
 
-cdef void memory_clear(KeyMap self) noexcept nogil:
+cdef void memory_release(KeyMap self) noexcept nogil:
     """Forget all pairs and give the region back."""
     cdef header_t none
     memory_unmap(self)

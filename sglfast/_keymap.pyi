@@ -33,10 +33,12 @@ class KeyMap:
     def items(self) -> tuple[bytes, bytes]:
         """Return (all hashes, their keys) in no order."""
     def clear(self) -> None:
-        """Forget everything, and give the memory back, also what another process left there."""
+        """Forget everything; at most 8 KiB are kept, for what comes next."""
+    def release(self) -> None:
+        """Forget everything, and give all memory back, also what another process left there."""
     def adopt(self) -> bool:
         """Take over what another process, however it ended, left in the region for the same owner, and go on with it.
 
-        False when there is nothing such, or nothing that can be trusted: the map is empty then, and what is in the region must be cleared.
+        False when there is nothing such, or nothing that can be trusted: the map is empty then, and what is in the region must be released.
         Cost: a look at each place of the table.
         """

@@ -4,8 +4,9 @@
 
 `vllm`: no /server_info; blocks of 16 tokens, hashes that nobody can compute (seeded per process), events as arrays (before 0.24) or
 maps, hashes as numbers or bytes; adapters are models of their own. `sglang`: 0.5.23 with /server_info; blocks of 64 tokens, the SHA chain,
-of adapters hashed once more; adapters as `lora_path` or "base:adapter". Nothing is evicted but by POST /reset_prefix_cache. The line
-{"workers": [{"url": ..., "kv_port": ..., "replay_port": ...}]} goes to the descriptor as soon as it listens.
+of adapters hashed once more; adapters as `lora_path` or "base:adapter". Nothing is evicted but by POST /reset_prefix_cache. GET
+/subscribers tells how many follow the events now. The line {"workers": [{"url": ..., "kv_port": ..., "replay_port": ...}]} goes to the
+descriptor as soon as it listens; the port is 0 with `--no-replay`.
 """
 
 import argparse
@@ -31,19 +32,27 @@ VLLM_FIELDS = ("block_hashes", "parent_block_hash", "token_ids", "block_size", "
 
 
 class Publisher:
-    """PUB and ROUTER sockets on free ports; the ROUTER has a thread, as the buffer is all they share."""
+    """XPUB and ROUTER sockets on free ports; the ROUTER has a thread, as the buffer is all they share."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_replay: bool) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.live = self.context.socket(zmq.PUB)
+        self.live = self.context.socket(zmq.XPUB)
+        self.n_subscribers = 0
         self.router = self.context.socket(zmq.ROUTER)
         for place in (self.live, self.router):
             place.setsockopt(zmq.LINGER, 0)
             place.setsockopt(zmq.SNDHWM, 0)
         self.port = self.live.bind_to_random_port("tcp://127.0.0.1")
-        self.replay_port = self.router.bind_to_random_port("tcp://127.0.0.1")
         self.buffer: list[tuple[int, bytes]] = []
-        threading.Thread(target=self._replay, daemon=True).start()
+        self.replay_port = 0
+        if has_replay:
+            self.replay_port = self.router.bind_to_random_port("tcp://127.0.0.1")
+            threading.Thread(target=self._replay, daemon=True).start()
+
+    def subscribers(self) -> int:
+        while self.live.poll(0):
+            self.n_subscribers += 1 if self.live.recv()[0] else -1
+        return self.n_subscribers
 
     def publish(self, events: list[Any]) -> None:
         seq, payload = len(self.buffer), msgspec.msgpack.encode([time.time(), events, 0])
@@ -151,6 +160,9 @@ async def serve(engine: Engine, announce_fd: int) -> None:
         engine.reset()
         return web.Response()
 
+    async def subscribers(request: web.Request) -> web.Response:
+        return web.json_response(publisher.subscribers())
+
     async def complete(request: web.Request) -> web.Response:
         body = await request.json()
         tokens = list(tokenizer.encode(body["prompt"], True))
@@ -165,6 +177,7 @@ async def serve(engine: Engine, announce_fd: int) -> None:
             web.get("/v1/models", models),
             web.get("/server_info", server_info),
             web.post("/reset_prefix_cache", reset),
+            web.get("/subscribers", subscribers),
             web.post("/v1/completions", complete),
         ]
     )
@@ -183,9 +196,11 @@ def main() -> None:
     parser.add_argument("--kind", choices=("vllm", "sglang"), default="vllm")
     parser.add_argument("--shape", choices=("array", "map"), default="map")
     parser.add_argument("--hashes", choices=("int", "bytes"), default="int")
+    parser.add_argument("--no-replay", action="store_true")
     parser.add_argument("--announce-fd", type=int, required=True)
     options = parser.parse_args()
-    asyncio.run(serve(Engine(options.kind, options.shape, options.hashes, Publisher()), options.announce_fd))
+    publisher = Publisher(has_replay=not options.no_replay)
+    asyncio.run(serve(Engine(options.kind, options.shape, options.hashes, publisher), options.announce_fd))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 from e2e import TIMEOUT_S, Prompts, explained, metric, process_of, samples, wait_until
 
-from sglfast._counters import RANK_EXACT
+from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
 from sglfast.load.stack import SGLFAST, SimSettings, Stack, read_all, wait_announced, wait_listening, wait_ready
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 
 STANDIN = str(Path(__file__).parent / "engine_standin.py")
 VLLM, SGLANG = ["--kind", "vllm"], ["--kind", "sglang"]
+# A worker whose number is lower than this may have just started, for all that one can know without replay.
+LOW_SEQ = 64
 
 
 class EngineStack(Stack):
@@ -39,7 +41,8 @@ class EngineStack(Stack):
                 self.worker_urls += wait_announced(fd, engine)
                 told = json.loads(read_all(fd))["workers"][0]
             if "vllm" in flags:
-                endpoints.append(f"{told['url']}=tcp://*:{told['kv_port']},replay={told['replay_port']}")
+                replay = f",replay={told['replay_port']}" if told["replay_port"] else ""
+                endpoints.append(f"{told['url']}=tcp://*:{told['kv_port']}{replay}")
         if self._sim.workers:
             with tempfile.TemporaryFile() as announce:
                 fd = announce.fileno()
@@ -111,8 +114,19 @@ def test_requests_go_to_the_vllm_worker_that_owns_their_blocks(vllm: EngineStack
     assert ask(vllm, texts[1]).overlap_blocks == 0
 
 
+def engine_says(worker: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """Ask a worker itself, past the router."""
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(worker + path, data), timeout=TIMEOUT_S) as answer:
+        return json.loads(answer.read() or b"null")
+
+
+def is_another_index(stack: EngineStack) -> bool:
+    return metric(stack, "sglfast_process_restarts_total") == 1 and metric(stack, "sglfast_process_up", process="index") == 1
+
+
 def test_a_killed_index_learns_vllm_blocks_again(prompts: Prompts) -> None:
-    """The map of the engines' hashes died with it: it replays, and only then says EXACT."""
+    """It replays what it may have missed, and only then says EXACT."""
     with EngineStack(VLLM, VLLM) as stack:
         texts = [prompts.text(seed, 16 * 30 + 1) for seed in range(10)]
         first = [ask(stack, text) for text in texts]
@@ -120,14 +134,53 @@ def test_a_killed_index_learns_vllm_blocks_again(prompts: Prompts) -> None:
         os.kill(process_of(stack, "sglfast.index.main"), signal.SIGKILL)
 
         def is_exact() -> bool:
-            is_new = metric(stack, "sglfast_process_restarts_total") == 1 and metric(stack, "sglfast_process_up", process="index") == 1
-            return is_new and samples(stack, "sglfast_kv_rank_state") == [RANK_EXACT] * 2
+            return is_another_index(stack) and samples(stack, "sglfast_kv_rank_state") == [RANK_EXACT] * 2
 
         wait_until(is_exact, "both streams are EXACT after the index was killed")
         assert metric(stack, "sglfast_kv_rank_blocks") == 300
         for text, before in zip(texts, first, strict=True):
             reply = ask(stack, text)
             assert (reply.worker, reply.overlap_blocks, reply.cached_tokens, reply.state) == (before.worker, 30, 480, "EXACT")
+
+
+@pytest.mark.parametrize("has_missed", [False, True], ids=["whole", "missed"])
+def test_a_killed_index_knows_blocks_without_replay(prompts: Prompts, has_missed: bool) -> None:
+    """Its successor keeps them as hints, removes them by their engine's hashes, and trusts them when the next event shows no hole."""
+    vllm = [*VLLM, "--no-replay"]
+    with EngineStack(vllm, vllm) as stack:
+        for worker in stack.worker_urls * LOW_SEQ:
+            engine_says(worker, "/reset_prefix_cache", {})
+        wait_until(lambda: samples(stack, "sglfast_kv_rank_state") == [RANK_EXACT] * 2, "both streams are EXACT")
+        texts = [prompts.text(seed, 16 * 30 + 1) for seed in range(10)]
+        first = [ask(stack, text) for text in texts]
+        wait_blocks(stack, 300)
+        os.kill(process_of(stack, "sglfast.index.main"), signal.SIGKILL)
+        if has_missed:
+            for worker in stack.worker_urls:
+                engine_says(worker, "/v1/completions", {"model": "demo-model", "prompt": prompts.text(99, 40)})
+
+        def is_followed() -> bool:
+            return is_another_index(stack) and all(engine_says(worker, "/subscribers") == 1 for worker in stack.worker_urls)
+
+        wait_until(is_followed, "the new index follows both workers")
+        assert samples(stack, "sglfast_kv_rank_state") == [RANK_SYNCING] * 2
+        assert metric(stack, "sglfast_kv_rank_blocks") == 300
+        for text, before in zip(texts, first, strict=True):
+            reply = ask(stack, text)
+            assert (reply.worker, reply.overlap_blocks, reply.cached_tokens, reply.state) == (before.worker, 30, 480, "SYNCING")
+        for worker in stack.worker_urls:  # an event of each
+            engine_says(worker, "/v1/completions", {"model": "demo-model", "prompt": prompts.text(77, 16 * 5 + 1)})
+        if has_missed:
+            wait_until(lambda: samples(stack, "sglfast_kv_rank_state") == [RANK_DEGRADED] * 2, "neither stream is trusted")
+            assert metric(stack, "sglfast_kv_rank_blocks") == 10
+            assert {ask(stack, text).overlap_blocks for text in texts[:1]} == {0}
+            return
+        wait_until(lambda: samples(stack, "sglfast_kv_rank_state") == [RANK_EXACT] * 2, "both streams are EXACT again")
+        assert metric(stack, "sglfast_kv_rank_blocks") == 310
+        for seed, (text, before) in enumerate(zip(texts, first, strict=True)):
+            reply = ask(stack, text + prompts.text(seed + 50, 16 * 2))
+            assert (reply.worker, reply.overlap_blocks, reply.cached_tokens, reply.state) == (before.worker, 30, 480, "EXACT")
+        wait_blocks(stack, 330)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Any order of what an engine, a lossy network and an index can do: at rest the tree is the engine's cache, on both key routes.
 
 A hypothesis state machine: the engine publishes real batches, the network loses, doubles and forgets, replays have holes, the engine
-restarts, the index process is killed. The tree is the real one. The law is looked at when all has come to rest.
+restarts, the index process is killed. The tree and the map of engine hashes are the real ones. The law is looked at when all has come to
+rest.
 """
 
 import logging
 import mmap
+import os
 import random
 import time
 from collections import deque
@@ -16,16 +18,20 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
+from sglfast import shm
 from sglfast._blockhash import chain_seed, page_keys, token_keys, xxh3
-from sglfast._counters import RANK_EXACT
+from sglfast._counters import RANK_EXACT, RANK_SYNCING, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment, segment_bytes
+from sglfast.index.key_maps import KeyMaps
 from sglfast.index.rank import RankIndex, TreeLock
+from sglfast.index.rank_note import RankNote, noted
 from sglfast.index.stream import Limits, Outcome, RankStream
 from sglfast.shm import KeyRoute
 
 P = 2
 RANK = 9
+IDENTITY = 77
 SIZES = {"max_workers": 1, "max_ranks": 64, "max_shards": 1, "capacity_blocks": 4096}
 LOG = logging.LoggerAdapter(logging.getLogger("test.machine"), {})
 LOG.setLevel(logging.CRITICAL)
@@ -107,30 +113,52 @@ class Machine(RuleBasedStateMachine):
 
     route: ClassVar[KeyRoute]
 
-    @initialize(has_replay=st.booleans(), buffer_batches=st.sampled_from([10_000, 5]), history=st.integers(0, 3))
-    def begin(self, has_replay: bool, buffer_batches: int, history: int) -> None:
+    @initialize(has_replay=st.booleans(), buffer_batches=st.sampled_from([10_000, 5]), history=st.integers(0, 3), is_old=st.booleans())
+    def begin(self, has_replay: bool, buffer_batches: int, history: int, is_old: bool) -> None:
         self.rng = random.Random(history)
         self.has_replay, self.is_small = has_replay, buffer_batches < 100
         self.engine = Engine(self.route, buffer_batches)
         self.segment = Segment.format(mmap.mmap(-1, segment_bytes(**SIZES)), **SIZES)
-        self.tree = TreeLock(TreeWriter(self.segment))
         self.reader = TreeReader(self.segment)
+        self.ranks = RankTable(self.segment)
+        self.maps_fd = shm.create_maps(max_ranks=SIZES["max_ranks"], capacity_blocks=SIZES["capacity_blocks"])
         self.live: deque[tuple[int, bytes]] = deque()
         self.answer: deque[tuple[int, bytes] | None] = deque()
         self.is_reliable = False
         self.now_s = 0.0
         self.seen: set[World] = set()
+        if is_old:
+            self.engine.seq = 100  # its number alone tells that it has not just started
+            self.engine.publish(self.engine.cleared())
         for number in range(history):
             self.engine.publish(self.engine.stored("", [number, 0, 0, 0]))
-        self.start_index(is_first=True)
+        self.start_index()
 
-    def start_index(self, *, is_first: bool = False) -> None:
-        if is_first:
-            self.tree.writer.reset()
-        self.rank = RankIndex(self.tree, RANK, block_size=P, is_bigram=False, log=LOG, key_route=self.route, model="m")
+    def start_index(self) -> None:
+        """As index.main: a rank goes on where its note says, with its map, or begins empty."""
+        writer = TreeWriter(self.segment)
+        if self.reader.stats()["generation"]:
+            assert writer.adopt() >= 0
+        else:
+            writer.reset()
+        note = noted(self.ranks.row(RANK), IDENTITY)
+        maps = KeyMaps(self.maps_fd, self.segment, LOG.logger)
+        key_map, is_left = maps.take(RANK, IDENTITY, is_left=note is not None and note.mapped_blocks > 0)
+        assert note is None or is_left == (note.mapped_blocks > 0), "whoever is killed leaves a map that is whole"
+        self.ranks.clear(RANK)
+        if note is None:
+            writer.clear(RANK)
+        self.rank = RankIndex(
+            TreeLock(writer), RANK, block_size=P, is_bigram=False, log=LOG, key_route=self.route, model="m", key_map=key_map
+        )
         limits = Limits(replay_timeout_s=1.0, max_tries=3, max_held_batches=20)
-        self.stream = RankStream(self, has_replay=self.has_replay, limits=limits)
+        self.stream = RankStream(self, has_replay=self.has_replay, limits=limits, resume=None if note is None else note.resume)
+        self.note = RankNote(self.ranks, self.rank, IDENTITY)
+        self.save()
         self.stream.on_connected(self.now_s)
+
+    def save(self) -> None:
+        self.note.save(self.stream.resume)
 
     # ---- the sink ----
 
@@ -138,6 +166,7 @@ class Machine(RuleBasedStateMachine):
         return self.rank.apply(payload)
 
     def clear(self, why: str) -> None:
+        self.note.unsave()
         self.rank.clear()
 
     def ask_replay(self, start_seq: int) -> None:
@@ -184,6 +213,7 @@ class Machine(RuleBasedStateMachine):
     def deliver_live(self, n: int) -> None:
         for _ in range(min(n, len(self.live))):
             self.stream.on_live(*self.live.popleft(), self.now_s)
+        self.save()
 
     @rule(n=st.integers(1, 5))
     def deliver_answer(self, n: int) -> None:
@@ -197,6 +227,7 @@ class Machine(RuleBasedStateMachine):
             elif self.stream.deadline_s is not None:
                 self.now_s = max(self.now_s, self.stream.deadline_s)
                 self.stream.on_time(self.now_s)
+        self.save()
 
     @rule(n_missed=st.integers(0, 3), is_now=seldom)
     def lose_connection(self, n_missed: int, is_now: bool) -> None:
@@ -218,17 +249,43 @@ class Machine(RuleBasedStateMachine):
             self.engine.publish(self.engine.cleared())
             self.reconnect(0)
 
-    @rule(is_now=seldom)
-    def kill_index(self, is_now: bool) -> None:
-        """Another process takes the tree over and clears the rank, as it does without a valid note of how far it was."""
+    @rule(is_now=st.booleans(), n_unsaved=st.integers(0, 4), has_note=st.sampled_from([True, True, True, False]))
+    def kill_index(self, is_now: bool, n_unsaved: int, has_note: bool) -> None:
+        """In the middle of a round: the blocks are ahead of the note. What was on its way to the process is lost."""
         if not is_now:
             return
+        for number in range(n_unsaved):
+            self.publish(*self.engine.stored("", [2, 1, number % 2, 1, 2, 2]))
+            self.publish(*self.engine.removed(random.Random(number)), *self.engine.removed(random.Random(number)))
+        while self.live and self.rng.random() < 0.9:
+            self.stream.on_live(*self.live.popleft(), self.now_s)
+        if not has_note:
+            self.note.unsave()
         self.live.clear()
         self.answer.clear()
-        self.tree = TreeLock(TreeWriter(self.segment))
-        assert self.tree.writer.adopt() >= 0
-        self.tree.writer.clear(RANK)
         self.start_index()
+
+    @rule(is_now=st.booleans(), n_missed=st.sampled_from([0, 0, 1]))
+    def kill_index_at_rest(self, is_now: bool, n_missed: int) -> None:
+        """Without replay the next number tells whether something was missed."""
+        if not is_now or self.has_replay or self.engine.seq < 64:
+            return
+        while self.live:
+            self.deliver_live(1)
+        was_exact, n_blocks = self.stream.status() == (RANK_EXACT, 0), self.rank.owned_blocks
+        is_whole = was_exact and self.stream.next_seq == self.engine.seq and not n_missed  # nothing was lost that nobody noticed yet
+        for number in range(n_missed):
+            self.publish(*self.engine.cleared(), *self.engine.stored("", [2, 2, number, 1]))
+        self.live.clear()
+        self.start_index()
+        assert self.rank.owned_blocks == n_blocks
+        assert not was_exact or self.stream.status()[0] == RANK_SYNCING
+        self.publish(*self.engine.removed(random.Random(1)), *self.engine.stored("", [0, 1, 2, 2]), *self.engine.stored("ad", [1, 1]))
+        if not self.live:
+            return
+        self.deliver_live(1)
+        assert (self.stream.status()[0] == RANK_EXACT) == is_whole
+        self.check()
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
@@ -241,7 +298,10 @@ class Machine(RuleBasedStateMachine):
             assert time.monotonic() < end_s, "the stream does not come to rest"
             self.deliver_live(1)
             self.deliver_answer(1)
-        self.check()
+        try:
+            self.check()
+        finally:
+            os.close(self.maps_fd)
 
     def check(self) -> None:
         cached = {self.engine.key(block) for block in self.engine.blocks}

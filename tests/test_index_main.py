@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import zmq
-from kv_publisher import BLOCK_SIZE, WAIT_S, Publisher, keys_of, stored, two_in_a_row, wait_until
+from kv_publisher import BLOCK_SIZE, WAIT_S, Publisher, keys_of, stored, tokens_of, two_in_a_row, wait_until
 
 from sglfast import _counters as words
 from sglfast import shm
+from sglfast._blockhash import chain_seed, token_keys
 from sglfast._counters import RANK_BLIND, RANK_EXACT, RankTable
 from sglfast._hashtree import TreeReader
 from sglfast._segment import Segment, segment_bytes
@@ -42,6 +43,7 @@ class Control:
         self.table = WorkerTable(segment)
         self.ranks = RankTable(segment)
         self.reader = TreeReader(segment)
+        self.key_route: shm.KeyRoute = "sha256"  # of the workers that are asked about
 
     def segment_bytes(self) -> bytes:
         """The whole segment as it is now."""
@@ -78,7 +80,10 @@ class Control:
         return self.ranks.get(rank, words.R_STATE), self.ranks.get(rank, words.R_REASON)
 
     def overlap(self, rank: int, conversation: int) -> int:
-        self.reader.match(keys_of(conversation, 4))
+        keys = keys_of(conversation, 4)
+        if self.key_route == "tokens":
+            keys = token_keys(tokens_of(conversation, 4), BLOCK_SIZE, seed=chain_seed("", BLOCK_SIZE))
+        self.reader.match(keys)
         return self.reader.overlap(rank)
 
 
@@ -88,8 +93,12 @@ class House:
     def __init__(self) -> None:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.control = Control(Segment.format(mmap.mmap(-1, segment_bytes(**SIZES)), **SIZES))
-        self.index = Index(self.control.segment, logging.getLogger("test.index"))
+        self.maps_fd = shm.create_maps(max_ranks=SIZES["max_ranks"], capacity_blocks=SIZES["capacity_blocks"])
+        self.start_index()
         self.publishers: list[Publisher] = []
+
+    def start_index(self) -> None:
+        self.index = Index(self.control.segment, logging.getLogger("test.index"), maps_fd=self.maps_fd)
 
     def publisher(self, *, has_replay: bool = True) -> Publisher:
         self.publishers.append(Publisher(self.context, has_replay=has_replay))
@@ -101,6 +110,7 @@ class House:
 
     def close(self) -> None:
         self.index.close()
+        os.close(self.maps_fd)
         for publisher in self.publishers:
             publisher.close()
         self.context.term()

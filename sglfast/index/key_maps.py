@@ -35,7 +35,7 @@ class KeyMaps:
         key_map = KeyMap(self._fd, rank * self._region_bytes, self._region_bytes, owner)
         if is_left and key_map.adopt():
             return key_map, True
-        key_map.clear()
+        key_map.release()
         return key_map, False
 
     def abandon(self, rank: int) -> None:

@@ -223,7 +223,7 @@ class RankIndex:
 
     def release(self) -> None:
         """Give the map's memory back. After `retire`, when the rank's thread has ended."""
-        self._by_tokens.clear()
+        self._by_tokens.release()
 
     def _store(self, writer: TreeWriter, event: BlockStored) -> None:
         tier = tier_mask(event.medium).bit_length() - 1

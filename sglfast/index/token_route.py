@@ -110,6 +110,10 @@ class TokenRoute:
         """The rank owns nothing."""
         self._map.clear()
 
+    def release(self) -> None:
+        """Give the memory back."""
+        self._map.release()
+
     def _is_main(self, event: BlockStored) -> bool:
         if event.group_idx is None:
             return True

@@ -36,8 +36,8 @@ async def run_child(code: str, *, listener: socket.socket | None = None, kill: b
 
 
 def start(arguments: Sequence[str], gone: asyncio.Event, *, listener: socket.socket | None = None) -> Child:
-    with open(os.devnull) as shm, open(os.devnull) as config:
-        inheritance = Inheritance(shm.fileno(), config.fileno(), "@name", 2, lambda lines: TAKEN.append(lines))
+    with open(os.devnull) as shm, open(os.devnull) as config, open(os.devnull) as maps:
+        inheritance = Inheritance(shm.fileno(), config.fileno(), "@name", 2, lambda lines: TAKEN.append(lines), maps.fileno())
         return Child([sys.executable, *arguments], inheritance, 7, listener, lambda _: gone.set())
 
 
@@ -56,10 +56,15 @@ def test_a_child_inherits_what_its_command_line_names_and_nothing_else() -> None
         named = {int(argv[name]) for name in ("--shm-fd", "--config-fd", "--control-fd", "--listen-fd")}
         assert len(named) == 4
         assert argv["--log-fd"] == "2"
+        assert "--maps-fd" not in argv, "index alone writes there"
         assert set(told["fds"]) == {0, 1, 2} | named
         index = await run_child(SHOW)
         assert "--shard" not in index.last_line
         assert "--listen-fd" not in index.last_line
+        told = json.loads(index.last_line)
+        argv = dict(zip(told["argv"][::2], told["argv"][1::2], strict=True))
+        named = {int(argv[name]) for name in ("--shm-fd", "--config-fd", "--control-fd", "--maps-fd")}
+        assert set(told["fds"]) == {0, 1, 2} | named
 
     asyncio.run(run())
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -15,7 +17,8 @@ import pytest
 from control_doubles import STANDIN
 from router_process import WORKER, Router, engine, get, is_alive, running
 
-from sglfast.control.main import main
+from sglfast.config import ServeConfig
+from sglfast.control.main import _create_maps, main
 
 
 @contextlib.contextmanager
@@ -189,3 +192,13 @@ def test_those_who_wait_for_their_turn_are_served_before_the_end(tmp_path: Path)
         assert [answer.result()[0] for answer in asked] == [200] * 6
         assert router.end() == 0
         assert "requests are cut" not in router.err
+
+
+def test_a_limit_on_files_costs_the_maps_their_second_life_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        assert _create_maps(ServeConfig(max_ranks=64), logging.getLogger("test.control")) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "will not outlive the index process: no file for it (File too large)" in caplog.text

@@ -104,6 +104,12 @@ def test_no_descriptor_is_left_open(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOMEM, "no memory")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", full)
+        with pytest.raises(OSError, match="no memory"):
+            shm.create_maps(max_ranks=64, capacity_blocks=1)
+    assert descriptors() == before
+
     for what in ("ftruncate", "mmap"):
         with monkeypatch.context() as patch:
             patch.setattr(os if what == "ftruncate" else mmap, what, full)

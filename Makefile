@@ -31,11 +31,15 @@ help: ## show this list
 run: build ## start 4 simulated workers and the router, print what to try (Ctrl-C ends it)
 	@exec $(BIN)/sglfast demo $(ARGS)
 
+# Most of a test's time is waiting, so two files run at a time. 5: ARGS leave nothing to one of the two.
 test: build $(VENV)/.installed-dev ## run every test
-	$(PY) -m pytest $(ARGS)
+	@status=0; \
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not alone' $(ARGS) || { code=$$?; [ $$code = 5 ] || status=$$code; }; \
+	$(PY) -m pytest -m alone $(ARGS) || { code=$$?; [ $$code = 5 ] || status=$$code; }; \
+	exit $$status
 
 test-fast: build $(VENV)/.installed-dev ## run the tests, without those that take more than 20 s
-	$(PY) -m pytest -m "not slow" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not alone' $(ARGS)
 
 check: build $(VENV)/.installed-dev build/hints.log ## the one gate: format, lint, types, floors, tests, instruction counts
 	$(BIN)/ruff format --check .
@@ -46,7 +50,7 @@ check: build $(VENV)/.installed-dev build/hints.log ## the one gate: format, lin
 	$(PY) -m mypy.stubtest $(MODULES:%=sglfast._%)
 	@! grep 'performance hint' build/hints.log || { echo 'Cython sees a slow construct, see the lines above'; exit 1; }
 	$(PY) -m pytest tests/test_floors.py
-	$(PY) -m pytest --ignore=tests/test_floors.py
+	$(MAKE) --no-print-directory test ARGS=--ignore=tests/test_floors.py
 	@if command -v valgrind >/dev/null; then $(PY) bench/icount.py; \
 	else echo 'SKIPPED: instruction counts need valgrind (apt-get install valgrind)'; fi
 	@echo 'make check: all passed'

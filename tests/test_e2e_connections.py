@@ -19,6 +19,8 @@ from scripted_worker import SSE_HEAD, Call, Worker, answer
 from sglfast import _counters as c
 from sglfast.errors import REASON_INDEX, REQUEST_TIMEOUT
 
+pytestmark = pytest.mark.alone
+
 HEALTH = request("GET", "/health")
 IDLE_BYTES = 10_000  # of an idle connection at most, in the shard's own memory
 SLOW_OF_A_KIND = 100

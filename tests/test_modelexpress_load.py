@@ -23,6 +23,7 @@ def run(fleet: Fleet, storage: str, log: Path) -> Result:
     return result
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_thousand_seeds_of_eight_ranks(tmp_path: Path) -> None:
@@ -35,6 +36,7 @@ def test_a_thousand_seeds_of_eight_ranks(tmp_path: Path) -> None:
     assert max(result.resident_bytes) - result.resident_bytes[0] < GROWTH_BYTES_MAX
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_smaller_fleet_on_redis(tmp_path: Path) -> None:

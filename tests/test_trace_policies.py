@@ -18,7 +18,7 @@ from sglfast.load.trace import infinite_cache_hit_ratio, read_trace
 TRACE = Path(__file__).resolve().parents[2] / "shared" / "traces" / "mooncake_conversation.jsonl"
 SPEED_UP = 10.0
 
-pytestmark = [pytest.mark.slow, pytest.mark.trace, pytest.mark.skipif(not TRACE.exists(), reason=f"{TRACE} is not here")]
+pytestmark = [pytest.mark.alone, pytest.mark.slow, pytest.mark.trace, pytest.mark.skipif(not TRACE.exists(), reason=f"{TRACE} is not here")]
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,11 @@ OURS = (b"host", b"content-length", b"transfer-encoding", b"expect", b"x-sglfast
 _FD, _SEGMENT = shm.create(max_workers=1, max_ranks=64, max_shards=1, capacity_blocks=1)
 
 
+def _no_mishap(what: str, extra: dict[str, object]) -> None:
+    """Whatever comes in, our own code does not fail."""
+    raise AssertionError(f"{what}: {extra}")
+
+
 class StubShard(ShardBase):
     """What connections ask of a shard. `later`: calls that the loop would make; `choices`: requests that wait for a route."""
 
@@ -59,6 +64,8 @@ class StubShard(ShardBase):
         self.choices: deque[Callable[[errors.Reason], None]] = deque()
         self.reasons: list[str] = []
         self.rng = rng
+        self.kinds_elsewhere: frozenset[str] = frozenset()
+        self.log = cast(Any, SimpleNamespace(error=_no_mishap))
 
     def count_error(self, reason: errors.Reason) -> None:
         self.reasons.append(reason.code)
@@ -83,6 +90,7 @@ class StubRouter(RouterBase):
         self._shard = shard
         self.pools: dict[str, Any] = {}
         self.models: list[str] = []
+        self.adapters: dict[str, str] = {}
 
     def refresh(self) -> None:
         pass

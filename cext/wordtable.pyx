@@ -113,8 +113,21 @@ cdef int _add_gap(plan_t *plan, const char *start, const char *end, bint is_word
     return 0
 
 
+cdef inline bint _is_space(char ch) noexcept nogil:
+    return ch == 32 or 9 <= ch <= 13
+
+
+cdef int _close_run(plan_t *plan, const char *run, const char *last, const char *end) noexcept nogil:
+    # last: the run's last word. White space in front of a word is cut before its last character, at the end of a text it is not: so a
+    # run that ends inside of white space is no text of its own.
+    if last > run and _is_space(last[0]) and _is_space((last - 1)[0]):
+        return _add_gap(plan, run, last, False) or _add_gap(plan, last, end, False)
+    return _add_gap(plan, run, end, False)
+
+
 cdef int _make_plan(sf_words_t *words, int kind, const char *p, const char *end, plan_t *plan) noexcept nogil:
     cdef const char *run = NULL  # begin of what is not known
+    cdef const char *last = NULL  # word of that
     cdef const char *stretch
     cdef const char *stop
     cdef const sf_word_t *known
@@ -125,6 +138,7 @@ cdef int _make_plan(sf_words_t *words, int kind, const char *p, const char *end,
         if not sf_is_ascii(p, stretch):
             if run == NULL:
                 run = p
+            last = p
             p = stretch
         while p < stretch:
             stop = sf_pretoken_end(kind, p, stretch)
@@ -137,8 +151,9 @@ cdef int _make_plan(sf_words_t *words, int kind, const char *p, const char *end,
             if known == NULL and not came:
                 if run == NULL:
                     run = p
+                last = p
             else:
-                if run != NULL and _add_gap(plan, run, p, False):
+                if run != NULL and _close_run(plan, run, last, p):
                     return -1
                 run = NULL
                 if _add_gap(plan, p, stop, True) if came else _add_ids(plan, known.data, known.n_ids):

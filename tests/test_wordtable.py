@@ -79,6 +79,18 @@ def test_ids_are_those_of_the_tokenizer(tokenizers: list[Tokenizer], texts: list
         assert not asked, "what came three times is known"
 
 
+@pytest.mark.parametrize("text", ["0\r\n\n0", "0 \n\n0", "0\t\n0", "0  0", "0\n  0", "0\r\n \n0", "'  '", "0\n\n\n 0 \n\n0"])
+def test_white_space_before_a_word_that_came_is_cut_as_in_the_whole_text(tokenizers: list[Tokenizer], text: str) -> None:
+    """What is new ends inside of it, and at the end of a text white space is one word."""
+    for tokenizer in tokenizers:
+        pattern = tokenizer.word_pattern
+        assert pattern is not None
+        for known in words_of(text, pattern):
+            table = WordTable(1 << 16, 0, pattern, {})
+            table.learn(known, tokenizer.encode(known, False))
+            assert table.encode(text, tokenizer.encode_all) == array("I", tokenizer.encode(text, False)), known
+
+
 class Letters:
     """A tokenizer whose ids are the characters, one each; counts what it is asked."""
 

@@ -53,6 +53,17 @@ GOOD = answer(b"")
 HANG = b""  # takes the request and never answers
 
 
+async def close_server(server: asyncio.Server) -> None:
+    """Close a server of asyncio's own loop, which loses the socket of a connection that it has accepted a moment ago."""
+    loop = asyncio.get_running_loop()
+    for listener in server.sockets:
+        loop.remove_reader(listener.fileno())
+    for _ in range(4):  # accepted, made a task of, made a transport of, given to the callback
+        await asyncio.sleep(0)
+    server.close()
+    await server.wait_closed()
+
+
 class ScriptedWorker:
     """An HTTP server whose answers are scripted for each path: raw bytes, one for each request, the last for all that follow."""
 
@@ -83,10 +94,7 @@ class ScriptedWorker:
         """Refuse connections from now on and drop those that are there."""
         self._is_open = False
         if self._server is not None:
-            self._server.close()
-            await self._server.wait_closed()
-        for _ in range(3):  # a connection that the loop has accepted comes to `_accept` in one of its next rounds
-            await asyncio.sleep(0)
+            await close_server(self._server)
         for task, writer in self._busy.items():
             task.cancel()
             writer.close()  # here, because a task that has not begun is cancelled without a word

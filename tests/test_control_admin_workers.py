@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from control_doubles import GOOD, ScriptedWorker, server_info, until
+from control_doubles import GOOD, ScriptedWorker, close_server, server_info, until
 from control_house import Admin, admin
 
 from sglfast._workers import READY
@@ -108,16 +108,20 @@ def test_the_key_reaches_the_worker() -> None:
         seen: list[bytes] = []
 
         async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            seen.append(await reader.readuntil(b"\r\n\r\n"))
-            writer.write(b"HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n")
-            writer.close()
+            try:
+                seen.append(await reader.readuntil(b"\r\n\r\n"))
+                writer.write(b"HTTP/1.1 401 No\r\ncontent-length: 0\r\n\r\n")
+            finally:  # also when the loop ends while a health check is under way
+                writer.close()
 
         server = await asyncio.start_server(answers, "127.0.0.1", 0)
-        async with server:
+        try:
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
             await asking.ask("POST", "/workers", {"url": url, "api_key": KEY})
             await until(lambda: seen, "a health check")
             await asking.ask("GET", "/get_loads")
+        finally:
+            await close_server(server)
         assert all(f"authorization: bearer {KEY}".encode() in head.lower() for head in seen)
         assert len(seen) >= 2
 

@@ -20,7 +20,7 @@ from sglfast.edge.mishap import report
 from sglfast.edge.pairs import Decodes, make_decodes, pair
 from sglfast.edge.policy import FAILOVER, NO_PROMPT, Hit, Prompt
 from sglfast.edge.pools import Pool, Route, policy_for, why_unserved
-from sglfast.edge.predict import NOTHING, Found, Prediction, Predictor, with_guesses
+from sglfast.edge.predict import NOTHING, Found, Predictor, with_guesses
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
 from sglfast.shm import PARITY_OK, WorkerView, read_workers
@@ -366,7 +366,10 @@ class Router(RouterBase):
         has_second = decodes is not None and any(idx not in tried for idx in decodes.view.worker_idxs)
         if has_second and first.upstream.worker_idx not in tried and first.upstream in pool.upstreams and failed.prefill is not None:
             position = pool.upstreams.index(first.upstream)
-            prediction = self._sent_again(pool, position, first)
+            prediction = first.prediction
+            if prediction is not None and self._predictor is not None:
+                is_kept = pool.is_approximate_at(position)
+                prediction = self._predictor.sent(pool.workers[position], prediction.rank, prediction.keys, is_kept=is_kept)
             again = replace(first, pool=pool, decision=FAILOVER, predicted_tokens=-1, prediction=prediction)
         else:
             # Where every decode worker has failed, those that need none go first.
@@ -379,13 +382,6 @@ class Router(RouterBase):
         if decodes is None or not pool.is_prefill(position):
             return again
         return pair(decodes, least_left(decodes.view.worker_idxs, loads, tried, limit), again)
-
-    def _sent_again(self, pool: Pool, position: int, failed: Route) -> Prediction | None:
-        if failed.prediction is None or self._predictor is None:
-            return None
-        worker = pool.workers[position]
-        rank = failed.prediction.rank if failed.upstream is pool.upstreams[position] else worker.rank_base
-        return self._predictor.sent(worker, rank, failed.prediction.keys, is_kept=pool.is_approximate_at(position))
 
     def describe(self, route: Route) -> bytes:
         """Value of the answer header `x-sglfast-kv`: what was predicted for this request."""

@@ -59,6 +59,9 @@ cdef extern from "sf_xxh3.h":
     int SF_XXH3_SECRET_BYTES
     void sf_xxh3_make_secret(uint8_t *secret, uint64_t seed) noexcept nogil
     uint64_t sf_xxh3(const void *data, size_t n, uint64_t seed, const uint8_t *secret) noexcept nogil
+    uint64_t sf_xxh3_keyed(
+        uint64_t key, const void *data, size_t n, uint64_t seed, const uint8_t *secret, uint8_t *scratch
+    ) noexcept nogil
 
 
 cdef enum Code:
@@ -276,29 +279,34 @@ cdef void _chain_tokens(
     const uint8_t *ids, int id_bytes, Py_ssize_t page_size, bint bigram, Py_ssize_t pages, const chain_t *chain,
     uint8_t *scratch, char *keys
 ) noexcept nogil:
-    cdef Py_ssize_t page, j, count = page_size + bigram
-    cdef const uint64_t *wide
-    cdef uint64_t key = chain.parent, bits
-    cdef size_t n_bytes
+    cdef Py_ssize_t page, count = page_size + bigram
+    cdef uint64_t key = chain.parent
     for page in range(pages):
-        memcpy(scratch, &key, 8)
-        n_bytes = 8 + 4 * count
         if id_bytes == 4:
-            memcpy(scratch + 8, ids, 4 * count)
+            key = sf_xxh3_keyed(key, ids, 4 * count, chain.seed, chain.secret, scratch)
         else:
-            wide = <const uint64_t *> ids
-            bits = 0
-            for j in range(count):
-                bits |= wide[j]
-            if bits >> 32:
-                scratch[8] = 0xff
-                memcpy(scratch + 9, ids, 8 * count)
-                n_bytes = 9 + 8 * count
-            else:
-                _narrow(wide, scratch + 8, count)
-        key = sf_xxh3(scratch, n_bytes, chain.seed, chain.secret)
+            key = _wide_page_key(key, <const uint64_t *> ids, count, chain, scratch)
         memcpy(keys + 8 * page, &key, 8)
         ids += id_bytes * page_size
+
+
+cdef uint64_t _wide_page_key(
+    uint64_t key, const uint64_t *ids, Py_ssize_t count, const chain_t *chain, uint8_t *scratch
+) noexcept nogil:
+    """The key of a page in a prompt in which some id needs more than 4 bytes."""
+    cdef Py_ssize_t i
+    cdef size_t n_bytes = 4 * count
+    cdef uint64_t bits = 0
+    for i in range(count):
+        bits |= ids[i]
+    memcpy(scratch, &key, 8)
+    if bits >> 32:
+        scratch[8] = 0xff
+        n_bytes = 1 + 8 * count
+        memcpy(scratch + 9, ids, 8 * count)
+    else:
+        _narrow(ids, scratch + 8, count)
+    return sf_xxh3(scratch, 8 + n_bytes, chain.seed, chain.secret)
 
 
 cdef bint _salt_digest(bytes cache_salt, uint8_t *digest):

@@ -4,7 +4,9 @@
 cdef extern from "sf_xxh3.h" nogil:
     int SF_XXH3_SECRET_BYTES
     void sf_xxh3_make_secret(uint8_t *secret, uint64_t seed) noexcept
-    uint64_t sf_xxh3(const void *data, size_t n, uint64_t seed, const uint8_t *secret) noexcept
+    uint64_t sf_xxh3_keyed(
+        uint64_t key, const void *data, size_t n, uint64_t seed, const uint8_t *secret, uint8_t *scratch
+    ) noexcept
 
 cdef extern from "sf_kvdecode.h" nogil:
     enum:
@@ -91,9 +93,9 @@ cdef uint64_t chain_store(table_t *table, sf_kv_t *kv, const sf_kv_event_t *even
     if event.n_tokens != event.count * placed.block_size:
         return 0
     for i in range(event.count):
-        memcpy(placed.page, &key, 8)
-        memcpy(placed.page + 8, kv.tokens + event.first_token + i * placed.block_size, n_bytes)
-        key = sf_xxh3(placed.page, 8 + n_bytes, placed.seed, placed.secret)
+        key = sf_xxh3_keyed(
+            key, kv.tokens + event.first_token + i * placed.block_size, n_bytes, placed.seed, placed.secret, placed.page
+        )
         hash_ = _hash_at(kv.keys, event.start + i)
         table_put(table, hash_, key)
         kv.keys[placed.n_keys + i] = key

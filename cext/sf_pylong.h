@@ -25,11 +25,14 @@ static inline int64_t sf_one_digit(PyObject *item) {
 }
 
 /* Write `count` ids. Returns 1, or 0 when one of them is unusual: what was written then says nothing. */
-static inline int sf_uint32_of_longs(PyObject *const *items, Py_ssize_t count, uint32_t *ids) {
+static inline int sf_uint32_of_longs(PyObject *const *items, Py_ssize_t count, uint32_t *restrict ids) {
+    /* In a register: through the global offset table it would be read again after each id that is written. */
+    PyTypeObject *exact = &PyLong_Type;
+    __asm__("" : "+r"(exact));
 #pragma GCC unroll 4
     for (Py_ssize_t i = 0; i < count; i++) {
         /* The type first: of anything else the rest is not there to be read. */
-        if (__builtin_expect(!PyLong_CheckExact(items[i]), 0)) return 0;
+        if (__builtin_expect(Py_TYPE(items[i]) != exact, 0)) return 0;
         int64_t value = sf_one_digit(items[i]);
         if (__builtin_expect(value < 0, 0)) return 0;
         ids[i] = (uint32_t)value;

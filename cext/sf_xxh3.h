@@ -118,14 +118,16 @@ static inline uint64_t sf_xxh3_17_to_240(const uint8_t *p, size_t n, uint64_t se
 
 #ifdef __SSE2__
 /* The eight accumulators, two to a register; the same numbers as the plain form below. */
+static inline __m128i sf_xxh3_lane(__m128i acc, __m128i value, const uint8_t *s)
+{
+    __m128i keyed = _mm_xor_si128(value, _mm_loadu_si128((const __m128i *)s));
+    __m128i product = _mm_mul_epu32(keyed, _mm_srli_epi64(keyed, 32));
+    return _mm_add_epi64(_mm_add_epi64(acc, _mm_shuffle_epi32(value, _MM_SHUFFLE(1, 0, 3, 2))), product);
+}
+
 static inline void sf_xxh3_stripe(__m128i acc[4], const uint8_t *p, const uint8_t *s)
 {
-    for (int i = 0; i < 4; i++) {
-        __m128i value = _mm_loadu_si128((const __m128i *)p + i);
-        __m128i keyed = _mm_xor_si128(value, _mm_loadu_si128((const __m128i *)s + i));
-        __m128i product = _mm_mul_epu32(keyed, _mm_srli_epi64(keyed, 32));
-        acc[i] = _mm_add_epi64(_mm_add_epi64(acc[i], _mm_shuffle_epi32(value, _MM_SHUFFLE(1, 0, 3, 2))), product);
-    }
+    for (int i = 0; i < 4; i++) acc[i] = sf_xxh3_lane(acc[i], _mm_loadu_si128((const __m128i *)p + i), s + 16 * i);
 }
 
 static inline void sf_xxh3_scramble(__m128i acc[4], const uint8_t *s)
@@ -155,22 +157,23 @@ static inline void sf_xxh3_scramble(uint64_t acc[8], const uint8_t *s)
 typedef uint64_t sf_xxh3_acc_t[8];
 #endif
 
+static const uint64_t sf_xxh3_start[8] = {SF_P32_3, SF_P64_1, SF_P64_2, SF_P64_3, SF_P64_4, SF_P32_2, SF_P64_5, SF_P32_1};
+
 /* The eight accumulators after an input of more than 240 bytes, and a number out of them from `secret` on. */
 static inline void sf_xxh3_accumulate(uint64_t out[8], const uint8_t *p, size_t n, const uint8_t *s)
 {
-    static const uint64_t start[8] = {SF_P32_3, SF_P64_1, SF_P64_2, SF_P64_3, SF_P64_4, SF_P32_2, SF_P64_5, SF_P32_1};
     const size_t block = SF_XXH3_STRIPE_BYTES * SF_XXH3_STRIPES_PER_BLOCK;
     const uint8_t *last = s + SF_XXH3_SECRET_BYTES - SF_XXH3_STRIPE_BYTES, *end = p + n;
     sf_xxh3_acc_t acc;
 
-    memcpy(acc, start, sizeof start);
+    memcpy(acc, sf_xxh3_start, sizeof sf_xxh3_start);
     for (; (size_t)(end - p) > block; p += block) {
         for (int i = 0; i < SF_XXH3_STRIPES_PER_BLOCK; i++) sf_xxh3_stripe(acc, p + SF_XXH3_STRIPE_BYTES * i, s + 8 * i);
         sf_xxh3_scramble(acc, last);
     }
     for (; end - p > SF_XXH3_STRIPE_BYTES; p += SF_XXH3_STRIPE_BYTES, s += 8) sf_xxh3_stripe(acc, p, s);
     sf_xxh3_stripe(acc, end - SF_XXH3_STRIPE_BYTES, last - 7);
-    memcpy(out, acc, sizeof start);
+    memcpy(out, acc, sizeof sf_xxh3_start);
 }
 
 static inline uint64_t sf_xxh3_merge(const uint64_t acc[8], const uint8_t *secret, uint64_t h)
@@ -202,6 +205,37 @@ static inline uint64_t sf_xxh3(const void *data, size_t n, uint64_t seed, const 
     if (n <= 16) return sf_xxh3_0_to_16(data, n, seed);
     if (n <= 240) return sf_xxh3_17_to_240(data, n, seed);
     return sf_xxh3_long(data, n, secret);
+}
+
+#ifdef __SSE2__
+/* sf_xxh3_keyed for 8 + n bytes of more than 240 and of one block at most, so that nothing is scrambled and the stripes' sums may come
+ * in any order: that with the key comes last, from registers. A key that was just stored and is loaded again with its neighbours in one
+ * load of 16 bytes would stall the chain for longer than all the rest takes. */
+static inline uint64_t sf_xxh3_block_keyed(uint64_t key, const uint8_t *p, size_t n, const uint8_t *s)
+{
+    const size_t stripes = (n + 8 - 1) / SF_XXH3_STRIPE_BYTES; /* before the last one, which may overlap */
+    __m128i acc[4];
+    uint64_t out[8];
+
+    memcpy(acc, sf_xxh3_start, sizeof acc);
+    for (size_t i = 1; i < stripes; i++) sf_xxh3_stripe(acc, p + SF_XXH3_STRIPE_BYTES * i - 8, s + 8 * i);
+    sf_xxh3_stripe(acc, p + n - SF_XXH3_STRIPE_BYTES, s + SF_XXH3_SECRET_BYTES - SF_XXH3_STRIPE_BYTES - 7);
+    for (int i = 1; i < 4; i++) acc[i] = sf_xxh3_lane(acc[i], _mm_loadu_si128((const __m128i *)(p - 8 + 16 * i)), s + 16 * i);
+    acc[0] = sf_xxh3_lane(acc[0], _mm_set_epi64x((int64_t)sf_read64(p), (int64_t)key), s);
+    memcpy(out, acc, sizeof out);
+    return sf_xxh3_merge(out, s + 11, (n + 8) * SF_P64_1);
+}
+#endif
+
+/* As sf_xxh3 of the key's 8 bytes and the `n` bytes at `data` behind them; `scratch` has room for both. */
+static inline uint64_t sf_xxh3_keyed(uint64_t key, const void *data, size_t n, uint64_t seed, const uint8_t *secret, uint8_t *scratch)
+{
+#ifdef __SSE2__
+    if (n + 8 > 240 && n + 8 <= SF_XXH3_STRIPE_BYTES * SF_XXH3_STRIPES_PER_BLOCK) return sf_xxh3_block_keyed(key, data, n, secret);
+#endif
+    memcpy(scratch, &key, 8);
+    memcpy(scratch + 8, data, n);
+    return sf_xxh3(scratch, n + 8, seed, secret);
 }
 
 /* 128 bits under `seed`, the low half first. Above 240 bytes it is XXH3-128; below, where that has formulas of its own for every

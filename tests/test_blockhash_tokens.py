@@ -50,6 +50,16 @@ def test_chain_is_its_formula(tokens: list[int], page_size: int, bigram: bool, m
         assert keys == keys_of(token_keys(buffer, page_size, bigram=bigram, max_pages=max_pages, seed=seed, parent=parent))
 
 
+@pytest.mark.parametrize("bigram", [False, True])
+def test_chain_of_every_page_size(bigram: bool) -> None:
+    """Page sizes from 1 to 300: with them every way that the hash of a key and a page can take, and the borders between them."""
+    for page_size in range(1, 301):
+        tokens = [(page_size * 977 + i * 31) % 128_000 for i in range(2 * page_size + 1)]
+        expected = token_hashes(tokens, page_size, bigram=bigram, seed=7, parent=U64)
+        assert keys_of(token_keys(tokens, page_size, bigram=bigram, seed=7, parent=U64)) == expected, page_size
+        assert keys_of(token_keys(array.array("I", tokens), page_size, bigram=bigram, seed=7, parent=U64)) == expected, page_size
+
+
 @given(st.lists(st.integers(0, 2**40), min_size=4, max_size=60), st.integers(1, 5), st.booleans(), SEEDS)
 def test_chain_continues_from_any_key(tokens: list[int], page_size: int, bigram: bool, seed: int) -> None:
     whole = keys_of(token_keys(tokens, page_size, bigram=bigram, seed=seed))

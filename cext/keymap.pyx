@@ -5,7 +5,8 @@ Runs in: index, one map a rank that has blocks keyed by their tokens; used by th
 Contract: hashes and keys are n little-endian uint64 in one bytes-like object each. A hash has one key; putting it again replaces
     the key. Deletion shifts entries back, so a map that churns does not grow; it shrinks when it is cleared. An empty map has no memory.
     `place` is the token route in one pass, from a batch's bytes to runs of keys: for batches in which all is usual; for the others it
-    returns None, the map is as it was, and index/token_route.py does the same event by event (tests compare the two).
+    returns None, the map is as it was, and index/token_route.py does the same event by event (tests compare the two). `place_batches` does
+    it for a run of batches at once.
 Why a file and no log of changes: a change is then one store into memory that the process has anyway, and none has to be undone.
 """
 
@@ -21,7 +22,23 @@ cimport cython
 from sf_shm cimport sf_store
 
 include "keymaptable.pxi"
+include "kvbatches.pxi"
 include "keymapplace.pxi"
+
+
+cdef void place_begin(sf_kv_t *kv, placed_t *placed, uint64_t seed, uint32_t block_size, int64_t main_group) noexcept nogil:
+    memset(kv, 0, sizeof(sf_kv_t))
+    memset(placed, 0, sizeof(placed_t))
+    kv.wants_tokens = 1
+    placed.seed = seed
+    placed.block_size = block_size
+    placed.main_group = main_group
+
+
+cdef void place_end(sf_kv_t *kv, placed_t *placed) noexcept nogil:
+    sf_kv_free(kv)
+    free(placed.page)
+    free(placed.removed)
 
 
 cdef inline bytes _packed(const uint64_t *words, uint64_t n):
@@ -58,48 +75,59 @@ cdef class KeyMap:
         cdef Py_buffer view
         cdef sf_kv_t kv
         cdef placed_t placed
-        cdef uint64_t i
         cdef int code
-        memset(&kv, 0, sizeof(kv))
-        memset(&placed, 0, sizeof(placed))
-        kv.wants_tokens = 1
-        placed.seed = seed
-        placed.block_size = block_size
-        placed.main_group = main_group
+        place_begin(&kv, &placed, seed, block_size, main_group)
         PyObject_GetBuffer(payload, &view, PyBUF_SIMPLE)
         try:
-            kv.p = <const uint8_t *>view.buf
-            kv.end = kv.p + view.len
             with nogil:
-                code = sf_kv_batch(&kv)
-                if code == SF_KV_OK:
-                    code = check_events(&kv, &placed)
+                code = decode_events(&kv, &placed, <const uint8_t *>view.buf, <const uint8_t *>view.buf + view.len)
             if code == SF_KV_NO_MEMORY:
                 raise MemoryError
-            if code != SF_KV_OK:
-                return None
-            self._make_room(kv.n_keys - placed.max_removed)
-            placed.page = <uint8_t *>malloc(8 + 4 * placed.block_size)
-            placed.removed = <uint64_t *>malloc(8 * placed.max_removed + 8)
-            if placed.page == NULL or placed.removed == NULL:
-                raise MemoryError
-            with nogil:
-                sf_xxh3_make_secret(placed.secret, placed.seed)
-                code = place_events(&self.table, &kv, &placed)
-            if code:
-                raise MemoryError
-            if placed.is_cleared and self.table.count * 8 < self.table.n_slots and self.table.n_slots > c_FIRST_SLOTS:
-                memory_resize(self, max(c_FIRST_SLOTS, self.table.n_slots >> 2))  # without memory it stays as it is
-            return (
-                kv.n_events, placed.n_orphans, placed.n_orphans_live, placed.main_group,
-                [(kv.runs[i].kind, kv.runs[i].tiers, _packed(kv.keys + kv.runs[i].start, kv.runs[i].count)) for i in range(kv.n_runs)],
-                _packed(placed.removed, placed.n_removed),
-            )
+            return self._place(&kv, &placed) if code == SF_KV_OK else None
         finally:
             PyBuffer_Release(&view)
-            sf_kv_free(&kv)
-            free(placed.page)
-            free(placed.removed)
+            place_end(&kv, &placed)
+
+    def place_batches(self, payloads, ends, uint64_t first=0, *, uint64_t seed, uint32_t block_size, int64_t main_group=0):
+        """The same for batches one behind the other, as many of them as are usual; see the stub."""
+        cdef batches_t batches
+        cdef sf_kv_t kv
+        cdef placed_t placed
+        cdef uint64_t n_done = 0
+        cdef int code
+        place_begin(&kv, &placed, seed, block_size, main_group)
+        batches_open(&batches, payloads, ends, first)
+        try:
+            with nogil:
+                code = decode_batches(&kv, &placed, &batches, &n_done)
+            if code == SF_KV_NO_MEMORY:
+                raise MemoryError
+            return n_done, self._place(&kv, &placed) if n_done else None
+        finally:
+            batches_close(&batches)
+            place_end(&kv, &placed)
+
+    cdef _place(self, sf_kv_t *kv, placed_t *placed):
+        """Make and remember the keys of events that were checked."""
+        cdef uint64_t i
+        cdef int code
+        self._make_room(kv.n_keys - placed.max_removed)
+        placed.page = <uint8_t *>malloc(8 + 4 * placed.block_size)
+        placed.removed = <uint64_t *>malloc(8 * placed.max_removed + 8)
+        if placed.page == NULL or placed.removed == NULL:
+            raise MemoryError
+        with nogil:
+            sf_xxh3_make_secret(placed.secret, placed.seed)
+            code = place_events(&self.table, kv, placed)
+        if code:
+            raise MemoryError
+        if placed.is_cleared and self.table.count * 8 < self.table.n_slots and self.table.n_slots > c_FIRST_SLOTS:
+            memory_resize(self, max(c_FIRST_SLOTS, self.table.n_slots >> 2))  # without memory it stays as it is
+        return (
+            kv.n_events, placed.n_orphans, placed.n_orphans_live, placed.main_group,
+            [(kv.runs[i].kind, kv.runs[i].tiers, _packed(kv.keys + kv.runs[i].start, kv.runs[i].count)) for i in range(kv.n_runs)],
+            _packed(placed.removed, placed.n_removed),
+        )
 
     cdef _make_room(self, uint64_t n):
         cdef uint64_t n_slots = max(c_FIRST_SLOTS, self.table.n_slots)

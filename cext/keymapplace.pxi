@@ -1,4 +1,4 @@
-# Part of keymap.pyx, which documents it: the token route in one pass, from a batch's bytes to runs of keys.
+# Part of keymap.pyx, which documents it: the token route in one pass, from the bytes of a batch, or of a run of them, to runs of keys.
 
 
 cdef extern from "sf_xxh3.h" nogil:
@@ -11,6 +11,7 @@ cdef extern from "sf_xxh3.h" nogil:
 cdef extern from "sf_kvdecode.h" nogil:
     enum:
         SF_KV_OK
+        SF_KV_UNUSUAL
         SF_KV_NO_MEMORY
         SF_KV_STORE
         SF_KV_REMOVE
@@ -49,12 +50,17 @@ cdef extern from "sf_kvdecode.h" nogil:
         uint32_t *tokens
         sf_kv_event_t *events
 
+    ctypedef struct sf_kv_mark_t:
+        uint64_t n_events
+
     int sf_kv_batch(sf_kv_t *kv) noexcept
+    sf_kv_mark_t sf_kv_mark(const sf_kv_t *kv) noexcept
+    void sf_kv_undo(sf_kv_t *kv, const sf_kv_mark_t *mark) noexcept
     int sf_kv_run(sf_kv_t *kv, uint32_t kind, uint32_t tiers, uint64_t n_keys, uint64_t n_end) noexcept
     void sf_kv_free(sf_kv_t *kv) noexcept
 
 
-# What `place` makes of a batch, besides the runs of keys in its sf_kv_t.
+# What `place` makes of a batch or several, besides the runs of keys in its sf_kv_t.
 cdef struct placed_t:
     uint64_t seed
     uint64_t block_size
@@ -144,12 +150,41 @@ cdef int place_events(table_t *table, sf_kv_t *kv, placed_t *placed) noexcept no
     return SF_KV_OK
 
 
-cdef int check_events(const sf_kv_t *kv, placed_t *placed) noexcept nogil:
-    """Look whether all events are of the route's block size, and count what will be needed; 1 when one is not."""
+cdef int check_events(const sf_kv_t *kv, uint64_t first, placed_t *placed) noexcept nogil:
+    """Look whether all events from `first` on are of the route's block size, and count what will be needed; 1 when one is not."""
     cdef uint64_t i
-    for i in range(kv.n_events):
+    for i in range(first, kv.n_events):
         if kv.events[i].kind == SF_KV_STORE and kv.events[i].n_tokens and kv.events[i].block_size != placed.block_size:
             return 1
+    for i in range(first, kv.n_events):
         if kv.events[i].kind == SF_KV_REMOVE:
             placed.max_removed += kv.events[i].count
     return 0
+
+
+cdef int decode_events(sf_kv_t *kv, placed_t *placed, const uint8_t *start, const uint8_t *end) noexcept nogil:
+    """Add a batch's events, if all is usual; else nothing has changed."""
+    cdef sf_kv_mark_t mark = sf_kv_mark(kv)
+    cdef int code
+    kv.p = start
+    kv.end = end
+    code = sf_kv_batch(kv)
+    if code == SF_KV_OK and check_events(kv, mark.n_events, placed):
+        code = SF_KV_UNUSUAL
+    if code != SF_KV_OK:
+        sf_kv_undo(kv, &mark)
+    return code
+
+
+cdef int decode_batches(sf_kv_t *kv, placed_t *placed, const batches_t *batches, uint64_t *n_done) noexcept nogil:
+    """All that are usual, from the first one on; their events are one list then, as of one batch."""
+    cdef uint64_t i
+    cdef int code
+    for i in range(batches.first, batches.count):
+        code = decode_events(kv, placed, batches_start(batches, i), batches_start(batches, i + 1))
+        if code == SF_KV_NO_MEMORY:
+            return code
+        if code != SF_KV_OK:
+            break
+        n_done[0] += 1
+    return SF_KV_OK

@@ -285,7 +285,7 @@ static int sf_kv_event(sf_kv_t *kv)
     return SF_KV_OK;
 }
 
-/* kv->p, kv->end = the payload, kv->wants_tokens as wanted, the rest zero. */
+/* kv->p, kv->end = the payload, kv->wants_tokens as wanted, the rest zero, or what batches before it have left. */
 static int sf_kv_batch(sf_kv_t *kv)
 {
     int64_t n_fields = sf_kv_array(kv), n_events;
@@ -303,5 +303,25 @@ static int sf_kv_batch(sf_kv_t *kv)
         if (code) return code;
     }
     return kv->p == kv->end ? SF_KV_OK : SF_KV_UNUSUAL;
+}
+
+/* Where a batch begins in what was made of those before it. */
+typedef struct {
+    uint64_t n_keys, n_runs, n_last, n_events, n_tokens;
+} sf_kv_mark_t;
+
+static inline sf_kv_mark_t sf_kv_mark(const sf_kv_t *kv)
+{
+    return (sf_kv_mark_t){kv->n_keys, kv->n_runs, kv->n_runs ? kv->runs[kv->n_runs - 1].count : 0, kv->n_events, kv->n_tokens};
+}
+
+/* Take back all that was made since the mark. */
+static inline void sf_kv_undo(sf_kv_t *kv, const sf_kv_mark_t *mark)
+{
+    kv->n_keys = mark->n_keys;
+    kv->n_runs = mark->n_runs;
+    kv->n_events = mark->n_events;
+    kv->n_tokens = mark->n_tokens;
+    if (mark->n_runs) kv->runs[mark->n_runs - 1].count = mark->n_last;
 }
 #endif

@@ -24,6 +24,14 @@ class KeyMap:
         that removals named and the map knows): what of the last the rank does not own any more after the runs is to be dropped.
         None when the batch is not entirely usual; then nothing has changed.
         """
+    def place_batches(
+        self, payloads: Any, ends: Any, first: int = 0, *, seed: int, block_size: int, main_group: int = 0
+    ) -> tuple[int, tuple[int, int, int, int, list[tuple[int, int, bytes]], bytes] | None]:
+        """Do what `place` does with several batches as if they were one, from number `first` on up to one that is not entirely usual.
+
+        payloads: one behind the other; ends: where each ends, as native uint64. Return (batches, as `place`, None for none of them).
+        Raises ValueError when these do not go together.
+        """
     def get(self, hash_: int) -> int | None:
         """Return the key of one hash, None when it is unknown."""
     def find(self, hashes: Any) -> tuple[bytes, bytes]:

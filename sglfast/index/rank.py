@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 
 from sglfast._hashtree import TreeWriter
 from sglfast._keymap import KeyMap
-from sglfast._kvdecode import CLEAR, STORE, runs
+from sglfast._kvdecode import CLEAR, STORE, runs, runs_of_batches
 from sglfast.errors import KvEventError
 from sglfast.index.key_check import disagreement
+from sglfast.index.live import Run
 from sglfast.index.stream import HASH_MISMATCH, Outcome
-from sglfast.index.token_route import TokenRoute
+from sglfast.index.token_route import Placed, TokenRoute
 from sglfast.shm import KeyRoute
 from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, tier_mask
 
@@ -152,23 +153,41 @@ class RankIndex:
             return _LOSSY
         return outcome if orphans == self._by_tokens.orphans else _LOSSY
 
+    def apply_run(self, run: Run, first: int) -> tuple[int, Outcome]:
+        """Apply batches of the run from `first` on, as many as are usual, as if they were one; (how many, what they did).
+
+        For the others, of which the next one is the first: `apply`.
+        """
+        if not self.has_agreed:
+            return 0, _PLAIN
+        if not self._is_by_tokens:
+            n_batches, n_events, found = runs_of_batches(run.payloads, run.ends, first)
+            return n_batches, self._write(n_events, found) if n_batches else _PLAIN
+        try:
+            n_batches, placed = self._by_tokens.place_batches(run.payloads, run.ends, first)
+        except MemoryError:  # perhaps not for one alone
+            return 0, _PLAIN
+        return n_batches, self._write_placed(placed) if placed is not None else _PLAIN
+
     def _apply_usual(self, payload: bytes) -> Outcome | None:
         """The same in one pass; None, and nothing has changed, when something in the batch is not usual."""
-        by_tokens, counters, rank = self._by_tokens, self.counters, self.rank
-        is_lossy = False
         if self._is_by_tokens:
-            placed = by_tokens.place_all(payload)
-            if placed is None:
-                return None
-            n_events, found, removed, is_lossy = placed
-            counters.orphans = by_tokens.orphans
-            if removed:
-                self._removed += removed
-        else:
-            usual = runs(payload)
-            if usual is None:
-                return None
-            n_events, found = usual
+            placed = self._by_tokens.place_all(payload)
+            return None if placed is None else self._write_placed(placed)
+        usual = runs(payload)
+        return None if usual is None else self._write(*usual)
+
+    def _write_placed(self, placed: Placed) -> Outcome:
+        """To the tree, what the token route made of one batch or more."""
+        self.counters.orphans = self._by_tokens.orphans
+        if placed.removed:
+            self._removed += placed.removed
+        outcome = self._write(placed.n_events, placed.runs)
+        return _LOSSY if placed.is_lossy else outcome
+
+    def _write(self, n_events: int, found: list[tuple[int, int, bytes]]) -> Outcome:
+        """Runs of keys to the tree."""
+        by_tokens, counters, rank = self._by_tokens, self.counters, self.rank
         outcome = _PLAIN
         with self._tree.lock:
             if self._is_retired:
@@ -192,7 +211,7 @@ class RankIndex:
                         self._removed += hashes
         counters.events += n_events
         self.last_event_ms = time.time_ns() // 1_000_000
-        return _LOSSY if is_lossy else outcome
+        return outcome
 
     def settle(self) -> None:
         """Nobody will apply again what was applied: the token route's memory holds what the rank owns now, and not much more."""

@@ -24,6 +24,8 @@ A hole is asked for again as long as each answer brings the front forward, `max_
 Batches held back are bounded; one that finds no room is dropped and comes back by replay, because its number was noted.
 A stream may begin where a former index process left it (`Resume`): as after a lost connection, and not called exact before replay or
 the next number shows that nothing was missed.
+Live batches come one at a time (`on_live`). While nothing is unusual (`steady_seq`), whoever reads them may apply those that are next in
+line himself, many as one, and tells it (`on_applied`).
 Source: spec/kv_events.md 1.6, 6.
 """
 
@@ -168,6 +170,14 @@ class RankStream:
             return RANK_EXACT, 0
         return (RANK_SYNCING if self._loss == NO_EVENT_YET else RANK_DEGRADED), self._loss
 
+    @property
+    def steady_seq(self) -> int | None:
+        """Number of the live batch that would be applied with no further question; None while anything is unusual."""
+        if self._request is not None or self._was_lost or self._is_suspect or self._is_resumed or self._held:
+            return None
+        seq = self.next_seq
+        return seq if seq is not None and seq > self._last_live else None
+
     # ---- what happens ----
 
     def on_connected(self, now_s: float) -> None:
@@ -223,6 +233,14 @@ class RankStream:
                 self._sink.clear(f"batches {expected}..{seq - 1} were lost and there is no replay")
                 self._loss = LOST
                 self._apply(seq, payload)
+
+    def on_applied(self, n_batches: int, last_payload: bytes, outcome: Outcome) -> None:
+        """`n_batches` live batches, from `steady_seq` on, were applied to the rank's blocks. outcome: of all of them, as of one."""
+        assert self.next_seq is not None
+        self._replayed.clear()
+        self._last_live = self.next_seq + n_batches - 1
+        self._highest = max(self._highest, self._last_live)
+        self._applied(n_batches, self._last_live, last_payload, outcome)
 
     def on_replay(self, seq: int, payload: bytes, now_s: float) -> None:
         """A batch came as part of the answer to the last `ask_replay`."""
@@ -380,8 +398,10 @@ class RankStream:
         copy = self._held.pop(seq, None)
         if copy is not None:
             self._held_bytes -= len(copy)
-        outcome = self._sink.apply(payload)
-        self.counters.batches += 1
+        self._applied(1, seq, payload, self._sink.apply(payload))
+
+    def _applied(self, n_batches: int, seq: int, payload: bytes, outcome: Outcome) -> None:
+        self.counters.batches += n_batches
         self.next_seq = seq + 1
         self._last_print = print_of(payload)
         if outcome.is_cleared:

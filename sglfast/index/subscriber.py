@@ -20,13 +20,19 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RankTable
+from sglfast._kvsocket import LiveSocket
 from sglfast.errors import KvEventError
+from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex
 from sglfast.index.rank_note import RankNote
 from sglfast.index.stream import Limits, Outcome, RankStream, Resume
 from sglfast.wire.frames import parse_live, parse_replay, replay_request
 
 _ROUND_MESSAGES = 1000
+# What one hold of the tree's lock may take: some hundreds of blocks, or one message.
+_RUN_BYTES = 256 << 10
+# A wake-up costs as much as 50 messages: where many come, we sleep until there are some. One that comes alone is never kept waiting.
+_NAP_S, _BUSY_BELOW_S = 0.0005, 0.00025
 _RESTART_DELAY_S = 1.0
 # A batch of 65,536 blocks of 1024 tokens would be 256 MiB; nothing real comes near.
 _MAX_MESSAGE_BYTES = 256 << 20
@@ -89,6 +95,8 @@ class Subscriber:
         self._dealer: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
         self._published: dict[int, int] = {}
+        self._n_read = 0  # live messages, in this round
+        self._busy_until_s = 0.0  # a message that comes before this is one of many
         self._stream = RankStream(self, has_replay=endpoints.replay is not None, limits=limits, resume=resume)
         self._limits = limits
         self._thread = threading.Thread(target=self._run, name=f"kv-rank-{index.rank}", daemon=True)
@@ -214,6 +222,7 @@ class Subscriber:
         try:
             live.setsockopt(zmq.SUBSCRIBE, self._endpoints.topic)
             connect(live, self._endpoints.live)
+            reader = LiveSocket(live, self._endpoints.topic if self._endpoints.is_shared else None)
             for source in (self._stop_fd, monitor, live):
                 poller.register(source, zmq.POLLIN)
             notices: list[int] = []
@@ -223,7 +232,8 @@ class Subscriber:
                     return
                 if monitor in ready:
                     notices += self._read_notices(monitor)
-                is_drained = self._read_live(live) if live in ready or notices else True
+                self._n_read = 0
+                is_drained = self._read_live(reader) if live in ready or notices else True
                 self._save()
                 if is_drained:
                     self._tell(notices)
@@ -235,34 +245,62 @@ class Subscriber:
                 if self._stream.deadline_s is None:
                     self._close_dealer()
                 self.publish()
+                if is_drained and self._stream.deadline_s is None:
+                    self._rest(self._n_read)
         finally:
             self._close_dealer()
             live.disable_monitor()
             monitor.close(linger=0)
             live.close(linger=0)
 
+    def _rest(self, n_messages: int) -> None:
+        """Behind a round that has read all live messages, `n_messages`: let more of them come first, if many do."""
+        if not n_messages:
+            return
+        if n_messages > 1 or time.monotonic() < self._busy_until_s:
+            time.sleep(_NAP_S)
+        self._busy_until_s = time.monotonic() + _BUSY_BELOW_S
+
     def _poll_timeout_ms(self) -> int | None:
         deadline_s = self._stream.deadline_s
         return None if deadline_s is None else max(0, int((deadline_s - time.monotonic()) * 1000) + 1)
 
-    def _read_live(self, live: zmq.Socket[bytes]) -> bool:
+    def _read_live(self, live: LiveSocket) -> bool:
         """Read what is there, a round at most; True when nothing is left."""
-        for _ in range(_ROUND_MESSAGES):
-            if self._is_stopping.is_set():
-                break
-            try:
-                frames = live.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+        left = _ROUND_MESSAGES
+        while left > 0 and not self._is_stopping.is_set():
+            seq = self._stream.steady_seq
+            payloads, ends, frames, n_messages, is_drained = live.read(seq, left, _RUN_BYTES)
+            left -= n_messages
+            self._n_read += n_messages
+            if seq is not None and ends:
+                self._apply_run(Run(seq, payloads, ends))
+            if frames is not None:
+                self._read_one(frames)
+            if is_drained:
                 return True
-            if self._endpoints.is_shared and frames[0] != self._endpoints.topic:
-                continue
-            try:
-                seq, payload = parse_live(frames)
-            except KvEventError as error:
-                self._index.note_undecoded(str(error))
-                continue
-            self._stream.on_live(seq, payload, time.monotonic())
         return False
+
+    def _apply_run(self, run: Run) -> None:
+        """Batches that were next in line: those that are not usual go the way of any live message."""
+        at, stream = 0, self._stream
+        while at < len(run) and not self._is_stopping.is_set():
+            if stream.steady_seq == run.first_seq + at:
+                n_batches, outcome = self._index.apply_run(run, at)
+                if n_batches:
+                    at += n_batches
+                    stream.on_applied(n_batches, run.payload(at - 1), outcome)
+                    continue
+            stream.on_live(run.first_seq + at, run.payload(at), time.monotonic())
+            at += 1
+
+    def _read_one(self, frames: list[bytes]) -> None:
+        try:
+            seq, payload = parse_live(frames)
+        except KvEventError as error:
+            self._index.note_undecoded(str(error))
+            return
+        self._stream.on_live(seq, payload, time.monotonic())
 
     def _read_replay(self, dealer: zmq.Socket[bytes]) -> None:
         for _ in range(_ROUND_MESSAGES):

@@ -12,6 +12,8 @@ Of a hybrid vLLM model only the main attention's cache counts; the blocks of its
 Source: spec/kv_events.md 2.4, 2.7, 2.8; the chain itself is in sglfast._blockhash.
 """
 
+from typing import NamedTuple
+
 import msgspec
 
 from sglfast._blockhash import chain_seed, token_keys, xxh3
@@ -28,6 +30,15 @@ _MAIN_KINDS = ("full", "mla")
 _decode_extras = msgspec.msgpack.Decoder(list[msgspec.Raw] | None).decode
 _encode = msgspec.msgpack.Encoder().encode
 _decode_names = msgspec.msgpack.Decoder().decode
+
+
+class Placed(NamedTuple):
+    """What one batch or more became: runs of keys as of `_kvdecode.runs`, and hashes that may be forgotten behind them."""
+
+    n_events: int
+    runs: list[tuple[int, int, bytes]]
+    removed: bytes
+    is_lossy: bool
 
 
 class TokenRoute:
@@ -73,17 +84,25 @@ class TokenRoute:
         self._map.put(event.keys, keys)
         return keys
 
-    def place_all(self, payload: bytes) -> tuple[int, list[tuple[int, int, bytes]], bytes, bool] | None:
-        """(events, runs of keys as of `_kvdecode.runs`, hashes that may be forgotten, was something lost) of a whole batch.
-
-        None when the batch is not entirely usual; then nothing has changed.
-        """
+    def place_all(self, payload: bytes) -> Placed | None:
+        """The same for all events of a batch; None when it is not entirely usual, and then nothing has changed."""
         placed = self._map.place(payload, seed=self._base_seed, block_size=self._block_size, main_group=self.main_group)
-        if placed is None:
-            return None
+        return None if placed is None else self._placed(placed)
+
+    def place_batches(self, payloads: bytes, ends: bytes, first: int) -> tuple[int, Placed | None]:
+        """The same for batches one behind the other, as one, up to one that is not usual; (how many, None for none).
+
+        ends: where each ends in `payloads`, as uint64; first: the one to begin with. Raises: MemoryError, and nothing has changed.
+        """
+        n_batches, placed = self._map.place_batches(
+            payloads, ends, first, seed=self._base_seed, block_size=self._block_size, main_group=self.main_group
+        )
+        return n_batches, None if placed is None else self._placed(placed)
+
+    def _placed(self, placed: tuple[int, int, int, int, list[tuple[int, int, bytes]], bytes]) -> Placed:
         n_events, n_orphans, n_orphans_live, self.main_group, runs, removed = placed
         self.orphans += n_orphans
-        return n_events, runs, removed, n_orphans_live > 0
+        return Placed(n_events, runs, removed, n_orphans_live > 0)
 
     def resolve(self, event: BlockRemoved) -> tuple[bytes, bytes]:
         """(engine hashes, keys) of the event's blocks, as far as they are known."""

@@ -9,8 +9,10 @@ import logging
 import mmap
 import os
 import random
+import struct
 import time
 from collections import deque
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import msgspec
@@ -24,6 +26,7 @@ from sglfast._counters import RANK_EXACT, RANK_SYNCING, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment, segment_bytes
 from sglfast.index.key_maps import KeyMaps
+from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.rank_note import RankNote, noted
 from sglfast.index.stream import Limits, Outcome, RankStream
@@ -213,6 +216,27 @@ class Machine(RuleBasedStateMachine):
     def deliver_live(self, n: int) -> None:
         for _ in range(min(n, len(self.live))):
             self.stream.on_live(*self.live.popleft(), self.now_s)
+        self.save()
+
+    @rule(n=st.integers(2, 9))
+    def deliver_run(self, n: int) -> None:
+        """Those that are next in line, as one, as far as they are usual."""
+        first = self.stream.steady_seq
+        if not self.live or self.live[0][0] != first:
+            return
+        payloads: list[bytes] = []
+        while self.live and len(payloads) < n and self.live[0][0] == first + len(payloads):
+            payloads.append(self.live.popleft()[1])
+        run = Run(first, b"".join(payloads), struct.pack(f"{len(payloads)}Q", *accumulate(map(len, payloads))))
+        at = 0
+        while at < len(run):
+            n_batches, outcome = self.rank.apply_run(run, at)
+            if n_batches:
+                at += n_batches
+                self.stream.on_applied(n_batches, run.payload(at - 1), outcome)
+            else:
+                self.stream.on_live(first + at, run.payload(at), self.now_s)
+                at += 1
         self.save()
 
     @rule(n=st.integers(1, 5))

@@ -88,8 +88,21 @@ class World:
 
     # the loop
     def deliver_live(self) -> None:
-        if self.live:
+        if self.live and self.live[0][0] == self.stream.steady_seq and self.rng.random() < 0.5:
+            self.deliver_run()
+        elif self.live:
             self.stream.on_live(*self.live.popleft(), self.now_s)
+
+    def deliver_run(self) -> None:
+        """Up to five that are next in line, as one."""
+        last = self.live.popleft()
+        is_cleared = self.apply(last[1]).is_cleared
+        n_batches = 1
+        while n_batches < 5 and self.live and self.live[0][0] == last[0] + 1:
+            last = self.live.popleft()
+            is_cleared |= self.apply(last[1]).is_cleared
+            n_batches += 1
+        self.stream.on_applied(n_batches, last[1], Outcome(is_cleared=is_cleared))
 
     def deliver_answer(self) -> None:
         if self.answer:

@@ -16,6 +16,7 @@ from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment, segment_bytes
+from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.stream import DISCONNECTED, LOST, UNKNOWN_HISTORY, Limits, Outcome
 from sglfast.index.subscriber import Endpoints, Subscriber, connect
@@ -342,13 +343,13 @@ def test_thread_that_fails_starts_again(house: House, monkeypatch: pytest.Monkey
     follower = house.joined(engine)
     engine.publish(stored(1, 4))
     wait_until(lambda: follower.overlap(1) == 4 and follower.state == (RANK_EXACT, 0), engine)
-    apply = follower.index.apply
+    apply_run = follower.index.apply_run
 
-    def fail_once(payload: bytes) -> Outcome:
-        follower.index.apply = apply  # type: ignore[method-assign]
+    def fail_once(run: Run, first: int) -> tuple[int, Outcome]:
+        follower.index.apply_run = apply_run  # type: ignore[method-assign]
         raise RuntimeError("planted")
 
-    follower.index.apply = fail_once  # type: ignore[method-assign]
+    follower.index.apply_run = fail_once  # type: ignore[method-assign]
     engine.publish(stored(2, 4))
     wait_until(lambda: follower.overlap(2) == 4 and follower.state == (RANK_EXACT, 0), engine)
     assert follower.overlap(1) == 4

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sglfast._kvdecode import CLEAR, REMOVE, STORE, runs, token_ids
+from sglfast._kvdecode import CLEAR, REMOVE, STORE, runs, runs_of_batches, token_ids
 from sglfast.errors import KvEventError
 from sglfast.wire import kv_events
 from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, tier_mask
@@ -138,6 +138,52 @@ ARRAYS = st.lists(INTS, max_size=5).flatmap(
 @example([{"type": "BlockRemoved", "block_hashes": list(range(-40, 40))}], 0)
 def test_made_batches(events: list[Any], rank: Any) -> None:
     check(msgspec.msgpack.encode([1.5, events, rank]))
+
+
+def packed(payloads: list[bytes]) -> tuple[bytes, bytes]:
+    return b"".join(payloads), struct.pack(f"{len(payloads)}Q", *itertools.accumulate(map(len, payloads)))
+
+
+EVENTS = st.lists(STORED | REMOVED | CLEARED | ARRAYS, max_size=4)
+
+
+@settings(max_examples=400, database=None)
+@given(st.lists(st.sampled_from(SMALL) | EVENTS.map(lambda events: msgspec.msgpack.encode([1.5, events, 0])), max_size=8), st.data())
+def test_batches_as_one_are_the_batches(payloads: list[bytes], data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, len(payloads)))
+    usual = list(itertools.takewhile(lambda found: found is not None, map(runs, payloads[first:])))
+    parts = [run for found in usual if found is not None for run in found[1]]
+    merged: Runs = []
+    for kind, tiers, keys in parts:
+        if merged and merged[-1][:2] == (kind, tiers) and kind != CLEAR:
+            merged[-1] = (kind, tiers, merged[-1][2] + keys)
+        else:
+            merged.append((kind, tiers, keys))
+    n_events = sum(found[0] for found in usual if found is not None)
+    assert runs_of_batches(*packed(payloads), first) == (len(usual), n_events, merged)
+
+
+def test_what_a_refused_batch_began_is_taken_back() -> None:
+    good = kv_events.encode_batch(1.0, [kv_events.removed(block_hashes=[5])], 0)
+    bad = kv_events.encode_batch(1.0, [kv_events.removed(block_hashes=[6, 7]), kv_events.cleared()], 0) + b"\0"
+    assert runs_of_batches(*packed([good, bad, good])) == (1, 1, [(REMOVE, 1, struct.pack("<Q", 5))])
+    assert runs_of_batches(*packed([good, bad, good]), 1) == (0, 0, [])
+    assert runs_of_batches(*packed([good, bad, good]), 2) == (1, 1, [(REMOVE, 1, struct.pack("<Q", 5))])
+
+
+@pytest.mark.parametrize("ends", [(4,), (6,), (3, 2, 5), (2**64 - 1, 5), (5, 2**63)])
+def test_ends_must_be_those_of_the_payloads(ends: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="not those of batches in 5 bytes"):
+        runs_of_batches(b"12345", struct.pack(f"{len(ends)}Q", *ends))
+
+
+def test_there_must_be_a_first_batch() -> None:
+    assert runs_of_batches(b"", b"") == (0, 0, [])
+    for ends, first in ((struct.pack("2Q", 2, 5), 3), (struct.pack("Q", 5) + b"\0", 0), (b"", 0)):
+        with pytest.raises(ValueError, match="not those of batches"):
+            runs_of_batches(b"12345", ends, first)
+    with pytest.raises(TypeError):
+        runs_of_batches(b"", "text")  # type: ignore[arg-type]
 
 
 def test_usual_batches_take_this_road() -> None:

@@ -79,7 +79,9 @@ cdef _load():
         from zmq.backend.cython import _zmq
         path = _zmq.__file__
     except (ImportError, AttributeError) as error:
-        raise ImportError(f"sglfast reads KV events with pyzmq's compiled backend, and this pyzmq {zmq.__version__} has none: {error}") from error
+        raise ImportError(
+            f"sglfast reads KV events with pyzmq's compiled backend, and this pyzmq {zmq.__version__} has none: {error}"
+        ) from error
     library = dlopen(path.encode(), RTLD_NOLOAD | RTLD_LAZY)
     if library == NULL:
         raise ImportError(f"pyzmq's {path} cannot be looked into for libzmq's functions: {dlerror().decode(errors='replace')}")

@@ -11,9 +11,7 @@ def runs(payload: ReadableBuffer) -> tuple[int, list[tuple[int, int, bytes]]] | 
     blocks are in no tier of the worker.
     """
 
-def runs_of_batches(
-    payloads: ReadableBuffer, ends: ReadableBuffer, first: int = 0
-) -> tuple[int, int, list[tuple[int, int, bytes]]]:
+def runs_of_batches(payloads: ReadableBuffer, ends: ReadableBuffer, first: int = 0) -> tuple[int, int, list[tuple[int, int, bytes]]]:
     """Decode batches as if they were one, from number `first` on up to one that is not entirely usual: (batches, events, as `runs`).
 
     payloads: one behind the other; ends: where each ends, as native uint64. Raises ValueError when these do not go together.

@@ -3,53 +3,14 @@
 Each case runs twice: with every live batch handed in, and with those that are next in line applied by the one who reads them.
 """
 
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import pytest
+from stream_bench import Bench, payload
 
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
-from sglfast.index.stream import DISCONNECTED, LOST, NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY, Limits, Outcome, RankStream
+from sglfast.index.stream import DISCONNECTED, LOST, NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY, Limits
 from sglfast.shm import RANK_REASONS
-
-LIMITS = Limits(replay_timeout_s=1.0, max_tries=3, max_held_batches=100, max_held_bytes=10_000)
-
-
-def payload(seq: int, run: int = 0) -> bytes:
-    """A batch of engine run `run`: like a real one, its head holds a time that never comes again."""
-    return struct.pack(">dqq", 1000.0 * run + seq, run, seq)
-
-
-def both(first: Outcome, then: Outcome) -> Outcome:
-    """Of two batches as of one."""
-    is_lossy = then.is_lossy or (first.is_lossy and not then.is_cleared)
-    return Outcome(is_cleared=first.is_cleared or then.is_cleared, is_lossy=is_lossy)
-
-
-@dataclass
-class Recorder:
-    """A sink that writes down: numbers of applied batches, "clear", and ("ask", from)."""
-
-    done: list[object] = field(default_factory=list)
-    clearing: set[int] = field(default_factory=set)
-    lossy: set[int] = field(default_factory=set)
-
-    def apply(self, payload: bytes) -> Outcome:
-        _, run, seq = struct.unpack(">dqq", payload)
-        self.done.append(seq if run == 0 else (run, seq))
-        return Outcome(is_cleared=seq in self.clearing, is_lossy=seq in self.lossy)
-
-    def clear(self, why: str) -> None:
-        assert why
-        self.done.append("clear")
-
-    def ask_replay(self, start_seq: int) -> None:
-        self.done.append(("ask", start_seq))
-
-    def take(self) -> list[object]:
-        done, self.done = self.done, []
-        return done
 
 
 @pytest.fixture(autouse=True, params=["one by one", "in runs"])
@@ -57,58 +18,6 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
     Bench.has_runs = request.param == "in runs"
     yield
     Bench.has_runs = False
-
-
-class Bench:
-    """A stream, its sink and a clock that stands still."""
-
-    has_runs = False
-
-    def __init__(self, *, has_replay: bool, limits: Limits = LIMITS) -> None:
-        self.sink = Recorder()
-        self.stream = RankStream(self.sink, has_replay=has_replay, limits=limits)
-        self.now_s = 100.0
-
-    def connect(self) -> list[object]:
-        self.stream.on_connected(self.now_s)
-        return self.sink.take()
-
-    def reconnect(self) -> list[object]:
-        self.stream.on_disconnected()
-        return self.connect()
-
-    def live(self, *seqs: int, run: int = 0) -> list[object]:
-        at = 0
-        while at < len(seqs):
-            n = 0
-            outcome = Outcome()
-            if self.has_runs and seqs[at] == self.stream.steady_seq:
-                while at + n < len(seqs) and seqs[at + n] == seqs[at] + n:
-                    outcome = both(outcome, self.sink.apply(payload(seqs[at + n], run)))
-                    n += 1
-                self.stream.on_applied(n, payload(seqs[at + n - 1], run), outcome)
-            else:
-                n = 1
-                self.stream.on_live(seqs[at], payload(seqs[at], run), self.now_s)
-            at += n
-        return self.sink.take()
-
-    def replay(self, *seqs: int, run: int = 0, end: bool = False) -> list[object]:
-        for seq in seqs:
-            self.stream.on_replay(seq, payload(seq, run), self.now_s)
-        if end:
-            self.stream.on_replay_end(self.now_s)
-        return self.sink.take()
-
-    def timeout(self) -> list[object]:
-        assert self.stream.deadline_s is not None
-        self.now_s = self.stream.deadline_s
-        self.stream.on_time(self.now_s)
-        return self.sink.take()
-
-    @property
-    def status(self) -> tuple[int, int]:
-        return self.stream.status()
 
 
 def test_reasons_are_the_ones_of_shared_memory() -> None:
@@ -475,49 +384,3 @@ def test_answers_that_nobody_waits_for_are_ignored() -> None:
     bench.live(0, 1)
     assert bench.replay(0, 1, 2, end=True) == []
     assert bench.live(2) == [2]
-
-
-def test_only_a_stream_at_rest_is_steady() -> None:
-    bench = Bench(has_replay=True)
-    stream = bench.stream
-
-    def steady() -> int | None:
-        return stream.steady_seq
-
-    assert steady() is None  # nothing is known yet
-    bench.connect()
-    assert steady() is None  # a replay is under way
-    bench.replay(end=True)
-    assert steady() == 0
-    bench.live(0, 1)
-    assert steady() == 2
-    stream.on_disconnected()
-    assert steady() is None
-    stream.on_connected(bench.now_s)
-    assert steady() is None
-    bench.replay(1, 2, end=True)
-    assert steady() == 3
-    bench.live(5)
-    assert steady() is None  # a gap
-    bench.replay(2, 3, 4, end=True)
-    assert steady() == 6
-    bench.live(0, run=1)
-    assert steady() == 1
-
-
-def test_no_stream_is_steady_before_its_number_shows_that_it_is_the_same() -> None:
-    bench = Bench(has_replay=False)
-    bench.live(0, 1, 2)
-    bench.reconnect()
-    assert bench.stream.steady_seq is None
-    resumed = RankStream(bench.sink, has_replay=False, resume=bench.stream.resume)
-    assert resumed.steady_seq is None
-    resumed.on_connected(0.0)
-    assert resumed.steady_seq is None
-
-
-def test_steady_again_behind_a_hole_that_was_given_up() -> None:
-    bench = Bench(has_replay=True, limits=Limits(replay_timeout_s=1.0, max_tries=1))
-    bench.live(0, 5)
-    assert bench.replay(0, end=True) == ["clear", 5]
-    assert bench.stream.steady_seq == 6

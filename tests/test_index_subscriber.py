@@ -337,6 +337,21 @@ def test_stop_is_prompt_whatever_goes_on(house: House) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kv-rank")]
 
 
+def test_stop_in_the_middle_of_a_backlog(house: House) -> None:
+    """What is left of it reaches the tree no more."""
+    engine = house.publisher(has_replay=False)
+    follower = house.joined(engine)
+    for conversation in range(20_000):
+        engine.publish(stored(conversation % 200, 4))
+    wait_until(lambda: follower.word(words.R_BATCHES) > 100, engine)
+    house.followers.clear()
+    follower.subscriber.stop()
+    n_batches = follower.word(words.R_BATCHES)
+    assert follower.subscriber.join(1.0)
+    assert house.tree.writer.live_blocks == 0
+    assert follower.word(words.R_BATCHES) == n_batches
+
+
 def test_thread_that_fails_starts_again(house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("sglfast.index.subscriber._RESTART_DELAY_S", 0.05)
     engine = house.publisher(has_replay=True)

@@ -2,6 +2,8 @@
 
 import logging
 import mmap
+import struct
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sglfast._hashtree import TreeReader, TreeWriter
+from sglfast._keymap import KeyMap
+from sglfast._kvdecode import CLEAR
 from sglfast._segment import Segment, segment_bytes
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.stream import Outcome
@@ -138,6 +142,47 @@ def test_random_batches(batches: list[list[dict[str, Any]]], are_arrays: bool, k
     pair = Pair(key_route)
     for events in batches:
         pair.apply(msgspec.msgpack.encode([1.0, [as_array(event) for event in events] if are_arrays else events, 0]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.lists(event_, max_size=4), max_size=8), st.integers(0, 3))
+def test_batches_as_one_are_the_batches(batches: list[list[dict[str, Any]]], first: int) -> None:
+    """The same runs of keys and the same memory, up to the first batch that is not usual."""
+    payloads = [msgspec.msgpack.encode([1.0, events, 0]) for events in batches]
+    first = min(first, len(payloads))
+    ends = struct.pack(f"{len(payloads)}Q", *accumulate(map(len, payloads)))
+    one, many = KeyMap(), KeyMap()
+    n_batches, placed = many.place_batches(b"".join(payloads), ends, first, seed=5, block_size=P, main_group=1)
+    n_events = n_orphans = n_live = 0
+    main_group, runs, removed = 1, [], b""
+    for payload in payloads[first : first + n_batches]:
+        found = one.place(payload, seed=5, block_size=P, main_group=main_group)
+        assert found is not None
+        n_events, n_orphans, main_group = n_events + found[0], n_orphans + found[1], found[3]
+        n_live = found[2] if any(kind == CLEAR for kind, _, _ in found[4]) else n_live + found[2]
+        runs += found[4]
+        removed += found[5]
+    assert sorted(one.items()) == sorted(many.items())
+    if first + n_batches < len(payloads):
+        assert one.place(payloads[first + n_batches], seed=5, block_size=P, main_group=main_group) is None
+    if not n_batches:
+        assert placed is None
+        return
+    assert placed is not None
+    assert placed[:4] == (n_events, n_orphans, n_live, main_group)
+    assert merged(placed[4]) == merged(runs)
+    assert placed[5] == removed
+
+
+def merged(runs: list[tuple[int, int, bytes]]) -> list[tuple[int, int, bytes]]:
+    """Without a seam between batches."""
+    out: list[tuple[int, int, bytes]] = []
+    for kind, tiers, keys in runs:
+        if out and out[-1][:2] == (kind, tiers) and kind != CLEAR:
+            out[-1] = (kind, tiers, out[-1][2] + keys)
+        else:
+            out.append((kind, tiers, keys))
+    return out
 
 
 def test_what_vllm_sends_is_usual() -> None:

@@ -105,11 +105,26 @@ def apply_a_batch_of_64_blocks_by_tokens() -> Call:
     return apply_batch("tokens")
 
 
-def apply_batch(route: "KeyRoute") -> Call:
+@case
+def apply_a_run_of_64_batches_of_a_block_by_hash() -> Call:
+    """The same blocks as 64 messages of an engine that sends one for each, read at once."""
+    return apply_batch("sha256", n_batches=64)
+
+
+@case
+def apply_a_run_of_64_batches_of_a_block_by_tokens() -> Call:
+    """The same on the token route."""
+    return apply_batch("tokens", n_batches=64)
+
+
+def apply_batch(route: "KeyRoute", n_batches: int = 1) -> Call:
     import logging
+    import struct
+    from itertools import accumulate
 
     from sglfast._blockhash import page_keys
     from sglfast._hashtree import TreeWriter
+    from sglfast.index.live import Run
     from sglfast.index.rank import RankIndex, TreeLock
     from sglfast.wire import kv_events
 
@@ -136,7 +151,17 @@ def apply_batch(route: "KeyRoute") -> Call:
         index.apply(payload)
         index.settle()
 
-    return apply
+    if n_batches == 1:
+        return apply
+    per_batch = len(events) // n_batches
+    payloads = [kv_events.encode_batch(1.0, events[at : at + per_batch], 0) for at in range(0, len(events), per_batch)]
+    run = Run(0, b"".join(payloads), struct.pack(f"{n_batches}Q", *accumulate(map(len, payloads))))
+
+    def apply_run() -> None:
+        assert index.apply_run(run, 0)[0] == n_batches
+        index.settle()
+
+    return apply_run
 
 
 # ---- the hash tree in shared memory: match, apply ----

@@ -26,7 +26,7 @@ include "kvbatches.pxi"
 include "keymapplace.pxi"
 
 
-cdef inline void place_begin(sf_kv_t *kv, placed_t *placed, uint64_t seed, uint32_t block_size, int64_t main_group) noexcept nogil:
+cdef void place_begin(sf_kv_t *kv, placed_t *placed, uint64_t seed, uint32_t block_size, int64_t main_group) noexcept nogil:
     memset(kv, 0, sizeof(sf_kv_t))
     memset(placed, 0, sizeof(placed_t))
     kv.wants_tokens = 1
@@ -35,7 +35,7 @@ cdef inline void place_begin(sf_kv_t *kv, placed_t *placed, uint64_t seed, uint3
     placed.main_group = main_group
 
 
-cdef inline void place_end(sf_kv_t *kv, placed_t *placed) noexcept nogil:
+cdef void place_end(sf_kv_t *kv, placed_t *placed) noexcept nogil:
     sf_kv_free(kv)
     free(placed.page)
     free(placed.removed)

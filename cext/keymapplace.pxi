@@ -162,7 +162,7 @@ cdef int check_events(const sf_kv_t *kv, uint64_t first, placed_t *placed) noexc
     return 0
 
 
-cdef inline int decode_events(sf_kv_t *kv, placed_t *placed, const uint8_t *start, const uint8_t *end) noexcept nogil:
+cdef int decode_events(sf_kv_t *kv, placed_t *placed, const uint8_t *start, const uint8_t *end) noexcept nogil:
     """Add a batch's events, if all is usual; else nothing has changed."""
     cdef sf_kv_mark_t mark = sf_kv_mark(kv)
     cdef int code

@@ -22,7 +22,7 @@ from sglfast.errors import KvEventError
 from sglfast.index.key_check import disagreement
 from sglfast.index.live import Run
 from sglfast.index.stream import HASH_MISMATCH, Outcome
-from sglfast.index.token_route import Placed, TokenRoute
+from sglfast.index.token_route import TokenRoute
 from sglfast.shm import KeyRoute
 from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, tier_mask
 
@@ -167,27 +167,19 @@ class RankIndex:
             n_batches, placed = self._by_tokens.place_batches(run.payloads, run.ends, first)
         except MemoryError:  # perhaps not for one alone
             return 0, _PLAIN
-        return n_batches, self._write_placed(placed) if placed is not None else _PLAIN
+        return n_batches, self._write(*placed) if placed is not None else _PLAIN
 
     def _apply_usual(self, payload: bytes) -> Outcome | None:
         """The same in one pass; None, and nothing has changed, when something in the batch is not usual."""
-        if self._is_by_tokens:
-            placed = self._by_tokens.place_all(payload)
-            return None if placed is None else self._write_placed(placed)
-        usual = runs(payload)
+        usual = self._by_tokens.place_all(payload) if self._is_by_tokens else runs(payload)
         return None if usual is None else self._write(*usual)
 
-    def _write_placed(self, placed: Placed) -> Outcome:
-        """To the tree, what the token route made of one batch or more."""
-        self.counters.orphans = self._by_tokens.orphans
-        if placed.removed:
-            self._removed += placed.removed
-        outcome = self._write(placed.n_events, placed.runs)
-        return _LOSSY if placed.is_lossy else outcome
-
-    def _write(self, n_events: int, found: list[tuple[int, int, bytes]]) -> Outcome:
-        """Runs of keys to the tree."""
+    def _write(self, n_events: int, found: list[tuple[int, int, bytes]], removed: bytes = b"", is_lossy: bool = False) -> Outcome:
+        """Runs of keys to the tree; removed, is_lossy: as of TokenRoute.place_all."""
         by_tokens, counters, rank = self._by_tokens, self.counters, self.rank
+        counters.orphans = by_tokens.orphans
+        if removed:
+            self._removed += removed
         outcome = _PLAIN
         with self._tree.lock:
             if self._is_retired:
@@ -211,7 +203,7 @@ class RankIndex:
                         self._removed += hashes
         counters.events += n_events
         self.last_event_ms = time.time_ns() // 1_000_000
-        return outcome
+        return _LOSSY if is_lossy else outcome
 
     def settle(self) -> None:
         """Nobody will apply again what was applied: the token route's memory holds what the rank owns now, and not much more."""

@@ -12,8 +12,6 @@ Of a hybrid vLLM model only the main attention's cache counts; the blocks of its
 Source: spec/kv_events.md 2.4, 2.7, 2.8; the chain itself is in sglfast._blockhash.
 """
 
-from typing import NamedTuple
-
 import msgspec
 
 from sglfast._blockhash import chain_seed, token_keys, xxh3
@@ -32,13 +30,8 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode_names = msgspec.msgpack.Decoder().decode
 
 
-class Placed(NamedTuple):
-    """What one batch or more became: runs of keys as of `_kvdecode.runs`, and hashes that may be forgotten behind them."""
-
-    n_events: int
-    runs: list[tuple[int, int, bytes]]
-    removed: bytes
-    is_lossy: bool
+# (events, runs of keys as of `_kvdecode.runs`, hashes that may be forgotten behind them, was something lost) of one batch or more.
+Placed = tuple[int, list[tuple[int, int, bytes]], bytes, bool]
 
 
 class TokenRoute:
@@ -87,7 +80,11 @@ class TokenRoute:
     def place_all(self, payload: bytes) -> Placed | None:
         """The same for all events of a batch; None when it is not entirely usual, and then nothing has changed."""
         placed = self._map.place(payload, seed=self._base_seed, block_size=self._block_size, main_group=self.main_group)
-        return None if placed is None else self._placed(placed)
+        if placed is None:
+            return None
+        n_events, n_orphans, n_orphans_live, self.main_group, runs, removed = placed
+        self.orphans += n_orphans
+        return n_events, runs, removed, n_orphans_live > 0
 
     def place_batches(self, payloads: bytes, ends: bytes, first: int) -> tuple[int, Placed | None]:
         """The same for batches one behind the other, as one, up to one that is not usual; (how many, None for none).
@@ -97,12 +94,11 @@ class TokenRoute:
         n_batches, placed = self._map.place_batches(
             payloads, ends, first, seed=self._base_seed, block_size=self._block_size, main_group=self.main_group
         )
-        return n_batches, None if placed is None else self._placed(placed)
-
-    def _placed(self, placed: tuple[int, int, int, int, list[tuple[int, int, bytes]], bytes]) -> Placed:
+        if placed is None:
+            return 0, None
         n_events, n_orphans, n_orphans_live, self.main_group, runs, removed = placed
         self.orphans += n_orphans
-        return Placed(n_events, runs, removed, n_orphans_live > 0)
+        return n_batches, (n_events, runs, removed, n_orphans_live > 0)
 
     def resolve(self, event: BlockRemoved) -> tuple[bytes, bytes]:
         """(engine hashes, keys) of the event's blocks, as far as they are known."""

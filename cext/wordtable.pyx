@@ -1,7 +1,8 @@
-"""Texts to token ids word by word: known words cost a look-up, all else goes to the tokenizer in as few runs as can be.
+"""Texts to token ids word by word: known words cost a look-up, new ones a walk over their merges, all else goes to the tokenizer in as
+few runs as can be.
 
 Runs in: shards (the loop and the tokenizer's thread; the GIL is held, so a WordTable may be used from any thread). Bounded memory, all of
-    it taken at construction (cext/sf_words.h).
+    it taken at construction (cext/sf_words.h, cext/sf_bpe.h).
 Contract: `encode` gives what the tokenizer gives for the text, provided that the ids of a text are those of its words one after another;
     prompt/pieces.py finds out whether a tokenizer is so, and says why it should be.
 """
@@ -23,6 +24,20 @@ cdef extern from "Python.h":
     void *PyUnicode_DATA(str)
     Py_ssize_t PyUnicode_GET_LENGTH(str)
 
+cdef extern from "sf_bpe.h" nogil:
+    enum:
+        SF_BPE_MAX_BYTES
+
+    ctypedef struct sf_merge_t:
+        pass
+
+    ctypedef struct sf_bpe_t:
+        sf_merge_t *merges
+
+    int sf_bpe_init(sf_bpe_t *bpe, const uint32_t *triples, uint32_t n, const uint32_t *letters) noexcept
+    void sf_bpe_free(sf_bpe_t *bpe) noexcept
+    uint32_t sf_bpe_word(const sf_bpe_t *bpe, const char *word, size_t n_bytes, uint32_t *ids) noexcept
+
 cdef extern from "sf_words.h" nogil:
     enum:
         SF_WORDS_MAX_BYTES
@@ -30,7 +45,7 @@ cdef extern from "sf_words.h" nogil:
     ctypedef struct sf_word_t:
         uint32_t n_bytes
         uint32_t n_ids
-        uint32_t *data
+        const uint32_t *data
 
     ctypedef struct sf_words_t:
         uint64_t seed
@@ -113,6 +128,23 @@ cdef int _add_gap(plan_t *plan, const char *start, const char *end, bint is_word
     return 0
 
 
+# Bits of the hashes of words that are left to the tokenizer; some few others share theirs.
+cdef enum:
+    LEFT_BITS = 1 << 16
+
+
+# All that is known of words.
+cdef struct lexicon_t:
+    sf_words_t words
+    sf_bpe_t bpe
+    int kind  # of the pattern
+    uint64_t left[LEFT_BITS / 64]
+
+
+cdef inline bint _is_left(const lexicon_t *lexicon, uint64_t hash) noexcept nogil:
+    return lexicon.left[hash >> 48 >> 6] >> (hash >> 48 & 63) & 1
+
+
 cdef inline bint _is_space(char ch) noexcept nogil:
     return ch == 32 or 9 <= ch <= 13
 
@@ -125,12 +157,15 @@ cdef int _close_run(plan_t *plan, const char *run, const char *last, const char 
     return _add_gap(plan, run, end, False)
 
 
-cdef int _make_plan(sf_words_t *words, int kind, const char *p, const char *end, plan_t *plan) noexcept nogil:
+cdef int _make_plan(lexicon_t *lexicon, const char *p, const char *end, plan_t *plan) noexcept nogil:
     cdef const char *run = NULL  # begin of what is not known
     cdef const char *last = NULL  # word of that
     cdef const char *stretch
     cdef const char *stop
     cdef const sf_word_t *known
+    cdef const uint32_t *ids
+    cdef uint32_t merged[SF_BPE_MAX_BYTES]
+    cdef uint32_t n_ids
     cdef uint64_t hash
     cdef bint came
     while p < end:
@@ -141,14 +176,22 @@ cdef int _make_plan(sf_words_t *words, int kind, const char *p, const char *end,
             last = p
             p = stretch
         while p < stretch:
-            stop = sf_pretoken_end(kind, p, stretch)
-            known = NULL
+            stop = sf_pretoken_end(lexicon.kind, p, stretch)
+            n_ids = 0
+            ids = NULL
             came = False
             if stop - p <= SF_WORDS_MAX_BYTES:
-                hash = sf_words_hash(words, p, stop - p)
-                known = sf_words_get(words, hash, p, stop - p)
-                came = known == NULL and sf_words_came(words, hash)
-            if known == NULL and not came:
+                hash = sf_words_hash(&lexicon.words, p, stop - p)
+                known = sf_words_get(&lexicon.words, hash, p, stop - p)
+                if known != NULL:
+                    ids, n_ids = known.data, known.n_ids
+                else:
+                    came = sf_words_came(&lexicon.words, hash)
+                    if lexicon.bpe.merges != NULL and not _is_left(lexicon, hash):
+                        ids, n_ids = merged, sf_bpe_word(&lexicon.bpe, p, stop - p, merged)
+                        if came and n_ids:
+                            sf_words_put(&lexicon.words, p, stop - p, merged, n_ids)
+            if n_ids == 0 and not came:
                 if run == NULL:
                     run = p
                 last = p
@@ -156,20 +199,19 @@ cdef int _make_plan(sf_words_t *words, int kind, const char *p, const char *end,
                 if run != NULL and _close_run(plan, run, last, p):
                     return -1
                 run = NULL
-                if _add_gap(plan, p, stop, True) if came else _add_ids(plan, known.data, known.n_ids):
+                if _add_ids(plan, ids, n_ids) if n_ids else _add_gap(plan, p, stop, True):
                     return -1
             p = stop
     return _add_gap(plan, run, end, False) if run != NULL else 0
 
 
-cdef int _make_whole_plan(sf_words_t *words, int kind, const sf_tokens_t *tokens, const char *p, const char *end,
-                          plan_t *plan) noexcept nogil:
+cdef int _make_whole_plan(lexicon_t *lexicon, const sf_tokens_t *tokens, const char *p, const char *end, plan_t *plan) noexcept nogil:
     """With the added tokens, which stand between texts that are cut each for itself."""
     cdef const sf_token_t *token = NULL
     cdef const char *stop
     while p < end:
         stop = sf_tokens_find(tokens, p, end, &token)
-        if _make_plan(words, kind, p, stop, plan):
+        if _make_plan(lexicon, p, stop, plan):
             return -1
         if stop < end:
             if _add_ids(plan, &token.id, 1):
@@ -183,22 +225,25 @@ cdef int _make_whole_plan(sf_words_t *words, int kind, const sf_tokens_t *tokens
 cdef class WordTable:
     """Words and their token ids; see the stub."""
 
-    cdef sf_words_t words
+    cdef lexicon_t lexicon
     cdef sf_tokens_t tokens
     cdef sf_token_t *token_list
     cdef tuple token_texts  # what the list points into
     cdef readonly Py_ssize_t size_bytes
     cdef readonly int pattern
 
-    def __cinit__(self, Py_ssize_t size_bytes, uint64_t seed, int pattern, dict tokens not None):
+    def __cinit__(self, Py_ssize_t size_bytes, uint64_t seed, int pattern, dict tokens not None, letters=None, merges=None):
         if size_bytes < 65536 or size_bytes > 1 << 34:
             raise ValueError(f"a table of words takes from 64 KiB to 16 GiB, not {size_bytes} bytes")
         if pattern < 0 or pattern >= SF_PRE_KINDS:
             raise ValueError(f"there is no pattern {pattern}")
         self.size_bytes = size_bytes
         self.pattern = pattern
-        if sf_words_init(&self.words, size_bytes, seed):
+        self.lexicon.kind = pattern
+        if sf_words_init(&self.lexicon.words, size_bytes, seed):
             raise MemoryError
+        if merges is not None:
+            self._take_merges(letters, merges)
         # As sf_tokens_t wants them.
         self.token_texts = tuple(sorted([text.encode() for text in tokens], key=lambda text: (-len(text), text)))
         lengths = [-len(text) for text in self.token_texts]
@@ -220,13 +265,34 @@ cdef class WordTable:
             self.tokens.firsts[<uint8_t> self.token_list[i].text[0]] = True
 
     def __dealloc__(self):
-        sf_words_free(&self.words)
+        sf_words_free(&self.lexicon.words)
+        sf_bpe_free(&self.lexicon.bpe)
         free(self.token_list)
+
+    cdef _take_merges(self, array.array letters, array.array merges):
+        if letters is None or letters.typecode != "I" or merges.typecode != "I" or len(letters) != 128 or len(merges) % 3:
+            raise ValueError('letters are 128 ids and merges three ids each, both in arrays of type "I"')
+        if sf_bpe_init(&self.lexicon.bpe, merges.data.as_uints, len(merges) // 3, letters.data.as_uints):
+            raise MemoryError
+
+    def merged(self, str word not None):
+        cdef uint32_t ids[SF_BPE_MAX_BYTES]
+        cdef uint32_t n_ids, i
+        cdef Py_ssize_t size = PyUnicode_GET_LENGTH(word)
+        if self.lexicon.bpe.merges == NULL or not PyUnicode_IS_ASCII(word) or size == 0 or size > SF_BPE_MAX_BYTES:
+            return None
+        n_ids = sf_bpe_word(&self.lexicon.bpe, <const char *> PyUnicode_DATA(word), size, ids)
+        return [ids[i] for i in range(n_ids)] if n_ids else None
+
+    def leave(self, str word not None):
+        cdef bytes utf8 = word.encode()
+        cdef uint64_t hash = sf_words_hash(&self.lexicon.words, PyBytes_AS_STRING(utf8), PyBytes_GET_SIZE(utf8))
+        self.lexicon.left[hash >> 48 >> 6] |= <uint64_t> 1 << (hash >> 48 & 63)
 
     def learn(self, str word not None, ids):
         cdef bytes utf8 = word.encode()
         cdef array.array known = array.array("I", ids)
-        sf_words_put(&self.words, PyBytes_AS_STRING(utf8), PyBytes_GET_SIZE(utf8), known.data.as_uints, len(known))
+        sf_words_put(&self.lexicon.words, PyBytes_AS_STRING(utf8), PyBytes_GET_SIZE(utf8), known.data.as_uints, len(known))
 
     def encode(self, str text not None, encode_all):
         cdef bytes utf8 = b""
@@ -242,7 +308,7 @@ cdef class WordTable:
         plan.gaps = NULL
         plan.n_ids = plan.ids_room = plan.n_gaps = plan.gaps_room = 0
         try:
-            if _make_whole_plan(&self.words, self.pattern, &self.tokens, base, base + size, &plan):
+            if _make_whole_plan(&self.lexicon, &self.tokens, base, base + size, &plan):
                 raise MemoryError
             return self._fill(&plan, encode_all)
         finally:
@@ -273,7 +339,7 @@ cdef class WordTable:
             memcpy(out.data.as_uints + at, ids.data.as_uints, len(ids) * sizeof(uint32_t))
             at += len(ids)
             if gap.is_word:
-                sf_words_put(&self.words, gap.start, gap.end - gap.start, ids.data.as_uints, len(ids))
+                sf_words_put(&self.lexicon.words, gap.start, gap.end - gap.start, ids.data.as_uints, len(ids))
         memcpy(out.data.as_uints + at, plan.ids + taken, (plan.n_ids - taken) * sizeof(uint32_t))
         return out
 

@@ -12,18 +12,34 @@ class WordTable:
 
     seed: 64 random bits, so that nobody can choose words that fall on one place; pattern: GPT2, LLAMA3 or QWEN2, how the tokenizer cuts
     ASCII text into words; tokens: what is taken out of a text before all else, with its id; the longest where several begin at one
-    place. Raises ValueError, MemoryError.
+    place. letters, merges: a model of byte-pair encoding, for words that are not known: the id of each of the 128 ASCII bytes, and
+    of each merge the left, the right and the made token, in the order of their ranks; arrays of type "I". 2^32 - 1 stands for a byte
+    without a token. The merges take up to 43 bytes each, beside `size_bytes`. Raises ValueError, MemoryError.
     """
 
     size_bytes: int
     pattern: int
-    def __new__(cls, size_bytes: int, seed: int, pattern: int, tokens: dict[str, int]) -> WordTable: ...
+    def __new__(
+        cls,
+        size_bytes: int,
+        seed: int,
+        pattern: int,
+        tokens: dict[str, int],
+        letters: array[int] | None = None,
+        merges: array[int] | None = None,
+    ) -> WordTable: ...
     def encode(self, text: str, encode_all: Callable[[list[str]], Sequence[Sequence[int]]]) -> array[int]:
         """Token ids of a text, as an array of type "I".
 
         encode_all: gives the ids of each of some pieces of the text; called at most once. What it raises comes out; ValueError when it
         returns another number of lists; UnicodeEncodeError for half of a surrogate pair.
         """
+
+    def merged(self, word: str) -> list[int] | None:
+        """What the merges make of a word, whatever else is known of it; None without merges, or for a word that they are not asked for."""
+
+    def leave(self, word: str) -> None:
+        """Leave a word to the tokenizer, which does not go by the merges there."""
 
     def learn(self, word: str, ids: Sequence[int]) -> None:
         """Enter a word at once; what is long is not entered."""

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import LLAMA3, build
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as RustTokenizer
 
 from sglfast._wordtable import GPT2, QWEN2, WordTable, words_of
 from sglfast._wordtable import LLAMA3 as LLAMA3_WORDS
+from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
 
 PATTERNS = {
@@ -89,6 +91,87 @@ def test_white_space_before_a_word_that_came_is_cut_as_in_the_whole_text(tokeniz
             table = WordTable(1 << 16, 0, pattern, {})
             table.learn(known, tokenizer.encode(known, False))
             assert table.encode(text, tokenizer.encode_all) == array("I", tokenizer.encode(text, False)), known
+
+
+@st.composite
+def models_of_merges(draw: st.DrawFn) -> Tokenizer:
+    """A tokenizer with merges that nobody has learned: in any order, twice, some to tokens that other merges make too."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made, merges = list("abcĠ"), []
+    for _ in range(draw(st.integers(0, 25))):
+        left, right = draw(st.sampled_from(made)), draw(st.sampled_from(made))
+        if len(left + right) <= 12:
+            merges.append((left, right))
+            made.append(left + right)
+    merges = draw(st.permutations(merges))
+    alone = draw(st.lists(st.text("abc", min_size=2, max_size=6), max_size=5))  # tokens that no merge makes
+    vocab = {text: 7 * place for place, text in enumerate(dict.fromkeys([*letters, *made, *alone]))}
+    rust = RustTokenizer(models.BPE(vocab, merges, ignore_merges=draw(st.booleans())))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return Tokenizer(rust, None, {})
+
+
+@settings(max_examples=200, deadline=None)
+@given(models_of_merges(), st.lists(st.text("aaabbcc  d\n", max_size=40), min_size=1, max_size=8))
+def test_merges_are_those_of_the_tokenizer(tokenizer: Tokenizer, texts: list[str]) -> None:
+    model = tokenizer.merges()
+    assert model is not None
+    table = WordTable(1 << 16, 1, GPT2, {}, model.letters, model.merges)
+    asked: list[str] = []
+
+    def encode_all(runs: list[str]) -> list[list[int]]:
+        asked.extend(runs)
+        return tokenizer.encode_all(runs)
+
+    if not model.whole:
+        for text in texts * 3:
+            assert table.encode(text, encode_all).tolist() == tokenizer.encode(text, False)
+        assert all(len(run) > 32 for run in asked)
+        for word in {word for text in texts for word in words_of(text, GPT2)}:
+            assert table.merged(word) == (tokenizer.encode(word, False) if len(word) <= 32 else None)
+    pieces = PieceTokenizer(tokenizer, 1 << 20)
+    assert pieces.has_words
+    for text in [*texts, *model.whole] * 2:
+        assert pieces.encode(text, False).tolist() == tokenizer.encode(text, False)
+
+
+def test_a_tokenizer_that_learned_its_merges_is_asked_for_long_and_foreign_words_only(tokenizers: list[Tokenizer]) -> None:
+    for tokenizer in tokenizers:
+        model, pattern = tokenizer.merges(), tokenizer.word_pattern
+        assert model is not None
+        assert pattern is not None
+        table = WordTable(1 << 16, 1, pattern, {}, model.letters, model.merges)
+        asked: list[str] = []
+
+        def encode_all(runs: list[str], asked: list[str] = asked, tokenizer: Tokenizer = tokenizer) -> list[list[int]]:
+            asked.extend(runs)
+            return tokenizer.encode_all(runs)
+
+        text = "Unseen words, 1234 of them:\n\tx\x00\x7f = " + "z" * 40 + " and naïve words"
+        for _ in range(3):
+            assert table.encode(text, encode_all).tolist() == tokenizer.encode(text, False)
+            assert asked == [" " + "z" * 40, " naïve"]
+            asked.clear()
+
+
+def test_a_byte_without_a_token_and_a_word_that_is_left_go_to_the_tokenizer() -> None:
+    letters = array("I", [2**32 - 1] * 128)
+    letters[ord("a")], letters[ord("b")] = 1, 2
+    table, tokenizer = WordTable(1 << 16, 1, GPT2, {}, letters, array("I", [1, 2, 5])), Letters()
+    assert table.merged("abab") == [5, 5]
+    assert [table.merged(word) for word in ("abc", "", "a" * 33, "é")] == [None] * 4
+    assert table.encode("ab,ab", tokenizer).tolist() == [5, ord(","), 5]
+    table.leave("abab")
+    assert table.encode("abab", tokenizer).tolist() == list(map(ord, "abab"))
+    assert tokenizer.asked == [",", "abab"]
+
+
+@pytest.mark.parametrize(("letters", "merges"), [(127, 3), (128, 4)])
+def test_merges_of_another_form_are_refused(letters: int, merges: int) -> None:
+    with pytest.raises(ValueError, match="128 ids"):
+        WordTable(1 << 16, 1, GPT2, {}, array("I", [0] * letters), array("I", [0] * merges))
+    with pytest.raises(ValueError, match="128 ids"):
+        WordTable(1 << 16, 1, GPT2, {}, array("Q", [0] * 128), array("I", [0] * 3))
 
 
 class Letters:

@@ -35,6 +35,7 @@ _CHARS_PER_TOKEN = 4.0
 _WORDS_SHARE = 8  # of the cache: for words
 _LEAST_WORDS_BYTES = 65536
 _FIRST_WORDS = 8192  # entries of the vocabulary that are entered before any text comes
+_WORDS_LEFT = 4096  # more words of a vocabulary that no merges lead to would take too many others with them
 _CACHED_CHARS = 128  # shorter pieces are as cheap by words as by a look-up
 _STATISTICS_CHARS = 1 << 22  # what was learned longer ago counts half
 # Without a place to cut for this long, the piece goes on: correctness before size.
@@ -210,15 +211,29 @@ class PieceTokenizer:
         if any(len(ids) != 1 for ids in ids_of_tokens):
             return None
         token_ids = {token: ids[0] for token, ids in zip(tokens, ids_of_tokens, strict=True)}
-        table = WordTable(size_bytes, int.from_bytes(os.urandom(8)), pattern, token_ids)
-        for text in _hard_texts(tokens):
-            for _ in range(3):  # unknown, to be known, known
-                if table.encode(text, tokenizer.encode_all).tolist() != tokenizer.encode(text, False):
-                    return None
+        seed = int.from_bytes(os.urandom(8))
+        merges = tokenizer.merges()
+        table = None
+        if merges is not None:
+            table = WordTable(size_bytes, seed, pattern, token_ids, merges.letters, merges.merges)
+            if not _leave_others(table, merges.whole) or not self._keeps_words(table, tokens):
+                table = None
+        if table is None:
+            table = WordTable(size_bytes, seed, pattern, token_ids)
+            if not self._keeps_words(table, tokens):
+                return None
         words = tokenizer.first_words(min(_FIRST_WORDS, size_bytes // 256))
         for word, ids in zip(reversed(words), reversed(tokenizer.encode_all(words)), strict=True):
             table.learn(word, ids)  # the most frequent last, so that they stay longest
         return table
+
+    def _keeps_words(self, table: WordTable, tokens: list[str]) -> bool:
+        encode, encode_all = self._tokenizer.encode, self._tokenizer.encode_all
+        for text in _hard_texts(tokens):
+            ids = encode(text, False)
+            if any(table.encode(text, encode_all).tolist() != ids for _ in range(3)):  # unknown, to be known, known
+                return False
+        return True
 
     def _keeps_theory(self, tokens: list[str]) -> bool:
         rng = random.Random(1)
@@ -232,6 +247,14 @@ class PieceTokenizer:
             if whole != self._tokenizer.encode(left, False) + self._tokenizer.encode(right, False):
                 return False
         return True
+
+
+def _leave_others(table: WordTable, whole: dict[str, int]) -> bool:
+    """Leave the words to the tokenizer that are one token and do not come out so by merges; False when they are too many."""
+    others = [word for word, token_id in whole.items() if (ids := table.merged(word)) is not None and ids != [token_id]]
+    for word in others:
+        table.leave(word)
+    return len(others) <= _WORDS_LEFT
 
 
 _HARD_PARTS = [

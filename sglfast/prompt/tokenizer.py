@@ -15,11 +15,13 @@ Why not `transformers`: it costs seconds of start and hundreds of megabytes in e
 import json
 import os
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, normalizers, processors
+import orjson
+from tokenizers import AddedToken, models, normalizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
 from sglfast import _wordtable
@@ -37,7 +39,24 @@ BOS_FLAG_CLASSES = frozenset(f"{family}Tokenizer{suffix}" for family in ("Llama"
 # Of Llama 3 and of Qwen 2 and 3, as their tokenizer.json has them.
 _LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORD_PATTERNS = {_LLAMA3_WORDS: _wordtable.LLAMA3, _LLAMA3_WORDS.replace("{1,3}", ""): _wordtable.QWEN2}
+# How byte-level tokenizers write the bytes in their vocabulary: printable Latin-1 as it is, the others from U+0100 on.
+_AS_THEY_ARE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _AS_THEY_ARE]
+_BYTE_OF = {byte: byte for byte in _AS_THEY_ARE} | {256 + place: byte for place, byte in enumerate(_OTHERS)}
+_WRITTEN = {byte: chr(code) for code, byte in _BYTE_OF.items()}
+_NO_TOKEN = 2**32 - 1
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+class Merges(NamedTuple):
+    """A model of byte-pair encoding, as a WordTable wants it (sglfast/_wordtable.pyi).
+
+    whole: ASCII texts that are one token if they are a whole word, whatever the merges say, with its id.
+    """
+
+    letters: "array[int]"
+    merges: "array[int]"
+    whole: dict[str, int]
 
 
 class Tokenizer:
@@ -102,6 +121,22 @@ class Tokenizer:
             }:
                 return WORD_PATTERNS.get(pattern)
         return None
+
+    def merges(self) -> Merges | None:
+        """The model of a tokenizer that has a `word_pattern`, when what it does inside of an ASCII word is to merge and nothing else."""
+        if not isinstance(self._rust.model, models.BPE):
+            return None
+        model = orjson.loads(self._rust.model.__getstate__())
+        if any(model.get(field) for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
+            return None
+        vocab = model["vocab"]
+        letters = array("I", (vocab.get(_WRITTEN[byte], _NO_TOKEN) for byte in range(128)))
+        pairs = (merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"])
+        merges = array("I", (token_id for left, right in pairs for token_id in (vocab[left], vocab[right], vocab[left + right])))
+        whole: dict[str, int] = {}
+        if model.get("ignore_merges"):
+            whole = {text: token_id for entry, token_id in vocab.items() if (text := entry.translate(_BYTE_OF)).isascii()}
+        return Merges(letters, merges, whole)
 
     def first_words(self, count: int) -> list[str]:
         """Return the texts of the first `count` entries of the vocabulary, which are the most frequent where merges are learned."""

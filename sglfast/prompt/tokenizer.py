@@ -131,8 +131,11 @@ class Tokenizer:
             return None
         vocab = model["vocab"]
         letters = array("I", (vocab.get(_WRITTEN[byte], _NO_TOKEN) for byte in range(128)))
-        pairs = (merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"])
-        merges = array("I", (token_id for left, right in pairs for token_id in (vocab[left], vocab[right], vocab[left + right])))
+        pairs = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
+        merges = array("I", bytes(12 * len(pairs)))
+        lefts, rights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        for place, texts in enumerate((lefts, rights, map(str.__add__, lefts, rights))):
+            merges[place::3] = array("I", map(vocab.__getitem__, texts))
         whole: dict[str, int] = {}
         if model.get("ignore_merges"):
             whole = {text: token_id for entry, token_id in vocab.items() if (text := entry.translate(_BYTE_OF)).isascii()}

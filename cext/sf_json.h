@@ -18,7 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #define SF_JSON_MESSAGES (1 << 12) /* each costs some 60 ns here; who sends more has time */
@@ -50,29 +50,49 @@ static inline uint64_t _sf_json_places(const char *p, char ch) {
         found |= (uint64_t)(uint32_t)_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_loadu_si128((const __m128i *)p + i), wanted)) << 16 * i;
     return found;
 }
+
+__attribute__((target("avx2"))) static inline uint64_t _sf_json_places_avx2(const char *p, char ch) {
+    const __m256i wanted = _mm256_set1_epi8(ch);
+    const __m256i low = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *)p), wanted);
+    const __m256i high = _mm256_cmpeq_epi8(_mm256_loadu_si256((const __m256i *)p + 1), wanted);
+    return (uint32_t)_mm256_movemask_epi8(low) | (uint64_t)(uint32_t)_mm256_movemask_epi8(high) << 32;
+}
+
+/* Which of 64 bytes are escaped, when backslashes stand side by side. A byte is escaped when the run of backslashes before it is odd: each
+ * run is added to its own first bit, so that the carry ends behind it, and the parity of both places tells its length (the method is that
+ * of Langdale and Lemire, "Parsing Gigabytes of JSON per Second", 3.1.1). carried: 1 = the first byte is escaped; then the same of the
+ * next 64. */
+static inline uint64_t _sf_json_escaped(uint64_t slashes, uint64_t *carried) {
+    const uint64_t even = UINT64_C(0x5555555555555555);
+    uint64_t ends, follows;
+    slashes &= ~*carried;
+    follows = slashes << 1 | *carried;
+    *carried = __builtin_add_overflow(slashes & ~even & ~follows, slashes, &ends);
+    return (even ^ ends << 1) & follows;
+}
+
+/* The first quote that is not escaped, or the place from which on less than 64 bytes are left, which is then not inside an escape. */
+#define SF_JSON_LONG_QUOTE(name, attributes, places) \
+    attributes static const char *name(const char *p, const char *end) { \
+        uint64_t carried = 0; \
+        for (; end - p >= 64; p += 64) { \
+            uint64_t quotes = places(p, '"'), slashes = places(p, '\\'), escaped = slashes << 1 | carried; \
+            if (__builtin_expect(!(slashes & escaped), 1)) carried = slashes >> 63; /* each alone, as nearly all are */ \
+            else escaped = _sf_json_escaped(slashes, &carried); \
+            quotes &= ~escaped; \
+            if (quotes) return p + __builtin_ctzll(quotes); \
+        } \
+        return p + carried; \
+    }
+SF_JSON_LONG_QUOTE(_sf_json_long_quote, , _sf_json_places)
+SF_JSON_LONG_QUOTE(_sf_json_long_quote_avx2, __attribute__((target("avx2"))), _sf_json_places_avx2)
 #endif
 
 /* p: behind the opening quote. The place of the closing one, NULL when there is none. */
 static inline const char *_sf_json_quote(const char *p, const char *end) {
 #ifdef __SSE2__
-    /* 64 bytes at a time without a jump that depends on the text. A byte is escaped when the run of backslashes before it is odd: each
-     * run is added to its own first bit, so that the carry ends behind it, and the parity of both places tells its length (the
-     * method is that of Langdale and Lemire, "Parsing Gigabytes of JSON per Second", 3.1.1). */
-    const uint64_t even = UINT64_C(0x5555555555555555);
-    uint64_t carried = 0; /* 1: the first byte of the next block is escaped */
-    for (; end - p >= 64; p += 64) {
-        uint64_t quotes = _sf_json_places(p, '"'), slashes = _sf_json_places(p, '\\'), escaped = carried;
-        if (slashes) {
-            uint64_t ends;
-            slashes &= ~carried;
-            uint64_t follows = slashes << 1 | carried;
-            carried = __builtin_add_overflow(slashes & ~even & ~follows, slashes, &ends);
-            escaped = (even ^ ends << 1) & follows;
-        } else carried = 0;
-        quotes &= ~escaped;
-        if (quotes) return p + __builtin_ctzll(quotes);
-    }
-    p += carried;
+    /* 64 bytes at a time without a jump that depends on the text. */
+    if (end - p >= 64) p = __builtin_cpu_supports("avx2") ? _sf_json_long_quote_avx2(p, end) : _sf_json_long_quote(p, end);
 #endif
     while (p < end) {
         if (*p == '"') return p;

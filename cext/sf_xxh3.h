@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 #ifdef __SSE2__
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #define SF_XXH3_SECRET_BYTES 192
@@ -159,23 +159,65 @@ typedef uint64_t sf_xxh3_acc_t[8];
 
 static const uint64_t sf_xxh3_start[8] = {SF_P32_3, SF_P64_1, SF_P64_2, SF_P64_3, SF_P64_4, SF_P32_2, SF_P64_5, SF_P32_1};
 
-/* The eight accumulators after an input of more than 240 bytes, and a number out of them from `secret` on. */
-static inline void sf_xxh3_accumulate(uint64_t out[8], const uint8_t *p, size_t n, const uint8_t *s)
+#ifdef __SSE2__
+/* Four accumulators to a register, where the processor can. */
+__attribute__((target("avx2"))) static inline void sf_xxh3_stripe_avx2(__m256i acc[2], const uint8_t *p, const uint8_t *s)
 {
-    const size_t block = SF_XXH3_STRIPE_BYTES * SF_XXH3_STRIPES_PER_BLOCK;
-    const uint8_t *last = s + SF_XXH3_SECRET_BYTES - SF_XXH3_STRIPE_BYTES, *end = p + n;
-    sf_xxh3_acc_t acc;
-
-    memcpy(acc, sf_xxh3_start, sizeof sf_xxh3_start);
-    for (; (size_t)(end - p) > block; p += block) {
-        for (int i = 0; i < SF_XXH3_STRIPES_PER_BLOCK; i++) sf_xxh3_stripe(acc, p + SF_XXH3_STRIPE_BYTES * i, s + 8 * i);
-        sf_xxh3_scramble(acc, last);
+    for (int i = 0; i < 2; i++) {
+        __m256i value = _mm256_loadu_si256((const __m256i *)p + i);
+        __m256i keyed = _mm256_xor_si256(value, _mm256_loadu_si256((const __m256i *)s + i));
+        __m256i product = _mm256_mul_epu32(keyed, _mm256_srli_epi64(keyed, 32));
+        acc[i] = _mm256_add_epi64(_mm256_add_epi64(acc[i], _mm256_shuffle_epi32(value, _MM_SHUFFLE(1, 0, 3, 2))), product);
     }
-    for (; end - p > SF_XXH3_STRIPE_BYTES; p += SF_XXH3_STRIPE_BYTES, s += 8) sf_xxh3_stripe(acc, p, s);
-    sf_xxh3_stripe(acc, end - SF_XXH3_STRIPE_BYTES, last - 7);
-    memcpy(out, acc, sizeof sf_xxh3_start);
 }
 
+__attribute__((target("avx2"))) static inline void sf_xxh3_scramble_avx2(__m256i acc[2], const uint8_t *s)
+{
+    const __m256i prime = _mm256_set1_epi64x(SF_P32_1);
+    for (int i = 0; i < 2; i++) {
+        __m256i mixed = _mm256_xor_si256(acc[i], _mm256_srli_epi64(acc[i], 47));
+        mixed = _mm256_xor_si256(mixed, _mm256_loadu_si256((const __m256i *)s + i));
+        __m256i high = _mm256_slli_epi64(_mm256_mul_epu32(_mm256_srli_epi64(mixed, 32), prime), 32);
+        acc[i] = _mm256_add_epi64(_mm256_mul_epu32(mixed, prime), high);
+    }
+}
+typedef __m256i sf_xxh3_acc_avx2_t[2];
+#endif
+
+#define SF_XXH3_ACCUMULATE(name, attributes, acc_t, stripe, scramble) \
+    attributes static void name(uint64_t out[8], const uint8_t *p, size_t n, const uint8_t *s) \
+    { \
+        const size_t block = SF_XXH3_STRIPE_BYTES * SF_XXH3_STRIPES_PER_BLOCK; \
+        const uint8_t *last = s + SF_XXH3_SECRET_BYTES - SF_XXH3_STRIPE_BYTES, *end = p + n; \
+        acc_t acc; \
+\
+        memcpy(acc, sf_xxh3_start, sizeof sf_xxh3_start); \
+        for (; (size_t)(end - p) > block; p += block) { \
+            for (int i = 0; i < SF_XXH3_STRIPES_PER_BLOCK; i++) stripe(acc, p + SF_XXH3_STRIPE_BYTES * i, s + 8 * i); \
+            scramble(acc, last); \
+        } \
+        for (; end - p > SF_XXH3_STRIPE_BYTES; p += SF_XXH3_STRIPE_BYTES, s += 8) stripe(acc, p, s); \
+        stripe(acc, end - SF_XXH3_STRIPE_BYTES, last - 7); \
+        memcpy(out, acc, sizeof sf_xxh3_start); \
+    }
+SF_XXH3_ACCUMULATE(sf_xxh3_accumulate_base, , sf_xxh3_acc_t, sf_xxh3_stripe, sf_xxh3_scramble)
+#ifdef __SSE2__
+SF_XXH3_ACCUMULATE(sf_xxh3_accumulate_avx2, __attribute__((target("avx2"))), sf_xxh3_acc_avx2_t, sf_xxh3_stripe_avx2, sf_xxh3_scramble_avx2)
+#endif
+
+/* The eight accumulators after an input of more than 240 bytes. */
+static inline void sf_xxh3_accumulate(uint64_t out[8], const uint8_t *p, size_t n, const uint8_t *s)
+{
+#ifdef __SSE2__
+    if (__builtin_cpu_supports("avx2")) {
+        sf_xxh3_accumulate_avx2(out, p, n, s);
+        return;
+    }
+#endif
+    sf_xxh3_accumulate_base(out, p, n, s);
+}
+
+/* A number out of the accumulators, from `secret` on. */
 static inline uint64_t sf_xxh3_merge(const uint64_t acc[8], const uint8_t *secret, uint64_t h)
 {
     for (int i = 0; i < 4; i++)

@@ -68,6 +68,12 @@ cdef void _name_context(const sf_json_chat_t *chat, const char *base, size_t siz
     sf_xxh3_name(parts, 40, seed, secret, name.halves)
 
 
+cdef const char *_bytes_of(bytes kind) except NULL:
+    if PyBytes_GET_SIZE(kind) != 16:
+        raise ValueError(f"a kind has 16 bytes, not {PyBytes_GET_SIZE(kind)}")
+    return PyBytes_AS_STRING(kind)
+
+
 @cython.final
 @cython.freelist(16)
 cdef class ChatScan:
@@ -112,10 +118,31 @@ cdef class ChatScan:
                 return False
         return True
 
-    def name(self, Py_ssize_t count):
+    cdef bytes _name(self, Py_ssize_t count, const char *kind):
+        cdef name_t name = self.names[count]
+        cdef uint64_t mixed[2]
+        if kind != NULL:
+            memcpy(mixed, kind, 16)
+            name.halves[0] ^= mixed[0]
+            name.halves[1] ^= mixed[1]
+        return PyBytes_FromStringAndSize(<char *> name.halves, 16)
+
+    def name(self, Py_ssize_t count, bytes kind=None):
         if count < 0 or count > self.chat.n_messages:
             raise IndexError(f"{count} of {self.chat.n_messages} messages")
-        return PyBytes_FromStringAndSize(<char *> self.names[count].halves, 16)
+        return self._name(count, NULL if kind is None else _bytes_of(kind))
+
+    def beginnings(self, Py_ssize_t limit, Py_ssize_t last, Py_ssize_t first, bytes kind not None):
+        if limit < 0 or limit > self.chat.n_messages or last < 0 or first < 0:
+            raise IndexError(f"{limit} of {self.chat.n_messages} messages, {last} and {first}")
+        cdef const char *bytes_of_kind = _bytes_of(kind)
+        cdef list found = []
+        cdef Py_ssize_t count
+        for count in range(limit, max(0, limit - last), -1):
+            found.append(self._name(count, bytes_of_kind))
+        for count in range(min(first, limit - last), 0, -1):
+            found.append(self._name(count, bytes_of_kind))
+        return found
 
     @property
     def context_name(self):

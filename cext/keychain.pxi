@@ -38,13 +38,18 @@ cdef class KeyChain:
         PyMem_RawFree(self.waiting)
 
     def copy(self):
-        cdef KeyChain other = KeyChain(self.page_size, bigram=self.bigram)
+        cdef KeyChain other = KeyChain.__new__(KeyChain, self.page_size)
+        other.bigram = self.bigram
         other.tokens = self.tokens
         other.pages = self.pages
         other.n_waiting = self.n_waiting
         other.chain = self.chain
         memcpy(other.waiting, self.waiting, 4 * self.n_waiting)
         return other
+
+    @property
+    def missing(self):
+        return self.page_size + self.bigram - self.n_waiting
 
     def extend(self, tokens):
         cdef Py_buffer view

@@ -68,6 +68,10 @@ class KeyChain:
     def tokens(self) -> int: ...
     @property
     def pages(self) -> int: ...
+    @property
+    def missing(self) -> int:
+        """Tokens until the next page is full; at least 1."""
+
     def __new__(
         cls, page_size: int, *, bigram: bool = False, cache_salt: bytes = b"", seed: int | None = None, parent: int = 0
     ) -> KeyChain: ...

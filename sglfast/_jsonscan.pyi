@@ -21,8 +21,14 @@ class ChatScan:
     def is_flat(self, position: int) -> bool:
         """Whether neither this message nor one behind it holds an object or an array."""
 
-    def name(self, count: int) -> bytes:
-        """16 bytes that stand for the first `count` messages, from 0 to all of them."""
+    def name(self, count: int, kind: bytes | None = None) -> bytes:
+        """16 bytes that stand for the first `count` messages, from 0 to all of them.
+
+        kind: 16 bytes of chance that stand for whatever else must be the same. Raises ValueError when it has another size.
+        """
+
+    def beginnings(self, limit: int, last: int, first: int, kind: bytes) -> list[bytes]:
+        """`name` of the `last` longest beginnings of at most `limit` messages, the longest first, then of `first` messages and less."""
 
     @property
     def context_name(self) -> bytes:

@@ -13,7 +13,7 @@ Contract: for any tree, matching `Keys.keys` gives the overlap that matching all
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sglfast._blockhash import KeyChain, page_keys, token_keys
 from sglfast.errors import PromptError
@@ -34,8 +34,7 @@ _CHARS_PER_TOKEN = 5
 _FIRST_CHARS = (64, 640)
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
+class Keys(NamedTuple):
     """Block keys of a prompt by variant, 8 bytes each, as far as they matter. tokens: of the whole prompt."""
 
     tokens: int
@@ -62,7 +61,7 @@ class LazyKeyer:
             raise PromptError(prompt.detail or "this prompt has no text and no token ids")
         return Keying(self, prompt, tuple(variants), asked)
 
-    def cannot_fill_a_block(self, chains: list[KeyChain], live: list[bool], text: str, start: int, continuation: str = "") -> bool:
+    def cannot_fill_a_block(self, chains: Sequence[KeyChain], live: list[bool], text: str, start: int, continuation: str = "") -> bool:
         """Whether even one token a byte of text[start:] would not complete a block of a chain whose overlap goes on."""
         if not self._bytes_per_token:
             return False

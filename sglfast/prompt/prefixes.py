@@ -73,11 +73,20 @@ class PrefixCache:
 
     def get(self, name: object) -> Sized | None:
         """What is known by a name, or None."""
-        with self._lock:
-            known = self._prefixes.get(name)
-            if known is not None:
-                self._prefixes.move_to_end(name)
-            return known
+        known = self._prefixes.get(name)
+        if known is not None:
+            with self._lock:
+                if name in self._prefixes:  # it may have gone meanwhile
+                    self._prefixes.move_to_end(name)
+        return known
+
+    def first(self, names: list[bytes]) -> Sized | None:
+        """What is known by the first of `names` by which anything is, or None."""
+        prefixes = self._prefixes
+        for name in names:
+            if name in prefixes:
+                return self.get(name)
+        return None
 
     def put(self, name: object, value: Sized) -> None:
         """Remember something, dropping what was least recently used when there is no room; what is huge is not remembered."""
@@ -85,13 +94,15 @@ class PrefixCache:
         if size_bytes > self._limit_bytes // 4:
             return
         with self._lock:
-            known = self._prefixes.pop(name, None)
+            prefixes = self._prefixes
+            known = prefixes.get(name)
             if known is not None:
                 self._size_bytes -= known.size_bytes
-            self._prefixes[name] = value
+                prefixes.move_to_end(name)
+            prefixes[name] = value
             self._size_bytes += size_bytes
             while self._size_bytes > self._limit_bytes:
-                self._size_bytes -= self._prefixes.popitem(last=False)[1].size_bytes
+                self._size_bytes -= prefixes.popitem(last=False)[1].size_bytes
 
     @property
     def size_bytes(self) -> int:

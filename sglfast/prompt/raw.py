@@ -11,7 +11,7 @@ How: cext/sf_json.h splits the body into messages and names each beginning of th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import xxhash
@@ -41,7 +41,7 @@ _UNBOUNDED = 1 << 62
 Budget = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Context:
     """All of a body but its messages. key: the same for all that lead to the same text and keys; asked: see LazyKeyer.begin."""
 
@@ -52,10 +52,17 @@ class Context:
     is_continued: bool
     has_tools: bool
     size_bytes: int
+    _last_kind: Kind | None = None
+
+    def kind(self, variants: tuple[Variant, ...], stamp: tuple[str, ...], seed: int) -> Kind:
+        """This context with variants, at a time; the last one is remembered."""
+        kind = self._last_kind
+        if kind is None or kind.variants != variants or kind.stamp != stamp:
+            kind = self._last_kind = Kind.of(self.key, variants, stamp, seed)
+        return kind
 
 
-@dataclass(frozen=True, slots=True)
-class _Opening:
+class _Opening(NamedTuple):
     """A conversation's first message, which most templates look at again and again."""
 
     message: Message
@@ -110,9 +117,10 @@ class RawReader:
                 continuation = last["content"]
             else:
                 return None
-        kind = (context.key, variants, template.stamp())
-        turn = self._longest(scan, limit, kind)
+        kind = context.kind(variants, template.stamp(), self.keyer.prefixes.seed)
+        turn = self.keyer.prefixes.first(scan.beginnings(limit, _LAST_NAMES, _FIRST_NAMES, kind.name))
         if turn is not None:
+            assert isinstance(turn, Turn)
             if budget is not None and is_too_much(scan, turn.border.at, budget):
                 return None
             return self._seen(template, scan, limit, context, turn, kind, [last] if count == len(scan) else [], continuation)
@@ -181,20 +189,6 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
         elif frame is False:
             frame = frames[roles] = self._frames.make(turn.border, turn.opening_role, roles, context.variables)
         return frame if isinstance(frame, Frame) else None
-
-    def _longest(self, scan: ChatScan, limit: int, kind: Kind) -> Turn | None:
-        get = self.keyer.prefixes.get
-        for count in range(limit, max(0, limit - _LAST_NAMES), -1):
-            known = get((scan.name(count), kind))
-            if known is not None:
-                assert isinstance(known, Turn)
-                return known
-        for count in range(min(_FIRST_NAMES, limit - _LAST_NAMES), 0, -1):
-            known = get((scan.name(count), kind))
-            if known is not None:
-                assert isinstance(known, Turn)
-                return known
-        return None
 
     def _context(self, template: StableTemplate, scan: ChatScan) -> Context | None:
         text = scan.context
@@ -273,7 +267,7 @@ class RawKeying(Keying):
         self, reader: RawReader, prompt: PromptText, scan: ChatScan, limit: int, kind: Kind, asked: tuple[str, str], run: Run
     ) -> None:
         """Use RawReader.begin. limit: messages that stand in `scan` as they were rendered."""
-        super().__init__(reader.keyer, prompt, kind[1], asked)
+        super().__init__(reader.keyer, prompt, kind.variants, asked)
         self._reader = reader
         self._scan = scan
         self._limit = limit

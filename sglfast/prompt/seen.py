@@ -8,6 +8,9 @@ Contract: as prompt/lazy.py. A Turn is the state of the key chains at a cut shor
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
+
+import xxhash
 
 from sglfast._blockhash import KeyChain
 from sglfast._jsonscan import ChatScan
@@ -19,8 +22,6 @@ from sglfast.prompt.prefixes import Prefix
 from sglfast.prompt.stable import Border, Run, StableTemplate
 from sglfast.shm import Variant
 
-# What decides about text and keys besides the messages: name of the context, variants, what the clock says.
-Kind = tuple[bytes, tuple[Variant, ...], tuple[str, ...]]
 # Roles of messages -> what is printed around them; None: it cannot be told; False: they came once.
 Frames = dict[tuple[str, ...], Frame | bool | None]
 
@@ -31,6 +32,20 @@ _STATE_CHARS = 1000
 _ENDINGS, _ENDING_CHARS = 64, 64
 _TURN_BYTES = 700  # objects and names around one
 _UNBOUNDED_CHARS = 1 << 62
+
+
+class Kind(NamedTuple):
+    """What decides about text and keys besides the messages: key of the context, variants, what the clock says. name: 16 bytes for it."""
+
+    context: bytes
+    variants: tuple[Variant, ...]
+    stamp: tuple[str, ...]
+    name: bytes
+
+    @classmethod
+    def of(cls, context: bytes, variants: tuple[Variant, ...], stamp: tuple[str, ...], seed: int) -> "Kind":
+        """seed: as for the names of messages."""
+        return cls(context, variants, stamp, xxhash.xxh3_128_digest(repr((context, variants, stamp)).encode(), seed))
 
 
 class Turn:
@@ -73,7 +88,9 @@ class Turns:
         opening = run.opening()
         role = str(opening["role"]) if opening is not None and len(opening) == 2 and type(opening["content"]) is str else None
         chain_bytes = sum(12 * chain.page_size + 150 for chain in prefix.chains)
-        self.put(scan, (kind[0], kind[1], stamp), prefix.chains, prefix.keys, border, text[end : border.chars], role, chain_bytes)
+        if stamp != kind.stamp:
+            kind = Kind.of(kind.context, kind.variants, stamp, self.keyer.prefixes.seed)
+        self.put(scan, kind, prefix.chains, prefix.keys, border, text[end : border.chars], role, chain_bytes)
         return True
 
     def ending(self, text: str) -> "array[int]":
@@ -91,16 +108,17 @@ class Turns:
 
     def is_now(self, kind: Kind) -> bool:
         """Whether the clock says what it said when the conversation was looked up."""
-        return self._template.stamp() == kind[2]
+        return self._template.stamp() == kind.stamp
 
     def put(
         self, scan: ChatScan, kind: Kind, chains: tuple[KeyChain, ...], keys: tuple[bytes, ...], border: Border, rest: str,
         opening_role: str | None, chain_bytes: int,
     ) -> None:  # fmt: skip
         """Remember a border under the name of the messages that it needs."""
-        state = repr(border.state) if border.state else ""
+        at, needed, _, loop, values = border
+        state = repr(values) if values else ""
         if len(state) <= _STATE_CHARS:
-            family = (kind[0], kind[2], border.at, border.loop, state, opening_role)
+            family = (kind.name, at, loop, state, opening_role)
             frames = self._families.get(family)
             if frames is None:
                 frames = self._families[family] = {}
@@ -109,7 +127,7 @@ class Turns:
         else:
             frames = {}
         turn = Turn(chains, keys, border, rest, frames, opening_role, chain_bytes)
-        self.keyer.prefixes.put((scan.name(border.needed), kind), turn)
+        self.keyer.prefixes.put(scan.name(needed, kind.name), turn)
 
 
 class SeenKeying:
@@ -161,51 +179,50 @@ class SeenKeying:
         return True
 
     def _run_short(self, probe: Probe, text: str) -> None:
-        turn, turns, variants = self._turn, self._turns, self._kind[1]
+        turn, turns, variants = self._turn, self._turns, self._kind.variants
         keyer = turns.keyer
         pieces = keyer.pieces
-        keys = list(turn.keys)
+        chains, keys = turn.chains, list(turn.keys)
         live = [not known or probe(known) == len(known) >> 3 for known in keys]
-        chains = [chain.copy() for chain in turn.chains]
         border = pieces.border
-        cut = text.rfind(border) + len(border) if border in text else 0
+        cut = text.rfind(border) + 1 if border else 0
+        if cut:
+            cut += len(border) - 1
+        more = 0  # tokens behind those in the chains
         try:
             if cut:
                 if True not in live or (not pieces.has_words and keyer.cannot_fill_a_block(chains, live, text, 0)):
                     self._estimate(chains, keys, len(text))
                     return
-                _extend(chains, keys, live, pieces.encode_piece(text[:cut]), probe)
-                self.remember(cut, tuple(chains), tuple(keys), text)
-                chains = [chain.copy() for chain in chains]
+                chains = _extended(chains, keys, live, pieces.encode_piece(text[:cut]), probe)
+                self.remember(cut, chains, tuple(keys), text)
             if cut < len(text):
                 if True not in live:
                     self._estimate(chains, keys, len(text) - cut)
                     return
-                _extend(chains, keys, live, turns.ending(text[cut:]), probe)
+                ids = turns.ending(text[cut:])
+                more = len(ids)
+                for chain in chains:
+                    if chain.missing <= more:
+                        chains, more = _extended(chains, keys, live, ids, probe), 0
+                        break
         except (TypeError, ValueError) as error:
             raise PromptError(f"no block keys can be made of this prompt: {error}") from error
-        tokens = chains[0].tokens if chains else 0
+        tokens = chains[0].tokens + more if chains else 0
         capped = {variant: known[: 8 * pages_max(tokens, variant)] for variant, known in zip(variants, keys, strict=True)}
         self._keys = Keys(tokens, False, capped)
 
-    def _estimate(self, chains: list[KeyChain], keys: list[bytes], rest_chars: int) -> None:
+    def _estimate(self, chains: tuple[KeyChain, ...], keys: list[bytes], rest_chars: int) -> None:
         tokens = chains[0].tokens if chains else 0
         tokens += max(1, self._turns.keyer.pieces.tokens_estimate(rest_chars))
-        self._keys = Keys(tokens, True, dict(zip(self._kind[1], keys, strict=True)))
+        self._keys = Keys(tokens, True, dict(zip(self._kind.variants, keys, strict=True)))
 
     def remember(self, end: int, chains: tuple[KeyChain, ...], keys: tuple[bytes, ...], text: str) -> None:
         """Remember the first border behind the old one that is not before text[:end]."""
         turn = self._turn
-        chars = len(turn.rest)
-        counted = 0
+        rest_chars = len(turn.rest)
         for border in self._borders:
-            if self._counts_chars:
-                at = chars + border.chars
-            else:
-                while counted < border.chars:
-                    chars += len(self._parts[counted])
-                    counted += 1
-                at = chars
+            at = rest_chars + (border.chars if self._counts_chars else sum(map(len, self._parts[: border.chars])))
             if at < end:
                 continue
             if at <= end + _REST_CHARS and border.needed <= self._limit and self._turns.is_now(self._kind):
@@ -214,13 +231,16 @@ class SeenKeying:
             return
 
 
-def _extend(chains: list[KeyChain], keys: list[bytes], live: list[bool], ids: "array[int]", probe: Probe) -> None:
-    for place, chain in enumerate(chains):
+def _extended(chains: Sequence[KeyChain], keys: list[bytes], live: list[bool], ids: "array[int]", probe: Probe) -> tuple[KeyChain, ...]:
+    """Copies of the chains with more tokens in them; keys and live are changed."""
+    longer = tuple([chain.copy() for chain in chains])
+    for place, chain in enumerate(longer):
         fresh = chain.extend(ids)
         if fresh:
             keys[place] += fresh
             if live[place]:
                 live[place] = probe(fresh) == len(fresh) >> 3
+    return longer
 
 
 class _LongKeying(Keying):
@@ -230,7 +250,7 @@ class _LongKeying(Keying):
 
     def __init__(self, seen: SeenKeying, text: str) -> None:
         prompt = PromptText(text=text, continuation=seen._continuation, cache_salt=seen._salt)
-        super().__init__(seen._turns.keyer, prompt, seen._kind[1], seen._asked)
+        super().__init__(seen._turns.keyer, prompt, seen._kind.variants, seen._asked)
         self._seen = seen
         self._begin_behind(seen._turn.chains, seen._turn.keys)
 

@@ -12,8 +12,7 @@ Why a request has at most (n - 1) // block_size keys: SGLang computes at least t
 import enum
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglfast._blockhash import page_keys
 from sglfast.errors import PromptError
@@ -35,8 +34,7 @@ class RequestKind(enum.IntEnum):
     OTHER = 5  # no prompt that an engine caches
 
 
-@dataclass(frozen=True, slots=True)
-class PromptText:
+class PromptText(NamedTuple):
     """A prompt on its way to tokens: either text, or the client's own token ids, or neither.
 
     add_special_tokens: for text, whether the model's BOS or EOS goes around it (a chat template prints its own);

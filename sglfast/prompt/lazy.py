@@ -118,7 +118,7 @@ class Keying:
         if prompt.text is None:
             return
         self._live = [True] * len(variants)
-        least = min((variant.block_size for variant in variants), default=0)
+        least = min([variant.block_size for variant in variants], default=0)
         self._first_chars = max(_FIRST_CHARS[0], min(_FIRST_CHARS[1], least * _CHARS_PER_TOKEN))
         self._kind = (variants, self._starts, prompt.cache_salt, prompt.add_special_tokens)
         self._names: list[Name] = []

@@ -251,10 +251,12 @@ class _Messages:
 
     def chars_behind(self, run: Run) -> int:
         """About how many characters follow what is rendered: messages that were not read, by what the read ones had for their bytes."""
-        scan, known = self._scan, self.known
-        read_bytes = sum(scan.end(at) - scan.start(at) - _MESSAGE_BYTES for at in known)
+        scan = self._scan
+        read_bytes = read_chars = 0
+        for at, message in self.known.items():
+            read_bytes += scan.end(at) - scan.start(at) - _MESSAGE_BYTES
+            read_chars += _chars(message)
         all_bytes = scan.end(len(scan) - 1) - scan.start(0) - len(scan) * _MESSAGE_BYTES
-        read_chars = sum(_chars(message) for message in known.values())
         return max(0, max(0, all_bytes) * read_chars // max(1, read_bytes) - run.chars)
 
 

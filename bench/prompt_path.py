@@ -4,7 +4,10 @@
 
 From the bytes of a body to the answer of the KV index. plain: parse, render, tokenize all, hash all, match. seen: all but the newest
 message was seen before and is owned. cold: nothing of this conversation was seen and nobody owns anything of it. Each figure is the
-median over prompts of the best of several rounds, because the machine is not ours alone; a round begins with an empty memory.
+median over prompts of the best of several rounds, because the machine is not ours alone; a round begins with an empty memory, and
+goes through all three kinds, so that a clock that changes its speed changes it for all of them. Time is that of the thread on its core:
+nothing here waits, and a plain prompt takes so long that on a busy machine it is nearly always interrupted. What stands in brackets is the
+lowest and the highest ratio that a single round had, of medians over its prompts.
 """
 
 import argparse
@@ -31,22 +34,32 @@ from sglfast.shm import Variant
 
 VARIANTS = (Variant(64),)
 CHARS, MESSAGES = 32_768, 20
-PROMPTS, ROUNDS = 40, 7
+PROMPTS, ROUNDS = 40, 11
 WANTED = {"seen": 300, "cold": 60}
 Messages = list[dict[str, str]]
 
 
-def best_us(prepare: Callable[[], Callable[[bytes], object]], bodies: list[bytes]) -> float:
-    """Median over the bodies of the best of ROUNDS; each round prepares anew and gives each body once."""
-    best = [float("inf")] * len(bodies)
-    for _ in range(ROUNDS):
-        call = prepare()
-        for number, sent in enumerate(bodies):
-            body = bytes(bytearray(sent))  # it has just come in
-            began = time.perf_counter()
-            call(body)
-            best[number] = min(best[number], time.perf_counter() - began)
-    return statistics.median(best) * 1e6
+def round_us(call: Callable[[bytes], object], bodies: list[bytes]) -> list[float]:
+    """How long each body takes, given once."""
+    times = []
+    for sent in bodies:
+        body = bytes(bytearray(sent))  # it has just come in
+        began = time.thread_time()
+        call(body)
+        times.append((time.thread_time() - began) * 1e6)
+    return times
+
+
+def best_us(rounds: list[list[float]]) -> float:
+    """Median over the bodies of the best of the rounds."""
+    best: float = statistics.median([min(times) for times in zip(*rounds, strict=True)])
+    return best
+
+
+def ratio(plain: list[list[float]], other: list[list[float]]) -> str:
+    """What the bests give, and the range of single rounds."""
+    single = [statistics.median(whole) / statistics.median(short) for whole, short in zip(plain, other, strict=True)]
+    return f"{best_us(plain) / best_us(other):.0f} ({min(single):.0f}..{max(single):.0f})"
 
 
 def source(kind: str) -> str:
@@ -76,7 +89,7 @@ def main() -> None:
     tokenizer = load_tokenizer(DEMO_TOKENIZER_PATH)
     reader = PromptReader(tokenizer)
     print(f"page 64, SHA-256 kernel {kernel()}; microseconds\n")
-    print(f"{'text':8}{'tokens':>8}{'plain':>10}{'seen':>8}{'cold':>8}{'plain/seen':>12}{'plain/cold':>12}")
+    print(f"{'text':8}{'tokens':>8}{'plain':>10}{'seen':>8}{'cold':>8}{'plain/seen':>18}{'plain/cold':>18}")
     for kind in ("prose", "code"):
         text = source(kind)
         base = conversation(text, 0, "")[:-1]
@@ -87,10 +100,10 @@ def main() -> None:
             ids = reader.tokens_of(reader.text_of(RequestKind.CHAT, orjson.loads(body)))
             return len(ids), reader.keys_of(ids, 64)
 
-        def plain() -> Callable[[bytes], object]:
-            return lambda body: tree.match(keys_of(body)[1])
+        def plain(body: bytes) -> None:
+            tree.match(keys_of(body)[1])
 
-        def fresh() -> Callable[[bytes], object]:
+        def fresh() -> Callable[[bytes], None]:
             raw = RawReader(LazyKeyer(tokenizer, 32 << 20))
 
             def lazy(body: bytes) -> None:
@@ -100,20 +113,19 @@ def main() -> None:
 
             return lazy
 
-        def warm(base: Messages = base) -> Callable[[bytes], object]:
-            lazy = fresh()
-            lazy(body_of(base))
-            return lazy
-
         tokens, keys = keys_of(body_of(base))
-        plain_us = best_us(plain, newest)
         writer.reset()
-        cold_us = best_us(fresh, strangers)
         writer.store(0, 0, keys)
-        seen_us = best_us(warm, newest)
-        ratios = plain_us / seen_us, plain_us / cold_us
-        print(f"{kind:8}{tokens:8,}{plain_us:10,.0f}{seen_us:8.1f}{cold_us:8.1f}{ratios[0]:12.0f}{ratios[1]:12.0f}")
-    print(f"{'wanted':42}{WANTED['seen']:12}{WANTED['cold']:12}")
+        times: dict[str, list[list[float]]] = {"plain": [], "seen": [], "cold": []}
+        for _ in range(ROUNDS):
+            warm = fresh()
+            warm(body_of(base))
+            for name, call, bodies in (("plain", plain, newest), ("seen", warm, newest), ("cold", fresh(), strangers)):
+                times[name].append(round_us(call, bodies))
+        figures = [best_us(rounds) for rounds in times.values()]
+        ratios = [ratio(times["plain"], times[name]) for name in ("seen", "cold")]
+        print(f"{kind:8}{tokens:8,}{figures[0]:10,.0f}{figures[1]:8.1f}{figures[2]:8.1f}{ratios[0]:>18}{ratios[1]:>18}")
+    print(f"{'wanted':42}{WANTED['seen']:18}{WANTED['cold']:18}")
 
 
 if __name__ == "__main__":

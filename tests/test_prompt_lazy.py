@@ -105,7 +105,7 @@ def beginning(prompt: PromptText, head_chars: int) -> PromptText:
     rest = prompt.text[head_chars:]
     if not head_chars or not rest:
         return prompt
-    return replace(prompt, text=prompt.text[:head_chars], rest=lambda: rest, rest_chars=len(rest))
+    return prompt._replace(text=prompt.text[:head_chars], rest=lambda: rest, rest_chars=len(rest))
 
 
 word = st.text(alphabet="abcDEF'éß漢0 .\n\t🙂\u0301\ufb01<|>_-", max_size=12)

@@ -59,6 +59,7 @@ cdef extern from "sf_xxh3.h":
     int SF_XXH3_SECRET_BYTES
     void sf_xxh3_make_secret(uint8_t *secret, uint64_t seed) noexcept nogil
     uint64_t sf_xxh3(const void *data, size_t n, uint64_t seed, const uint8_t *secret) noexcept nogil
+    uint64_t sf_xxh3_long_narrow(const uint8_t *p, size_t n, const uint8_t *secret) noexcept nogil
     uint64_t sf_xxh3_keyed(
         uint64_t key, const void *data, size_t n, uint64_t seed, const uint8_t *secret, uint8_t *scratch
     ) noexcept nogil
@@ -107,13 +108,16 @@ def token_keys(
     return _keys(tokens, page_size, bigram, max_pages, &chain)
 
 
-def xxh3(data, uint64_t seed=0):
+def xxh3(data, uint64_t seed=0, *, bint is_narrow=False):
     cdef Py_buffer view
     cdef uint8_t secret[192]
     cdef uint64_t value
     PyObject_GetBuffer(data, &view, PyBUF_C_CONTIGUOUS)
     sf_xxh3_make_secret(secret, seed)
-    value = sf_xxh3(view.buf, view.len, seed, secret)
+    if is_narrow and view.len > 240:
+        value = sf_xxh3_long_narrow(<const uint8_t *> view.buf, view.len, secret)
+    else:
+        value = sf_xxh3(view.buf, view.len, seed, secret)
     PyBuffer_Release(&view)
     return value
 

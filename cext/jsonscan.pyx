@@ -31,6 +31,7 @@ cdef extern from "sf_json.h" nogil:
         uint64_t array_start
         uint64_t array_end
 
+    const char *sf_json_string_end(const char *p, const char *end, int is_narrow) noexcept
     int sf_json_scan_chat(sf_json_chat_t *chat, const char *base, size_t length) noexcept
 
 cdef extern from "sf_xxh3.h" nogil:
@@ -130,7 +131,10 @@ cdef class ChatScan:
     def name(self, Py_ssize_t count, bytes kind=None):
         if count < 0 or count > self.chat.n_messages:
             raise IndexError(f"{count} of {self.chat.n_messages} messages")
-        return self._name(count, NULL if kind is None else _bytes_of(kind))
+        cdef const char *bytes_of_kind = NULL
+        if kind is not None:
+            bytes_of_kind = _bytes_of(kind)
+        return self._name(count, bytes_of_kind)
 
     def beginnings(self, Py_ssize_t limit, Py_ssize_t last, Py_ssize_t first, bytes kind not None):
         if limit < 0 or limit > self.chat.n_messages or last < 0 or first < 0:
@@ -157,6 +161,12 @@ cdef class ChatScan:
         memcpy(p + head, b"[]", 2)
         memcpy(p + head + 2, PyBytes_AS_STRING(self.body) + self.chat.array_end, tail)
         return out
+
+
+def string_end(bytes text not None, *, bint is_narrow=False):
+    cdef const char *base = PyBytes_AS_STRING(text)
+    cdef const char *found = sf_json_string_end(base, base + PyBytes_GET_SIZE(text), is_narrow)
+    return -1 if found == NULL else found - base
 
 
 def scan_chat(bytes body not None, uint64_t seed):

@@ -8,7 +8,7 @@
  * array of objects. Inside the pieces only strings are told from all else and brackets counted, so that in a valid body the ends are
  * right; in an invalid one some piece is invalid, which its reader finds. Tests hold it against a parser.
  *
- * Bounds: one step per byte at most, no recursion, 64 bytes at a time inside long strings; at most SF_JSON_MESSAGES messages.
+ * Bounds: one step per byte at most, no recursion, 64 bytes at a time inside strings; at most SF_JSON_MESSAGES messages.
  */
 #ifndef SF_JSON_H
 #define SF_JSON_H
@@ -88,11 +88,11 @@ SF_JSON_LONG_QUOTE(_sf_json_long_quote, , _sf_json_places)
 SF_JSON_LONG_QUOTE(_sf_json_long_quote_avx2, __attribute__((target("avx2"))), _sf_json_places_avx2)
 #endif
 
-/* p: behind the opening quote. The place of the closing one, NULL when there is none. */
-static inline const char *_sf_json_quote(const char *p, const char *end) {
+/* p: behind the opening quote. The place of the closing one, NULL when there is none. is_narrow: without registers of 32 bytes. */
+static inline const char *sf_json_string_end(const char *p, const char *end, int is_narrow) {
 #ifdef __SSE2__
     /* 64 bytes at a time without a jump that depends on the text. */
-    if (end - p >= 64) p = __builtin_cpu_supports("avx2") ? _sf_json_long_quote_avx2(p, end) : _sf_json_long_quote(p, end);
+    if (end - p >= 64) p = !is_narrow && __builtin_cpu_supports("avx2") ? _sf_json_long_quote_avx2(p, end) : _sf_json_long_quote(p, end);
 #endif
     while (p < end) {
         if (*p == '"') return p;
@@ -100,6 +100,8 @@ static inline const char *_sf_json_quote(const char *p, const char *end) {
     }
     return NULL;
 }
+
+static inline const char *_sf_json_quote(const char *p, const char *end) { return sf_json_string_end(p, end, 0); }
 
 /* p: at an opening bracket. Behind the one that closes it, NULL when there is none. depth: the deepest nesting seen, 1 = no inner one. */
 static inline const char *_sf_json_container(const char *p, const char *end, uint64_t *depth) {

@@ -225,6 +225,14 @@ static inline uint64_t sf_xxh3_merge(const uint64_t acc[8], const uint8_t *secre
     return sf_xxh3_avalanche(h);
 }
 
+/* As sf_xxh3_long, on any processor. */
+static inline uint64_t sf_xxh3_long_narrow(const uint8_t *p, size_t n, const uint8_t *s)
+{
+    uint64_t acc[8];
+    sf_xxh3_accumulate_base(acc, p, n, s);
+    return sf_xxh3_merge(acc, s + 11, n * SF_P64_1);
+}
+
 static inline uint64_t sf_xxh3_long(const uint8_t *p, size_t n, const uint8_t *s)
 {
     uint64_t acc[8];

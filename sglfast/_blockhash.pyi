@@ -48,8 +48,8 @@ def chain_seed(model: str, block_size: int, *, bigram: bool = False, lora_name: 
     and cache_salt ("" = none) its UTF-8 length as 4 bytes little-endian and its UTF-8 bytes.
     """
 
-def xxh3(data: ReadableBuffer, seed: int = 0) -> int:
-    """Return the XXH3-64 hash of some contiguous bytes."""
+def xxh3(data: ReadableBuffer, seed: int = 0, *, is_narrow: bool = False) -> int:
+    """Return the XXH3-64 hash of some contiguous bytes. is_narrow: as on a processor without registers of 32 bytes."""
 
 @final
 class KeyChain:

@@ -38,6 +38,12 @@ class ChatScan:
     def context(self) -> bytes:
         """The body with [] in place of its messages."""
 
+def string_end(text: bytes, *, is_narrow: bool = False) -> int:
+    """Offset of the quote that ends a string of which `text` has all but the quote before it; -1 when there is none.
+
+    is_narrow: as on a processor without registers of 32 bytes.
+    """
+
 def scan_chat(body: bytes, seed: int) -> ChatScan | None:
     """Split a chat body; None when it is not of the usual form: an object whose `messages`, written once, are objects.
 

@@ -188,6 +188,10 @@ class TestKeyChain:
             tokens.extend(part)
             assert keys == page_keys(tokens, page_size, bigram=bigram, cache_salt=cache_salt)
             assert (chain.tokens, 8 * chain.pages) == (len(tokens), len(keys))
+            missing = array.array("I", range(chain.missing))
+            assert missing
+            assert not chain.copy().extend(missing[1:])
+            assert len(chain.copy().extend(missing)) == 8
         assert (chain.page_size, chain.bigram) == (page_size, bigram)
 
     @given(

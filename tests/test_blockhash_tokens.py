@@ -25,7 +25,9 @@ def test_xxh3_of_every_length(seed: int) -> None:
     """All lengths from 0 to 4096, with them every border of the algorithm: 3, 8, 16, 128, 240, blocks of 1024."""
     data = os.urandom(4097)
     for n in range(4097):
-        assert xxh3(data[:n], seed) == xxhash.xxh3_64_intdigest(data[:n], seed), n
+        hashed = xxhash.xxh3_64_intdigest(data[:n], seed)
+        assert xxh3(data[:n], seed) == hashed, n
+        assert xxh3(data[:n], seed, is_narrow=True) == hashed, n
 
 
 @given(st.binary(max_size=300), SEEDS)

@@ -10,7 +10,7 @@ from conftest import SeededRandom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglfast._jsonscan import ChatScan, scan_chat
+from sglfast._jsonscan import ChatScan, scan_chat, string_end
 
 SEED = 0x9E3779B97F4A7C15
 
@@ -27,6 +27,21 @@ def is_json(text: bytes) -> bool:
     except orjson.JSONDecodeError:
         return False
     return True
+
+
+# ---- where a string ends ----
+
+
+@settings(max_examples=600)
+@given(st.lists(st.sampled_from([b"\\", b"\\", b"a", b"b" * 31, b"c" * 64, b"\\" * 63, b"\\" * 64]), max_size=60), st.booleans())
+def test_a_string_ends_at_the_first_quote_that_is_not_escaped(parts: list[bytes], has_more: bool) -> None:
+    text = b"".join(parts) + b'"' + b'\\"' * 50 * has_more
+    want, at = -1, 0
+    while at < len(text) and want < 0:
+        if text[at : at + 1] == b'"':
+            want = at
+        at += 2 if text[at : at + 1] == b"\\" else 1
+    assert string_end(text) == string_end(text, is_narrow=True) == want
 
 
 # ---- every split is the parser's ----
@@ -172,6 +187,27 @@ def test_names_are_those_of_the_bytes_of_the_first_messages() -> None:
     assert split(first.body, SEED + 1).name(3) != first.name(3)
     assert split(first.body).name(3) == first.name(3), "the seed is taken anew each time"
     assert len(first.name(3)) == 16
+
+
+def test_names_of_a_kind() -> None:
+    scan = split(b'{"messages":[{"a":1},{"b":2},{"c":3},{"d":4},{"e":5}]}')
+    kind, other = b"0123456789abcdef", b"0123456789abcdeg"
+    names = {scan.name(n, of) for n in range(6) for of in (kind, other, None)}
+    assert len(names) == 18
+    for limit, last, first, counts in (
+        (5, 2, 1, [5, 4, 1]),
+        (5, 8, 2, [5, 4, 3, 2, 1]),
+        (3, 1, 4, [3, 2, 1]),
+        (1, 1, 1, [1]),
+        (0, 8, 2, []),
+    ):
+        assert scan.beginnings(limit, last, first, kind) == [scan.name(n, kind) for n in counts]
+    for wrong in ((6, 1, 1), (-1, 1, 1), (5, -1, 1), (5, 1, -1)):
+        with pytest.raises(IndexError):
+            scan.beginnings(*wrong, kind)
+    for call in (lambda: scan.name(1, b"short"), lambda: scan.beginnings(1, 1, 1, b"x" * 17)):
+        with pytest.raises(ValueError, match="16 bytes"):
+            call()
 
 
 def test_context_names() -> None:

@@ -275,6 +275,12 @@ def test_patterns_of_tokenizers(tmp_path: Path) -> None:
     assert load_tokenizer(DEMO_TOKENIZER_PATH).word_pattern == GPT2
 
 
+def test_other_models_have_no_merges(tmp_path: Path) -> None:
+    assert [build(kind, _folder(tmp_path, kind)).merges() for kind in ("wordpiece", "unigram")] == [None, None]
+    rust = RustTokenizer(models.BPE({"a": 0, "##a": 1, "aa": 2}, [("a", "##a")], continuing_subword_prefix="##"))
+    assert Tokenizer(rust, None, {}).merges() is None
+
+
 def _folder(parent: Path, name: str) -> Path:
     (parent / name).mkdir()
     return parent / name

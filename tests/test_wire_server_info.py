@@ -77,6 +77,54 @@ def test_consumer(case: dict[str, Any], version: str) -> None:
     assert facts.dp_size == described["dp_size"]
 
 
+SETTING = {"publisher": "zmq", "endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5657", "topic": "kv"}
+
+
+@pytest.mark.parametrize("version", ["0.5.6", "0.5.9", "0.5.12.post1"])
+def test_without_a_descriptor_the_setting_itself_tells(version: str) -> None:
+    facts = server_info.parse_server_info(
+        body(kv_events_config=json.dumps(SETTING), page_size=64, dp_size=2, version=version), "http://worker-3:30000"
+    )
+    assert facts.kv == server_info.KvEndpoint("zmq", "worker-3", 5557, "kv", 64, 2, 5657)
+    assert (facts.dp_size, facts.key_route, facts.kv_connects_out) == (2, "sha256", False)
+
+
+def test_an_engine_without_descriptor_connects_to_0000() -> None:
+    setting = json.dumps(SETTING | {"endpoint": "tcp://0.0.0.0:5557"})
+    for described, connects_out in ({}, True), ({"kv_events": DESCRIPTOR}, False):
+        facts = server_info.parse_server_info(body(kv_events_config=setting, page_size=64, version="0.5.12", **described), "http://h:1")
+        assert facts.kv_connects_out is connects_out
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"version": "0.5.5"},  # its hashes stand for a page alone, wherever that is
+        {"version": None},
+        {"kv_events": None},  # the engine itself says that it publishes nothing
+        {"page_size": None},
+        {"kv_events_config": None},
+        {"kv_events_config": "{"},
+        {"kv_events_config": json.dumps(SETTING | {"publisher": "null"})},
+        {"kv_events_config": json.dumps(SETTING | {"endpoint": "ipc:///tmp/kv"})},
+        {"vllm_config": {}},
+    ],
+)
+def test_a_setting_that_tells_nothing(fields: dict[str, Any]) -> None:
+    known = {"kv_events_config": json.dumps(SETTING), "page_size": 64, "version": "0.5.9"}
+    assert server_info.parse_server_info(body(**known), "http://h:1").kv is not None
+    assert server_info.parse_server_info(body(**known | fields), "http://h:1").kv is None
+
+
+def test_replay_that_the_descriptor_does_not_know_yet() -> None:
+    described = {name: value for name, value in DESCRIPTOR.items() if name != "replay_endpoint_port_base"}
+    for endpoint, port in ("tcp://*:5657", 5657), ("ipc:///tmp/replay", None), (None, None), ("tcp://10.0.0.9:6000", 6000):
+        setting = json.dumps(SETTING | {"replay_endpoint": endpoint})
+        facts = server_info.parse_server_info(body(kv_events=described, kv_events_config=setting, version="0.5.18"), "http://h:1")
+        assert facts.kv is not None
+        assert facts.kv.replay_port_base == port
+
+
 def test_endpoints() -> None:
     facts = server_info.parse_server_info(body(kv_events=DESCRIPTOR), "http://[fd00::7]:30000")
     assert facts.kv is not None

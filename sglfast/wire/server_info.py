@@ -4,7 +4,8 @@ Runs in: control (parse), sim (produce the descriptor). No I/O.
 Contract: `/server_info` carries api_key, admin_api_key, ssl_keyfile_password and launch_command in clear. Only the fields named
     below are ever decoded (the rest stays an undecoded view of the body), and no error text quotes the body. A field of a wrong
     type counts as absent. block_size and dp_size come from the descriptor, which is right under DCP and DP attention where the
-    top level is not.
+    top level is not. Engines before 0.5.13 have no descriptor, those before 0.5.22 none of the replay: there `kv_events_config`, the
+    setting itself, tells what a descriptor would.
 Source: spec/kv_events.md 3; spec/router.md 3.4.
 """
 
@@ -90,14 +91,24 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
     Raises: WorkerInfoError when the body is no JSON object.
     """
     fields = _object_of(body, "/server_info")
-    kv = _parse_descriptor(fields, worker_url)
-    dp_size = kv.dp_size if kv else (_positive(fields, "dp_size") or 1) * (_positive(fields, "attn_dp_size") or 1)
     algorithm = _take(fields, "speculative_algorithm", str) or ""
     version = _take(fields, "version", str) or None
-    config = _load_config(_take(fields, "kv_events_config", str))
+    config_json = _take(fields, "kv_events_config", str)
+    config = _load_config(config_json)
     is_dynamo = config is not None and config.format == "dynamo"
     # vLLM answers this path, too, with its own version numbers.
     sglang_version = None if "vllm_config" in fields else version
+    ranks = (_positive(fields, "dp_size") or 1) * (_positive(fields, "attn_dp_size") or 1)
+    described = _take(fields, "kv_events", dict[str, msgspec.Raw])
+    is_undescribed = "kv_events" not in fields and _numbers_of(sglang_version) >= _FIRST_CHAINED
+    if is_undescribed:
+        descriptor = kv_events_descriptor(config_json, page_size=_positive(fields, "page_size"), dp_size=ranks)
+        described = None if descriptor is None else msgspec.json.decode(msgspec.json.encode(descriptor), type=dict[str, msgspec.Raw])
+    kv = _parse_descriptor(described, worker_url)
+    if kv is not None and kv.replay_port_base is None and config is not None and config.replay_endpoint:
+        replay = split_tcp(config.replay_endpoint)
+        kv = msgspec.structs.replace(kv, replay_port_base=replay[1] if replay else None)
+    dp_size = kv.dp_size if kv else ranks
     return WorkerFacts(
         model=_take(fields, "served_model_name", str) or None,
         kv=kv,
@@ -109,7 +120,7 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         startup_time=_take(fields, "startup_time", float),
         page_size=_positive(fields, "page_size"),
         key_route=key_route_of(sglang_version, is_dynamo=is_dynamo),
-        kv_connects_out=kv is not None and config is not None and not _binds(config),
+        kv_connects_out=kv is not None and config is not None and not _binds(config, is_undescribed),
         adapters="models" if "vllm_config" in fields else "named" if _tells_adapters(version, is_dynamo=is_dynamo) else "shared",
         takes_rid=_numbers_of(sglang_version) >= _FIRST_RID,
         tp_size=_positive(fields, "tp_size"),
@@ -138,12 +149,16 @@ def _tells_adapters(version: str | None, *, is_dynamo: bool) -> bool:
     return numbers <= (0, 0, 0) or numbers >= (_FIRST_ADAPTERS_DYNAMO if is_dynamo else _FIRST_ADAPTERS)
 
 
-def _binds(config: "_KvEventsConfig") -> bool:
-    """Does the engine bind its event socket? As its publisher decides (spec/kv_events.md 1.1)."""
+def _binds(config: "_KvEventsConfig", is_undescribed: bool) -> bool:
+    """Does the engine bind its event socket? As its publisher decides (spec/kv_events.md 1.1).
+
+    is_undescribed: it is so old that it connects to 0.0.0.0.
+    """
     if config.bind is not None:
         return config.bind
     endpoint = config.endpoint
-    return any(part in endpoint for part in ("*", "::", "0.0.0.0")) or endpoint.startswith(("ipc://", "inproc://"))
+    wildcards = ("*", "::") if is_undescribed else ("*", "::", "0.0.0.0")
+    return any(part in endpoint for part in wildcards) or endpoint.startswith(("ipc://", "inproc://"))
 
 
 def parse_model_info(body: bytes) -> str | None:
@@ -206,8 +221,7 @@ def _port(fields: dict[str, msgspec.Raw], name: str) -> int | None:
     return value if value is not None and value <= _PORT_LIMIT else None
 
 
-def _parse_descriptor(fields: dict[str, msgspec.Raw], worker_url: str) -> KvEndpoint | None:
-    described = _take(fields, "kv_events", dict[str, msgspec.Raw])
+def _parse_descriptor(described: dict[str, msgspec.Raw] | None, worker_url: str) -> KvEndpoint | None:
     if described is None:
         return None
     publisher = _take(described, "publisher", str)

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import all_kinds
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RustTokenizer
 
-from sglfast.prompt.pieces import PIECE_CHARS, PieceCache, PieceTokenizer
+from sglfast.errors import PromptError
+from sglfast.prompt.pieces import PIECE_CHARS, PieceCache, PieceTokenizer, clean_tokens
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer, single_token_words
 
 
@@ -88,6 +91,90 @@ def test_a_token_that_overlaps_another_is_no_border(tmp_path: Path) -> None:
     for extra, border in (["<|other|>"], "<|im_end|>"), (["x<|im_e"], ""), (["<|im_end|>x"], ""):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"additional_special_tokens": extra}))
         assert PieceTokenizer(load_tokenizer(str(tmp_path)), 1 << 20).border == border
+
+
+def with_tokens(folder: Path, *added: AddedToken, normalizer: normalizers.Normalizer | None = None) -> Tokenizer:
+    """The demo tokenizer with more added tokens."""
+    rust = RustTokenizer.from_file(f"{DEMO_TOKENIZER_PATH}/tokenizer.json")
+    rust.add_tokens(list(added))
+    if normalizer is not None:
+        rust.normalizer = normalizer
+    rust.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_bytes((Path(DEMO_TOKENIZER_PATH) / "tokenizer_config.json").read_bytes())
+    return load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("added", "text"),
+    [
+        # The longer one strips, so it is no place to cut; nor is the shorter one that it holds.
+        ([AddedToken("<a>"), AddedToken("<a>b", rstrip=True)], "<a>b   x"),
+        ([AddedToken("a  "), AddedToken("  ")], "a    x"),
+        ([AddedToken("  ")], "a     b"),  # stands twice in three spaces
+        ([AddedToken("\n\n")], "a\n\n\n\n\nb"),
+        ([AddedToken("<a>"), AddedToken("b<a")], "b<a>c"),
+        ([AddedToken("\n\n"), AddedToken("<u>", rstrip=True)], "<u>\n\n\n b"),
+        # The space that a piece would begin with belongs to the word before it.
+        ([AddedToken("the ")], "in the house"),
+        ([AddedToken("tool", rstrip=True)], "a tool box"),
+    ],
+)
+def test_added_tokens_that_reach_over_a_cut(added: list[AddedToken], text: str, tmp_path: Path) -> None:
+    tokenizer = with_tokens(tmp_path, *added)
+    for before in range(40, 400):
+        long = "x " * (before // 2) + "x" * (before % 2) + " " + text * 40
+        pieces = PieceTokenizer(tokenizer, 1 << 20)
+        assert list(pieces.encode(long, False)) == tokenizer.encode(long, False), before
+
+
+def test_tokens_that_nothing_overlaps_are_clean() -> None:
+    assert clean_tokens(["<|im_start|>", "<|im_end|>"], ["<|im_start|>", "<|im_end|>", "\n\n"]) == ["<|im_start|>", "<|im_end|>"]
+    assert clean_tokens(["<1>", "<11>"], ["<1>", "<11>"]) == ["<1>", "<11>"]
+    assert clean_tokens(["<a>x", "<a>"], ["<a>x", "<a>"]) == []
+    assert clean_tokens(["aba"], ["aba"]) == []
+    assert clean_tokens(["<e>"], ["<e>", "x<"]) == []
+    assert clean_tokens(["<e>", " <f>"], ["<e>", " <f>"]) == ["<e>"]
+
+
+def test_tokens_of_several_words_are_never_cut(tmp_path: Path) -> None:
+    corpus = ["in the middle of the night at the end of the day", "as a matter of fact it is one of the best"] * 50
+    for name, normalizer, cutter in [
+        ("bytes", None, pre_tokenizers.Split(Regex("[^\r\n]+|[\r\n]+"), "isolated")),
+        ("sentencepiece", normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous")),
+    ]:
+        rust = RustTokenizer(models.BPE())
+        if normalizer is not None:
+            rust.normalizer = normalizer
+        bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        rust.pre_tokenizer = cutter if normalizer is not None else pre_tokenizers.Sequence([cutter, bytes_of])
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        rust.train_from_iterator(corpus, trainer)
+        (tmp_path / name).mkdir()
+        rust.save(str(tmp_path / name / "tokenizer.json"))
+        tokenizer = load_tokenizer(str(tmp_path / name))
+        assert any(" " in text.strip() for text in tokenizer.spanning_entries(1000))
+        pieces = PieceTokenizer(tokenizer, 1 << 20)
+        text = "one of the best is in the middle of the night " * 60
+        assert list(pieces.encode(text, False)) == tokenizer.encode(text, False)
+        assert not pieces.is_cutting
+
+
+def test_entries_that_no_text_reaches_cost_no_cuts(tmp_path: Path) -> None:
+    file = json.loads(Path(DEMO_TOKENIZER_PATH, "tokenizer.json").read_text())
+    file["model"]["vocab"]["ofĠtheĠ"] = max(file["model"]["vocab"].values()) + 1000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.spanning_entries(10) == ["of the a"]
+    assert PieceTokenizer(tokenizer, 1 << 20).is_cutting
+
+
+def test_a_tokenizer_that_fails_on_some_texts_is_given_whole_ones(tmp_path: Path) -> None:
+    tokenizer = with_tokens(tmp_path, AddedToken(" "), normalizer=normalizers.Strip())
+    pieces = PieceTokenizer(tokenizer, 1 << 20)
+    assert not pieces.is_cutting
+    assert list(pieces.encode("word", False)) == tokenizer.encode("word", False)
+    with pytest.raises(PromptError, match="the tokenizer library failed on this text"):
+        pieces.encode("é  ", False)
 
 
 def test_the_estimate_learns(tokenizers: dict[str, Tokenizer]) -> None:

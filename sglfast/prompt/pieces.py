@@ -2,14 +2,15 @@
 
 Runs in: shards (the loop and the tokenizer's thread), simulator; any thread may use it.
 Theory: a tokenizer first takes added tokens (such as <|im_end|>) out of the text, then cuts the rest into words (pre-tokenizer), and
-    merges inside a word only. So the ids of a text are the ids of its pieces, when every cut lies behind an added token or before
-    a space that stands between two ASCII letters: every word pattern in use ends a word there, whatever stands around it.
+    merges inside a word only. So the ids of a text are the ids of its pieces, when every cut lies behind an added token that no other
+    can overlap, or before a space that stands between two ASCII letters: nearly every word pattern in use ends a word there.
     Of a tokenizer that cuts ASCII text by a pattern that is known, the ids of a piece are put together from those of its words
     (cext/wordtable.pyx), which most texts share; a new word is merged there too, so that the tokenizer is asked for what is not ASCII only.
     Cuts depend on the text before them alone, so texts that begin alike are cut alike and share pieces. The first pieces are short:
     most prompts are known, or known to be unknown, after a few hundred characters (prompt/lazy.py).
 Contract: `encode` equals the tokenizer's own result, always. Whether a tokenizer keeps the theory is tried once, at construction, with
-    texts made to break it; one that does not (no pre-tokenizer, a marker put before every text) is given whole texts.
+    texts made to break it, entries of its own vocabulary that would span a cut among them; one that does not (no pre-tokenizer, a
+    marker put before every text, tokens of several words) is given whole texts.
 """
 
 import os
@@ -40,6 +41,7 @@ _CACHED_CHARS = 128  # shorter pieces are as cheap by words as by a look-up
 _STATISTICS_CHARS = 1 << 22  # what was learned longer ago counts half
 # Without a place to cut for this long, the piece goes on: correctness before size.
 _CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+_SPANNING_TRIED = 256  # entries of the vocabulary
 
 
 class PieceCache:
@@ -103,13 +105,16 @@ class PieceTokenizer:
         self._tokens = 0
         added = tokenizer.added_tokens()
         tokens = sorted((text for text, is_alone in added.items() if is_alone and text), key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, tokens))) if tokens else None
-        border = _message_end(tokenizer, self._added)
+        clean = clean_tokens(tokens, list(added))
+        self._added = _any_of(clean)
+        border = _message_end(tokenizer, _any_of(tokens))
         self.longest_token = max(map(len, added), default=0)
-        self.border = border if _is_clean(border, list(added)) else ""
-        spans_a_cut = any(_CUT.search(text) for text in added)
+        self.border = border if border in clean else ""
         self._words: WordTable | None = None
-        self.is_cutting = tokenizer.has_pre_tokenizer and not spans_a_cut and self._keeps_theory(tokens)
+        try:
+            self.is_cutting = tokenizer.has_pre_tokenizer and not tokenizer.takes_spaces and self._keeps_theory(clean)
+        except PromptError:  # the library fails on some texts
+            self.is_cutting = False
         if self.is_cutting and all(added.values()):
             self._words = self._word_table(cache_bytes // _WORDS_SHARE, tokens)
 
@@ -246,7 +251,13 @@ class PieceTokenizer:
             whole = self._tokenizer.encode(left + right, False)
             if whole != self._tokenizer.encode(left, False) + self._tokenizer.encode(right, False):
                 return False
-        return True
+        return self._tokenizer.word_pattern is not None or all(map(self._may_be_cut, self._tokenizer.spanning_entries(_SPANNING_TRIED)))
+
+    def _may_be_cut(self, text: str) -> bool:
+        """Whether a text keeps its ids when it is cut at every place where texts are cut."""
+        pieces = _CUT.sub("\0 ", text).split("\0")
+        encode = self._tokenizer.encode
+        return encode(text, False) == [token for piece in pieces for token in encode(piece, False)]
 
 
 def _leave_others(table: WordTable, whole: dict[str, int]) -> bool:
@@ -326,7 +337,29 @@ def _message_end(tokenizer: Tokenizer, added: "re.Pattern[str] | None") -> str:
     return found.group() if found is not None else ""
 
 
-def _is_clean(token: str, added: list[str]) -> bool:
-    """Whether every place where `token` stands in a text is one where it is taken out: no added token ends in it or holds it."""
-    starts = [token[:size] for size in range(1, len(token))]
-    return not any((text != token and token in text) or any(text.endswith(start) for start in starts) for text in added)
+def _any_of(tokens: list[str]) -> "re.Pattern[str] | None":
+    """Finds any of the tokens, the longest first where several begin at one place; `tokens` are in that order."""
+    return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+
+
+def clean_tokens(tokens: list[str], added: list[str]) -> list[str]:
+    """Those of `tokens` that are taken out of a text wherever they stand in it, in their order.
+
+    added: all added tokens. One that another holds, or in which another may end (itself, too: three spaces hold two spaces twice), is
+    not always taken out; white space at an end may be taken by a neighbour that strips it.
+    """
+    sizes = sorted({len(token) for token in tokens})
+    wanted = set(tokens)
+    held = {
+        part
+        for text in added
+        for size in sizes
+        for at in range(len(text) - size + 1)
+        if size < len(text) and (part := text[at : at + size]) in wanted
+    }
+    ends = {text[-size:] for text in added for size in range(1, len(text) + 1)}
+    return [
+        token
+        for token in tokens
+        if token not in held and token == token.strip() and not any(token[:n] in ends for n in range(1, len(token)))
+    ]

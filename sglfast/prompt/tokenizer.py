@@ -25,7 +25,7 @@ from tokenizers import AddedToken, models, normalizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
 from sglfast import _wordtable
-from sglfast.errors import ConfigError
+from sglfast.errors import ConfigError, PromptError
 from sglfast.prompt.template import ChatTemplate
 
 DEMO_TOKENIZER_PATH: str = str(Path(__file__).parent / "demo_tokenizer")
@@ -45,6 +45,8 @@ _OTHERS = [byte for byte in range(256) if byte not in _AS_THEY_ARE]
 _BYTE_OF = {byte: byte for byte in _AS_THEY_ARE} | {256 + place: byte for place, byte in enumerate(_OTHERS)}
 _WRITTEN = {byte: chr(code) for code, byte in _BYTE_OF.items()}
 _NO_TOKEN = 2**32 - 1
+# A letter and what stands for a space in a vocabulary: of bytes, of SentencePiece, of none.
+_SPANNING = re.compile("[A-Za-z][Ġ▁ ]")
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -76,15 +78,24 @@ class Tokenizer:
         self.vocab_size: int = rust.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Return the token ids of `text`; `add_special_tokens` adds what the model's post-processor puts around it."""
-        # The batch call is a third faster than `encode`: it keeps no character offsets.
-        encoding = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        """Return the token ids of `text`; `add_special_tokens` adds what the model's post-processor puts around it.
+
+        Raises PromptError for a text at which the library panics, TypeError for one that is no Unicode.
+        """
+        try:
+            # The batch call is a third faster than `encode`: it keeps no character offsets.
+            encoding = self._rust.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        except BaseException as error:
+            raise _without_panic(error) from None
         ids: list[int] = encoding.ids
         return ids
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
-        """Return the token ids of each text by itself, without special tokens."""
-        return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
+        """Return the token ids of each text by itself, without special tokens; raises as `encode`."""
+        try:
+            return [encoding.ids for encoding in self._rust.encode_batch_fast(texts, add_special_tokens=False)]
+        except BaseException as error:
+            raise _without_panic(error) from None
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of `token_ids`; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
@@ -151,10 +162,29 @@ class Tokenizer:
         tokens = self._rust.get_added_tokens_decoder().values()
         return {token.content: not (token.lstrip or token.rstrip or token.single_word) for token in tokens}
 
+    @property
+    def takes_spaces(self) -> bool:
+        """Whether an added token takes a space that stands behind an ASCII letter: it holds one, or ends in a letter and strips."""
+        tokens = self._rust.get_added_tokens_decoder().values()
+        return any(re.search("[A-Za-z] ", token.content) or (token.rstrip and re.search("[A-Za-z]$", token.content)) for token in tokens)
+
+    def spanning_entries(self, count: int) -> list[str]:
+        """Texts with at most `count` entries of the vocabulary that hold a space behind an ASCII letter, from all parts of it."""
+        names = sorted(name for name in self._rust.get_vocab(with_added_tokens=False) if _SPANNING.search(name))
+        texts = (re.sub("[Ġ▁]", " ", name) for name in names[:: len(names) // count + 1])
+        return [text + "a" if text.endswith(" ") else text for text in texts]
+
     def plain_words(self) -> list[str]:
         """Return every lowercase ASCII word w of two or more letters whose " w" is an entry of the vocabulary, sorted."""
         entries = (self._rust.decode([token_id]) for token_id in range(self._rust.get_vocab_size(with_added_tokens=False)))
         return sorted({entry[1:] for entry in entries if re.fullmatch(" [a-z]{2,}", entry)})
+
+
+def _without_panic(error: BaseException) -> BaseException:
+    """The error to raise: a panic of the library, which no `except Exception` would stop, becomes a refusal of this one prompt."""
+    if type(error).__name__ != "PanicException":
+        return error
+    return PromptError(f"the tokenizer library failed on this text: {error}")
 
 
 def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:

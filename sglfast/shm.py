@@ -8,7 +8,8 @@ Contract: the layout is cext/sf_shm.h; a Segment of another layout version raise
 import fcntl
 import mmap
 import os
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -57,6 +58,9 @@ KeyRoute = Literal["sha256", "tokens"]
 # How LoRA adapters show in a worker's events: under the name that requests give it ("base:adapter", `lora_path`), as the base model's
 # blocks (SGLang before 0.5.23), or under the name that requests give as their model (vLLM).
 Adapters = Literal["named", "shared", "models"]
+# How the engine gives a request's tools to the chat template, in the order of SGLang's versions: the functions alone (before 0.5.9), in
+# their wrapper (0.5.9), with `defer_loading` (0.5.11), and what the client wrote in the client's order (0.5.23).
+ToolForm = Literal["flat", "wrapped", "deferrable", "kept"]
 # What a worker does of a request: all of it, or the prompt, or the tokens behind it.
 Role = Literal["regular", "prefill", "decode"]
 
@@ -72,6 +76,16 @@ class Variant(NamedTuple):
     route: KeyRoute = "sha256"
     model: str = ""
     adapters: Adapters = "named"
+    tools: ToolForm = "kept"
+
+
+_TOOL_FORMS = get_args(ToolForm)
+
+
+def tool_form_of(variants: Sequence[Variant]) -> ToolForm:
+    """The form of tools that workers of these variants take: the newest, where they differ."""
+    form: ToolForm = max((variant.tools for variant in variants), key=_TOOL_FORMS.index, default="kept")
+    return form
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -94,6 +108,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     kv_connects_out: bool = False
     adapters: Adapters = "named"
     adapter_models: tuple[str, ...] = ()
+    tools: ToolForm = "kept"
     takes_rid: bool = False  # requests may carry a `rid` by which /abort_request ends them
     role: Role = "regular"
     bootstrap_port: int | None = None  # where a prefill worker meets its decode workers; None = it has told none
@@ -124,7 +139,7 @@ class WorkerView(msgspec.Struct, frozen=True):
         model = self.record.model or ""
         if self.key_route == "sha256" and ":" not in model:
             model = ""
-        return Variant(self.block_size, self.bigram, self.key_route, model, self.record.adapters)
+        return Variant(self.block_size, self.bigram, self.key_route, model, self.record.adapters, self.record.tools)
 
 
 _encode_record = msgspec.msgpack.Encoder().encode

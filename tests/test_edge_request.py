@@ -248,7 +248,7 @@ def test_what_cannot_be_keyed_is_no_error(body: bytes, padding: str, reader: Pro
 class FailingReader:
     """Has a bug."""
 
-    def text_of(self, kind: RequestKind, body: object, head_chars: int) -> PromptText:
+    def text_of(self, kind: RequestKind, body: object, head_chars: int, tool_form: str) -> PromptText:
         raise KeyError("secret prompt")
 
 
@@ -271,7 +271,7 @@ class SlowReader:
     def __init__(self) -> None:
         self.may_go_on = threading.Event()
 
-    def text_of(self, kind: RequestKind, body: object, head_chars: int) -> PromptText:
+    def text_of(self, kind: RequestKind, body: object, head_chars: int, tool_form: str) -> PromptText:
         assert self.may_go_on.wait(5)
         return PromptText(detail="slow")
 

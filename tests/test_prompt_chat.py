@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from sglfast.prompt.chat import UnkeyableError, chat_input, function_schemas
+from sglfast.prompt.chat import UnkeyableError, chat_input, second_try
+from sglfast.shm import ToolForm, Variant, tool_form_of
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "prompt" / "sglang_chat_0.5.23.json").read_bytes())["cases"]
 USER = {"role": "user", "content": "hi"}
@@ -83,6 +84,73 @@ class TestRefused:
             assert caught.value.reason == "media"
 
 
-def test_function_schemas() -> None:
-    tools: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f"}}, {"name": "g"}]
-    assert function_schemas(tools) == [{"name": "f"}, {"name": "g"}]
+TOOL = {"type": "function", "function": {"parameters": {"type": "dict"}, "name": "f", "extra": 1}}
+DEFERRED = {"function": {"name": "g", "description": "d", "strict": True}, "defer_loading": True}
+
+
+@pytest.mark.parametrize(
+    ("form", "expected", "again"),
+    [
+        (
+            "kept",
+            [
+                {
+                    "type": "function",
+                    "function": {"parameters": {"type": "object"}, "name": "f", "description": None},
+                    "defer_loading": None,
+                },
+                {
+                    "type": "function",
+                    "function": {"name": "g", "description": "d", "strict": True, "parameters": None, "defer_loading": True},
+                    "defer_loading": True,
+                },
+            ],
+            {"parameters": {"type": "object"}, "name": "f", "description": None},
+        ),
+        (
+            "deferrable",
+            [
+                {
+                    "type": "function",
+                    "function": {"description": None, "name": "f", "parameters": {"type": "object"}, "strict": False},
+                    "defer_loading": None,
+                },
+                {
+                    "type": "function",
+                    "function": {"description": "d", "name": "g", "parameters": None, "strict": True, "defer_loading": True},
+                    "defer_loading": True,
+                },
+            ],
+            {"description": None, "name": "f", "parameters": {"type": "object"}, "strict": False},
+        ),
+        (
+            "wrapped",
+            [
+                {"type": "function", "function": {"description": None, "name": "f", "parameters": {"type": "object"}, "strict": False}},
+                {"type": "function", "function": {"description": "d", "name": "g", "parameters": None, "strict": True}},
+            ],
+            {"description": None, "name": "f", "parameters": {"type": "object"}, "strict": False},
+        ),
+        (
+            "flat",
+            [
+                {"description": None, "name": "f", "parameters": {"type": "object"}, "strict": False},
+                {"description": "d", "name": "g", "parameters": None, "strict": True},
+            ],
+            {"function": {"description": None, "name": "f", "parameters": {"type": "object"}, "strict": False}},
+        ),
+    ],
+)
+def test_tools_as_versions_of_the_engine_have_them(form: ToolForm, expected: list[dict[str, Any]], again: dict[str, Any]) -> None:
+    body = {"messages": [USER], "tools": [TOOL, DEFERRED]}
+    tools = chat_input(body, "string", form).tools
+    assert tools is not None
+    assert in_order(tools) == in_order(expected)
+    assert in_order(second_try(tools, form)[0]) == in_order(again)
+    named = chat_input(body | {"tool_choice": {"function": {"name": "g"}}}, "string", form).tools
+    assert in_order(named) == in_order(expected[1:])
+
+
+def test_mixed_versions_get_tools_as_the_newest_has_them() -> None:
+    assert tool_form_of([]) == "kept"
+    assert tool_form_of([Variant(16, tools="flat"), Variant(16, tools="deferrable"), Variant(64, tools="wrapped")]) == "deferrable"

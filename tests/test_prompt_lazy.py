@@ -83,7 +83,7 @@ def plain(tokenizer: Tokenizer, prompt: PromptText, variants: Sequence[Variant])
     salt = prompt.cache_salt
     keys = {}
     for variant in variants:
-        size, bigram, route, _, _ = variant
+        size, bigram, route = variant[:3]
         keys[variant] = reader.keys_of(ids, size, bigram=bigram, cache_salt=salt)
         if route == "tokens":
             (start,) = starts_of((variant,), "", "", salt)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sglfast import shm
 from sglfast._hashtree import TreeReader, TreeWriter
+from sglfast.prompt.keys import RequestKind
 from sglfast.prompt.lazy import Keys
 from sglfast.shm import Variant
 
@@ -203,3 +204,19 @@ def test_what_is_wrong_is_found_or_does_no_harm(
             whole = plain(tokenizer, text)
             for probe in (everybody, nobody, tree.reader.match):
                 check(tree, path.keys(text, VARIANTS[2:], probe), whole, VARIANTS[2:] if probe != nobody else [])
+
+
+def test_one_body_for_workers_of_several_versions(paths: Callable[[str, int], Chats]) -> None:
+    path = paths("qwen25", 1 << 22)
+    body = json.dumps({"messages": [{"role": "user", "content": "hi " * 50}], "tools": [TOOL]}).encode()
+    found = set()
+    for tools in ("kept", "deferrable", "wrapped", "flat") * 2:
+        variant = Variant(16, tools=tools)
+        prompt = path.reader.text_of(RequestKind.CHAT, json.loads(body), 0, tools)
+        expected = path.reader.keys_of(path.reader.tokens_of(prompt), 16)
+        keying = path.raw.begin(body, [variant], 500)
+        assert keying is not None
+        assert keying.run(everybody)
+        assert keying.keys.keys[variant] == expected
+        found.add(expected)
+    assert len(found) == 4

@@ -125,6 +125,16 @@ def test_replay_that_the_descriptor_does_not_know_yet() -> None:
         assert facts.kv.replay_port_base == port
 
 
+@pytest.mark.parametrize(
+    ("version", "form"),
+    [("0.5.6", "flat"), ("0.5.8.post1", "flat"), ("0.5.9", "wrapped"), ("0.5.10", "wrapped"), ("0.5.11", "deferrable"),
+     ("0.5.22", "deferrable"), ("0.5.23", "kept"), ("0.6.0", "kept"), (None, "kept"), ("0.0.0.dev1", "kept")],
+)  # fmt: skip
+def test_how_tools_come_to_the_template(version: str | None, form: str) -> None:
+    assert server_info.parse_server_info(body(version=version), "http://h:1").tools == form
+    assert server_info.parse_server_info(body(version="0.5.9", vllm_config={}), "http://h:1").tools == "kept"
+
+
 def test_endpoints() -> None:
     facts = server_info.parse_server_info(body(kv_events=DESCRIPTOR), "http://[fd00::7]:30000")
     assert facts.kv is not None

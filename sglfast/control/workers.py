@@ -284,6 +284,7 @@ class Workers:
                 kv_replay_port_base=kv.replay_port_base if kv else None,
                 kv_connects_out=facts.kv_connects_out,
                 adapters=facts.adapters,
+                tools=facts.tools,
                 takes_rid=facts.takes_rid,
                 role=found.role,
                 bootstrap_port=found.bootstrap_port,

@@ -3,7 +3,8 @@
 Runs in: shard, simulator, load generator.
 
 Contract: `chat_input` follows SGLang 0.5.23 (entrypoints/openai/protocol.py and serving_chat.py) field by field, because
-    templates print these objects as JSON: which keys exist, in which order and with which defaults, decides about tokens.
+    templates print these objects as JSON: which keys exist, in which order and with which defaults, decides about tokens. Tools come
+    as the workers' version has them (shm.ToolForm); where versions are mixed, as the newest has them.
     The body is never changed. What SGLang refuses with 400, and what nobody but the engine can know, raises UnkeyableError.
 
 Not followed, each a false negative only: encoders in Python that some models have instead of a template (DeepSeek V3.2 and
@@ -19,6 +20,7 @@ import orjson
 from sglfast.errors import PromptError
 from sglfast.prompt.template import ContentFormat
 from sglfast.prompt.tool_schema import standard_types
+from sglfast.shm import ToolForm
 
 # Why a prompt has no block keys: values of PromptText.reason, and labels of a metric.
 Reason = Literal[
@@ -59,7 +61,7 @@ class ChatInput:
     continuation: str
 
 
-def chat_input(body: Mapping[str, Any], content_format: ContentFormat) -> ChatInput:
+def chat_input(body: Mapping[str, Any], content_format: ContentFormat, tool_form: ToolForm = "kept") -> ChatInput:
     """Return the template's input for a chat body (without `input_ids`); raises UnkeyableError."""
     raw_messages = body.get("messages")
     if not isinstance(raw_messages, list) or not raw_messages:
@@ -75,7 +77,7 @@ def chat_input(body: Mapping[str, Any], content_format: ContentFormat) -> ChatIn
                 raise _malformed("continue_final_message needs a message before the last one")
         else:
             messages[-1] = closed(last)
-    return ChatInput(messages, tools_input(body), kwargs_input(body), continuation)
+    return ChatInput(messages, tools_input(body, tool_form), kwargs_input(body), continuation)
 
 
 def is_open(last: Mapping[str, Any]) -> bool:
@@ -92,9 +94,11 @@ def closed(last: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": last["content"]}
 
 
-def function_schemas(tools: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Return the tools without their OpenAI wrapper: SGLang's second try when a template refuses the first form."""
-    return [tool.get("function", tool) for tool in tools]
+def second_try(tools: Sequence[Mapping[str, Any]], tool_form: ToolForm) -> list[Any]:
+    """Return the tools as SGLang gives them to a template that refuses the first form: without their OpenAI wrapper, or with one."""
+    if tool_form == "flat":
+        return [{"function": tool} for tool in tools]
+    return [tool["function"] for tool in tools]
 
 
 def _malformed(text: str) -> UnkeyableError:
@@ -123,7 +127,7 @@ def message_input(raw: object, content_format: ContentFormat) -> dict[str, Any]:
         if field == "tool_calls":
             value = [_tool_call(call, is_parsed=role == "assistant") for call in _objects(value, field)]
         elif field == "tools":
-            value = [_tool(tool, is_offered=role in TOOL_ROLES) for tool in _objects(value, field)]
+            value = [_kept(tool, is_offered=role in TOOL_ROLES) for tool in _objects(value, field)]
         message[field] = value
     if content_format == "openai" and isinstance(raw.get("content"), list):
         message["content"] = message.pop("content")  # last, for a template that prints the message as it is
@@ -187,7 +191,24 @@ def _tool_call(raw: dict[str, Any], is_parsed: bool) -> dict[str, Any]:
     }
 
 
-def _tool(raw: dict[str, Any], is_offered: bool) -> dict[str, Any]:
+def _tool(raw: dict[str, Any], form: ToolForm) -> dict[str, Any]:
+    """Return a tool that the model may call, as the template gets it."""
+    tool = _kept(raw, is_offered=True)
+    if form == "kept":
+        return tool
+    given = tool["function"]
+    function = {"description": given["description"], "name": given["name"], "parameters": given["parameters"]}
+    function["strict"] = bool(given.get("strict"))
+    if form == "flat":
+        return function
+    if form == "wrapped":
+        return {"type": tool["type"], "function": function}
+    if "defer_loading" in given:
+        function["defer_loading"] = given["defer_loading"]
+    return tool | {"function": function}
+
+
+def _kept(raw: dict[str, Any], is_offered: bool) -> dict[str, Any]:
     """Return a tool: the function's keys in the client's order, then those that it left out, as SGLang prints them.
 
     is_offered: the model may call it; only then SGLang looks at its schema and rewrites the type names.
@@ -209,15 +230,15 @@ def _tool(raw: dict[str, Any], is_offered: bool) -> dict[str, Any]:
     return {"type": raw.get("type", "function"), "function": kept, "defer_loading": is_deferred}
 
 
-def tools_input(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+def tools_input(body: Mapping[str, Any], form: ToolForm = "kept") -> list[dict[str, Any]] | None:
     """Return the tools that the template sees: none for tool_choice "none", one for a named choice, else all."""
     raw_tools = body.get("tools")
-    tools = [] if raw_tools is None else [_tool(tool, is_offered=True) for tool in _objects(raw_tools, "tools")]
+    tools = [] if raw_tools is None else [_tool(tool, form) for tool in _objects(raw_tools, "tools")]
     choice = body.get("tool_choice")
     if isinstance(choice, dict):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, dict) else None
-        return [tool for tool in tools if tool["function"]["name"] == name] or None
+        return [tool for tool in tools if tool.get("function", tool)["name"] == name] or None
     return tools if tools and choice != "none" else None
 
 

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 from sglfast._blockhash import page_keys
 from sglfast.errors import PromptError
-from sglfast.prompt.chat import ChatInput, Reason, UnkeyableError, chat_input, function_schemas
+from sglfast.prompt.chat import ChatInput, Reason, UnkeyableError, chat_input, second_try
 from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.responses import as_chat
 from sglfast.prompt.template import ChatTemplate
 from sglfast.prompt.tokenizer import Tokenizer
+from sglfast.shm import ToolForm
 
 
 class RequestKind(enum.IntEnum):
@@ -68,22 +69,23 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._pieces = PieceTokenizer(tokenizer, cache_bytes) if tokenizer is not None and cache_bytes else None
 
-    def text_of(self, kind: RequestKind, body: Mapping[str, Any], head_chars: int = 0) -> PromptText:
+    def text_of(self, kind: RequestKind, body: Mapping[str, Any], head_chars: int = 0, tool_form: ToolForm = "kept") -> PromptText:
         """Return the prompt of a decoded JSON body, in the form in which the engine hands it to its tokenizer.
 
-        head_chars: of a chat, render only so many characters (at least), if the rest can follow later.
+        head_chars: of a chat, render only so many characters (at least), if the rest can follow later; tool_form: how the
+        workers' engine gives tools to the template.
         """
         try:
             if not isinstance(body, Mapping):
                 raise UnkeyableError("malformed", "the body must be a JSON object")
             if kind == RequestKind.CHAT:
-                return self._chat(body, head_chars)
+                return self._chat(body, head_chars, tool_form)
             if kind == RequestKind.COMPLETIONS:
                 return self._plain(body.get("prompt"), "prompt", cache_salt_of(body))
             if kind == RequestKind.GENERATE:
                 return self._generate(body)
             if kind == RequestKind.RESPONSES:
-                return self._chat(as_chat(body), head_chars)
+                return self._chat(as_chat(body), head_chars, tool_form)
             if kind == RequestKind.OTHER:
                 raise UnkeyableError("no_prompt", "this path carries no prompt that a KV cache holds")
             # SGLang's embedding requests have no cache_salt.
@@ -131,7 +133,7 @@ class PromptReader:
         except (ValueError, TypeError) as error:
             raise PromptError(f"no block keys can be made of this prompt: {error}") from error
 
-    def _chat(self, body: Mapping[str, Any], head_chars: int) -> PromptText:
+    def _chat(self, body: Mapping[str, Any], head_chars: int, tool_form: ToolForm) -> PromptText:
         salt = cache_salt_of(body)
         if body.get("input_ids") is not None:
             return self._plain(body["input_ids"], "input_ids", salt)
@@ -140,7 +142,7 @@ class PromptReader:
         template = self._tokenizer.chat
         if template is None:
             raise UnkeyableError("no_chat_template", "the tokenizer has no chat template")
-        given = chat_input(body, template.content_format)
+        given = chat_input(body, template.content_format, tool_form)
         if head_chars and not given.tools:
             return _head(template, given, head_chars, salt)
         try:
@@ -149,7 +151,7 @@ class PromptReader:
             if not given.tools:
                 raise UnkeyableError("template", str(error)) from error
             try:
-                text = template.render(given.messages, tools=function_schemas(given.tools), kwargs=given.kwargs)
+                text = template.render(given.messages, tools=second_try(given.tools, tool_form), kwargs=given.kwargs)
             except PromptError as again:
                 raise UnkeyableError("template", str(again)) from again
         return PromptText(text=text, continuation=given.continuation, cache_salt=salt)

@@ -24,6 +24,8 @@ _PORT_LIMIT = 65_535
 # Versions of SGLang: block hashes are the SHA-256 chain; events name LoRA adapters.
 _FIRST_CHAINED = (0, 5, 6)
 _FIRST_ADAPTERS, _FIRST_ADAPTERS_DYNAMO = (0, 5, 23), (0, 5, 22)
+# Tools of a request as the chat template gets them, see shm.ToolForm.
+_FIRST_WRAPPED, _FIRST_DEFERRABLE, _FIRST_KEPT = (0, 5, 9), (0, 5, 11), (0, 5, 23)
 _FIRST_RID = (0, 5, 0)  # of SGLang: one `rid` also names a batch, and chats take it
 
 T = TypeVar("T")
@@ -58,7 +60,8 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     key_route: whether the engine's block hashes can be recomputed ("sha256"), or keys are to be made of the events' tokens.
     takes_rid: an SGLang whose requests may carry a `rid` in their body, and which has /abort_request to end them by it.
     kv_connects_out: the engine connects its event socket to whoever listens; nothing is heard by connecting to it.
-    adapters: how LoRA adapters show in its events, see shm.Adapters. load_balance_method: how its data-parallel ranks get their requests.
+    adapters, tools: how LoRA adapters show in its events and how its chat template gets tools, see shm.Adapters and shm.ToolForm.
+    load_balance_method: how its data-parallel ranks get their requests.
     """
 
     model: str | None
@@ -73,6 +76,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     key_route: Literal["sha256", "tokens"] = "sha256"
     kv_connects_out: bool = False
     adapters: Literal["named", "shared", "models"] = "named"
+    tools: Literal["flat", "wrapped", "deferrable", "kept"] = "kept"
     takes_rid: bool = False
     tp_size: int | None = None
     load_balance_method: str | None = None
@@ -122,6 +126,7 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         key_route=key_route_of(sglang_version, is_dynamo=is_dynamo),
         kv_connects_out=kv is not None and config is not None and not _binds(config, is_undescribed),
         adapters="models" if "vllm_config" in fields else "named" if _tells_adapters(version, is_dynamo=is_dynamo) else "shared",
+        tools=_tool_form(sglang_version),
         takes_rid=_numbers_of(sglang_version) >= _FIRST_RID,
         tp_size=_positive(fields, "tp_size"),
         load_balance_method=_take(fields, "load_balance_method", str) or None,
@@ -141,6 +146,14 @@ def _numbers_of(version: str | None) -> tuple[int, ...]:
     """The three numbers of a version, () when there are none."""
     found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version or "", re.ASCII)
     return () if found is None else tuple(map(int, found.groups()))
+
+
+def _tool_form(version: str | None) -> Literal["flat", "wrapped", "deferrable", "kept"]:
+    """What this SGLang makes of tools. One that nobody knows counts as new."""
+    numbers = _numbers_of(version)
+    if numbers <= (0, 0, 0) or numbers >= _FIRST_KEPT:
+        return "kept"
+    return "deferrable" if numbers >= _FIRST_DEFERRABLE else "wrapped" if numbers >= _FIRST_WRAPPED else "flat"
 
 
 def _tells_adapters(version: str | None, *, is_dynamo: bool) -> bool:

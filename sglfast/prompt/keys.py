@@ -19,7 +19,7 @@ from sglfast.errors import PromptError
 from sglfast.prompt.chat import ChatInput, Reason, UnkeyableError, chat_input, second_try
 from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.responses import as_chat
-from sglfast.prompt.template import ChatTemplate
+from sglfast.prompt.template import HARMONY_WORD, ChatTemplate
 from sglfast.prompt.tokenizer import Tokenizer
 from sglfast.shm import ToolForm
 
@@ -85,7 +85,7 @@ class PromptReader:
             if kind == RequestKind.GENERATE:
                 return self._generate(body)
             if kind == RequestKind.RESPONSES:
-                return self._chat(as_chat(body), head_chars, tool_form)
+                return self._responses(body, head_chars, tool_form)
             if kind == RequestKind.OTHER:
                 raise UnkeyableError("no_prompt", "this path carries no prompt that a KV cache holds")
             # SGLang's embedding requests have no cache_salt.
@@ -155,6 +155,12 @@ class PromptReader:
             except PromptError as again:
                 raise UnkeyableError("template", str(again)) from again
         return PromptText(text=text, continuation=given.continuation, cache_salt=salt)
+
+    def _responses(self, body: Mapping[str, Any], head_chars: int, tool_form: ToolForm) -> PromptText:
+        template = self._tokenizer.chat if self._tokenizer is not None else None
+        if template is not None and HARMONY_WORD in template.source:
+            raise UnkeyableError("template", "the engine writes this prompt without the chat template (harmony)")
+        return self._chat(as_chat(body, lambda: template is not None and template.takes_inline_system), head_chars, tool_form)
 
     def _generate(self, body: Mapping[str, Any]) -> PromptText:
         if any(body.get(field) for field in ("image_data", "video_data", "audio_data", "input_embeds")):

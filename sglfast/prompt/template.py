@@ -37,6 +37,8 @@ RESERVED_KWARGS = frozenset(
 )
 # A template with one of these words in it is taken to be a multimodal one, which reads parts (SGLang's short cut).
 MULTIMODAL_WORDS = ("image", "audio", "video", "vision")
+# In the templates of models whose /v1/responses SGLang does not render with them (gpt-oss).
+HARMONY_WORD = "<|channel|>"
 MESSAGE_VARIABLES = ("message", "msg", "m")
 # Marks the end of the message to continue. Plain ASCII, since some templates print Python's repr of a value; it ends with
 # a space to see whether the template trims what it prints.
@@ -49,7 +51,7 @@ class ChatTemplate:
     content_format: "openai" when the template iterates over content parts, else "string"; source, special_tokens: as given.
     """
 
-    __slots__ = ("_template", "content_format", "source", "special_tokens")
+    __slots__ = ("_takes_inline_system", "_template", "content_format", "source", "special_tokens")
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Compile `source`; raises ConfigError with the line when it is no valid template."""
@@ -62,6 +64,14 @@ class ChatTemplate:
             raise ConfigError(f"chat template: not valid jinja2 (line {line}): {error}") from error
         self.source = source
         self.special_tokens = dict(special_tokens)
+        self._takes_inline_system: bool | None = None
+
+    @property
+    def takes_inline_system(self) -> bool:
+        """Whether a system message between others is printed, as SGLang 0.5.23 finds out: with bare jinja2, and no special tokens."""
+        if self._takes_inline_system is None:
+            self._takes_inline_system = _takes_inline_system(self.source)
+        return self._takes_inline_system
 
     def render(
         self,
@@ -199,6 +209,16 @@ def _cut_at_mark(text: str, continued: str) -> str:
     if place < 0 or continued.strip() not in text:
         raise PromptError("continue_final_message: the chat template does not print the last message as it is")
     return text[:place] if text.startswith(CONTINUE_MARK, place) else text[:place].rstrip()
+
+
+def _takes_inline_system(source: str) -> bool:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    roles, mark = ("system", "user", "system", "user"), "sglfast_inline_system"  # small letters, as the engine's
+    messages = [{"role": role, "content": mark if at == 2 else "t"} for at, role in enumerate(roles)]
+    try:
+        return mark in environment.from_string(source).render(messages=messages, add_generation_prompt=False)
+    except Exception:  # what a template can raise is no matter here
+        return False
 
 
 def _content_format(source: str, tree: nodes.Template) -> ContentFormat:

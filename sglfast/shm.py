@@ -36,6 +36,8 @@ RANK_REASONS: tuple[str, ...] = (
     "its blocks are keyed by single tokens, the worker says pairs of tokens (EAGLE)",
 )
 
+REASON_PAIRS, REASON_SINGLES = 13, 14
+
 # Why a worker was chosen: label `decision` of the metric; position = word after S_DECISIONS in a shard's column, so append only.
 DECISIONS: tuple[str, ...] = (
     "round_robin",

@@ -1,5 +1,6 @@
 """The judge of the parity loop: quick to distrust, slow to forgive, deaf to a few samples, and it names a cause."""
 
+import json
 import logging
 
 import pytest
@@ -10,7 +11,7 @@ from sglfast._workers import READY, WorkerTable
 from sglfast.control.introspect import Findings
 from sglfast.control.parity import Counts, ParityJudge, ParityWatch, likely_cause
 from sglfast.control.workers import Workers
-from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, create, read_workers
+from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, REASON_PAIRS, REASON_SINGLES, create, read_workers
 from sglfast.wire.server_info import parse_server_info
 
 INFO = b"""{"served_model_name": "m", "version": "0.5.23", "kv_events": {"publisher": "zmq", "endpoint_host": "*",
@@ -83,3 +84,38 @@ def test_the_verdict_reaches_the_worker_table_and_the_log(caplog: pytest.LogCapt
     watch.look()
     assert read_workers(table)[0].parity == PARITY_OK
     assert len(caplog.records) == 2
+
+
+def test_blocks_are_believed_about_pairs_of_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="control")
+    _, segment = create(max_workers=4, max_ranks=64, max_shards=1, capacity_blocks=1024)
+    table, ranks = WorkerTable(segment), RankTable(segment)
+    workers = Workers(table, 64, logging.getLogger("control"))
+    url = "http://127.0.0.1:9"
+    workers.register(url)
+    watch = ParityWatch(segment, workers, logging.getLogger("control"))
+
+    def learn(**fields: object) -> bool:
+        body = json.dumps(json.loads(INFO) | {"speculative_algorithm": "EAGLE"} | fields).encode()
+        workers.learn(0, Findings(model="m", facts=parse_server_info(body, url), has_spoken=True, problem=""))
+        watch.look()
+        return read_workers(table)[0].bigram
+
+    assert learn()
+    rank = workers.view(0).rank_base
+    ranks.set(rank, words.R_REASON, REASON_SINGLES)
+    assert learn()  # a row that another worker left
+    ranks.set(rank, words.R_GENERATION, workers.view(0).generation)
+    assert not learn()
+    assert not learn()
+    ranks.set(rank, words.R_REASON, REASON_PAIRS)
+    assert not learn()  # ranks that contradict each other do not make it change every second
+    ranks.set(rank, words.R_REASON, 0)
+    assert not learn()
+    assert [record.message for record in caplog.records] == [
+        "its blocks are keyed by single tokens, other than it says: so they are looked up"
+    ]
+    assert learn(startup_time=5.0)  # started again, perhaps otherwise
+    assert not learn(startup_time=5.0, speculative_algorithm=None)
+    ranks.set(rank, words.R_REASON, REASON_PAIRS)
+    assert learn(startup_time=5.0, speculative_algorithm=None)

@@ -21,7 +21,7 @@ from kv_publisher import BLOCK_SIZE, WAIT_S, Publisher, keys_of, stored, tokens_
 from sglfast import _counters as words
 from sglfast import shm
 from sglfast._blockhash import chain_seed, token_keys
-from sglfast._counters import RANK_BLIND, RANK_EXACT, RankTable
+from sglfast._counters import RANK_BLIND, RANK_DEGRADED, RANK_EXACT, RankTable
 from sglfast._hashtree import TreeReader
 from sglfast._segment import Segment, segment_bytes
 from sglfast._workers import FREE, READY, UNHEALTHY, WorkerTable
@@ -63,6 +63,7 @@ class Control:
         startup_time: float = 1.0,
         is_new: bool = True,
         key_route: shm.KeyRoute = "sha256",
+        bigram: bool = False,
     ) -> None:
         record = WorkerRecord(url=f"http://worker-{worker_idx}:1", startup_time=startup_time)
         if publisher is not None:
@@ -73,7 +74,8 @@ class Control:
                 kv_port_base=publisher.port,
                 kv_replay_port_base=publisher.replay_port or None,
             )
-        view = WorkerView(worker_idx, 0, state, rank_base, dp_size, BLOCK_SIZE if publisher else 0, False, record, key_route=key_route)
+        size = BLOCK_SIZE if publisher else 0
+        view = WorkerView(worker_idx, 0, state, rank_base, dp_size, size, bigram, record, key_route=key_route)
         shm.put_worker(self.table, view, is_new=is_new)
 
     def state(self, rank: int) -> tuple[int, int]:
@@ -154,6 +156,22 @@ def test_state_of_a_worker_does_not_touch_its_stream(house: House) -> None:
     house.wait_exact(0, 1, engine)
     control.put(0, engine, rank_base=0, state=UNHEALTHY, is_new=False)
     assert index.sync()
+    assert control.overlap(0, 1) == 4
+    assert engine.requests == [0]
+
+
+def test_blocks_stay_when_they_turn_out_to_be_keyed_by_single_tokens(house: House) -> None:
+    control, index = house.control, house.index
+    engine = house.publisher()
+    engine.publish(stored(1, 4))
+    control.put(0, engine, rank_base=0, bigram=True)
+    index.sync()
+    wait_until(lambda: control.state(0) == (RANK_DEGRADED, shm.REASON_SINGLES), engine)
+    control.put(0, engine, rank_base=0, is_new=False)
+    assert index.sync()
+    house.wait_exact(0, 1, engine)  # without another event
+    engine.publish(stored(2, 4))
+    house.wait_exact(0, 2, engine)
     assert control.overlap(0, 1) == 4
     assert engine.requests == [0]
 

@@ -184,6 +184,20 @@ def test_mismatches_are_told(house: House, caplog: pytest.LogCaptureFixture) -> 
         assert index.owned_blocks > 0  # and indexed all the same
 
 
+def test_what_is_expected_of_pairs_can_change(house: House) -> None:
+    index = house.rank(7, is_bigram=True)
+    index.apply(batch(root()))
+    assert "keyed by single tokens" in index.mismatch
+    blocks = index.owned_blocks
+    index.expect(is_bigram=False)
+    assert (index.mismatch, index.mismatch_reason, index.has_agreed, index.owned_blocks) == ("", 0, False, blocks)
+    index.apply(batch(root()))
+    assert index.has_agreed
+    index.expect(is_bigram=True)
+    index.apply(batch(root()))
+    assert "keyed by single tokens" in index.mismatch
+
+
 def test_a_root_that_agrees_ends_the_mismatch(house: House, caplog: pytest.LogCaptureFixture) -> None:
     wrong = kv_events.stored(block_hashes=[1], parent_block_hash=None, token_ids=TOKENS[:4], block_size=P)
     for _ in range(20):

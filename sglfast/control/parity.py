@@ -3,7 +3,8 @@
 Runs in: control, once a second. Theory: a prediction and the engine's own `cached_tokens` differ for a moment when requests overtake
     events, and always when the router's picture is wrong. So a worker is distrusted when most of its last samples differ, and trusted
     again when few do. Contract: `ParityJudge` is pure; a change of verdict is written into the worker table (shards say DEGRADED in
-    `x-sglfast-kv`) and logged once, with its likeliest cause.
+    `x-sglfast-kv`) and logged once, with its likeliest cause. Where blocks show that a worker keys single tokens although it speculates
+    with EAGLE (hybrid models do), or the other way, its blocks are believed.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from sglfast._counters import RankTable
 from sglfast._segment import Segment
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
-from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK
+from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, REASON_PAIRS, REASON_SINGLES, WorkerView
 
 WINDOW_SAMPLES = 50
 LEAST_SAMPLES = 8  # so that 50 requests over a small pool are enough
@@ -102,6 +103,7 @@ class ParityWatch:
             judge = self._judges[key] = judges.get(key) or ParityJudge()
             if not view.block_size:
                 continue
+            self._look_at_pairs(view)
             totals = self._totals.of(view.worker_idx)
             verdict = judge.feed(Counts(totals[words.W_PARITY_EXACT], totals[words.W_PARITY_HIGH], totals[words.W_PARITY_LOW]))
             if verdict == view.parity:
@@ -118,3 +120,16 @@ class ParityWatch:
                 f"KV predictions do not agree with the worker: {how} was predicted than it reports as cached",
                 extra={"fields": fields | {"cause": likely_cause(verdict, lost, view.dp_size)}},
             )
+
+    def _look_at_pairs(self, view: WorkerView) -> None:
+        """Correct what the worker says of pairs of tokens by what index found in its blocks."""
+        for rank in range(view.rank_base, view.rank_base + view.dp_size):
+            reason = self._ranks.get(rank, words.R_REASON)
+            if reason in (REASON_PAIRS, REASON_SINGLES) and self._ranks.get(rank, words.R_GENERATION) == view.generation:
+                if self._workers.set_pairs(view.worker_idx, reason == REASON_PAIRS):
+                    units = "pairs of tokens" if reason == REASON_PAIRS else "single tokens"
+                    self._log.info(
+                        f"its blocks are keyed by {units}, other than it says: so they are looked up",
+                        extra={"fields": {"worker": view.record.url}},
+                    )
+                return

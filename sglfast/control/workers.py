@@ -25,6 +25,10 @@ _URL_LIMIT_BYTES = 1024
 _BLOCK_SIZE_LIMIT = 1 << 20
 
 
+# Whether its blocks are keyed by pairs, its version, its start time: another engine may be another matter.
+_Said = tuple[bool, str | None, float | None]
+
+
 class TableFullError(ConfigError):
     """There is no slot for one more worker."""
 
@@ -78,6 +82,8 @@ class Workers:
         self._draining: set[int] = set()
         self._models: dict[int, str] = {}  # names that were given, and not to be asked for
         self._named: dict[int, Named] = {}  # what the operator said of those whose role he named
+        self._said_pairs: dict[int, _Said] = {}
+        self._seen_pairs: dict[int, tuple[_Said, bool]] = {}  # what its blocks showed it to be, while it said that
         self._lacking_port: set[int] = set()
         self._traits: dict[int, Traits] = {}  # of prefill and decode workers
         self._told: dict[int, str] = {}  # the last problem with a worker's role that was logged
@@ -149,7 +155,7 @@ class Workers:
         del self._health[worker_idx]
         self._draining.discard(worker_idx)
         self._lacking_port.discard(worker_idx)
-        for of_worker in (self._models, self._named, self._traits, self._told):
+        for of_worker in (self._models, self._named, self._traits, self._told, self._said_pairs, self._seen_pairs):
             of_worker.pop(worker_idx, None)
         self._removed[worker_idx] = (view.rank_base, view.dp_size)
         self._table.remove(worker_idx)
@@ -190,6 +196,25 @@ class Workers:
     def set_parity(self, worker_idx: int, parity: int) -> None:
         """Change whether the worker's reports agree with the predictions. parity: shm.PARITY_*."""
         self._put(msgspec.structs.replace(self._views[worker_idx], parity=parity))
+
+    def set_pairs(self, worker_idx: int, are_pairs: bool) -> bool:
+        """Believe the worker's blocks, not its word, about pairs of tokens (EAGLE); once for each word. Returns whether that is new."""
+        said = self._said_pairs.get(worker_idx)
+        view = self._views[worker_idx]
+        if said is None or worker_idx in self._seen_pairs or view.bigram == are_pairs:
+            return False
+        self._seen_pairs[worker_idx] = said, are_pairs
+        self._put(msgspec.structs.replace(view, bigram=are_pairs))
+        return True
+
+    def _has_pairs(self, worker_idx: int, facts: WorkerFacts) -> bool:
+        """Whether the worker's blocks are keyed by pairs of tokens: as it says, unless its blocks have shown something else since."""
+        said = self._said_pairs[worker_idx] = facts.bigram, facts.version, facts.startup_time
+        seen = self._seen_pairs.get(worker_idx)
+        if seen is not None and seen[0] == said:
+            return seen[1]
+        self._seen_pairs.pop(worker_idx, None)
+        return facts.bigram
 
     def learn(self, worker_idx: int, findings: Findings) -> bool:
         """Take over what an introspection found; returns whether the table changed.
@@ -306,7 +331,7 @@ class Workers:
             rank_base=rank_base or 0,
             dp_size=dp_size,
             block_size=kv.block_size if kv else 0,
-            bigram=bool(kv and facts and facts.bigram),
+            bigram=bool(kv and facts and self._has_pairs(old.worker_idx, facts)),
             key_route=self._route(facts),
             record=record,
         )

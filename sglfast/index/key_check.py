@@ -9,10 +9,11 @@ Source: spec/kv_events.md 2.1 to 2.3, 2.8.
 
 from sglfast._blockhash import page_keys
 from sglfast.index.stream import HASH_MISMATCH
+from sglfast.shm import REASON_PAIRS, REASON_SINGLES
 from sglfast.wire.kv_events import BlockStored, decode_token_ids
 
 # Positions in sglfast.shm.RANK_REASONS.
-_BLOCK_SIZE, _PAIRS, _SINGLES = 12, 13, 14
+_BLOCK_SIZE = 12
 _CHECKED_PAGES = 4
 # Tried where an event's hashes do not fit what it says of itself.
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -58,8 +59,8 @@ def disagreement(event: BlockStored, *, block_size: int, is_bigram: bool, is_by_
 
 def _pairs(are_pairs: bool) -> Found:
     if are_pairs:
-        return _PAIRS, "its blocks are keyed by pairs of tokens (EAGLE), single tokens are expected"
-    return _SINGLES, "its blocks are keyed by single tokens, pairs of tokens (EAGLE) are expected"
+        return REASON_PAIRS, "its blocks are keyed by pairs of tokens (EAGLE), single tokens are expected"
+    return REASON_SINGLES, "its blocks are keyed by single tokens, pairs of tokens (EAGLE) are expected"
 
 
 def _cut_otherwise(size: int, expected: int) -> Found:

@@ -119,7 +119,11 @@ class Index:
         self._drop(gone)
         for idx, view in views.items():
             if idx in self._followed:
-                self._followed[idx] = (view, self._followed[idx][1])
+                before, subscribers = self._followed[idx]
+                if view.bigram != before.bigram:
+                    for subscriber in subscribers:
+                        subscriber.expect(is_bigram=view.bigram)
+                self._followed[idx] = (view, subscribers)
             else:
                 self._followed[idx] = (view, self._follow(view))
         for rank in self._inheritance:  # nobody's now
@@ -267,7 +271,9 @@ def _stream_of(view: WorkerView) -> tuple[object, ...]:
     # The model's name is in the token route's keys; on the SHA route it may become known later without harm.
     model = view.record.model if view.key_route == "tokens" else None
     place = view.generation, view.rank_base, view.dp_size
-    return *place, view.bigram, view.record.startup_time, _endpoint_of(view), view.record.kv_connects_out, view.key_route, model
+    # Pairs or single tokens: on the SHA route the engine's hashes are the keys either way.
+    is_bigram = view.bigram and view.key_route == "tokens"
+    return *place, is_bigram, view.record.startup_time, _endpoint_of(view), view.record.kv_connects_out, view.key_route, model
 
 
 def serve(boot: Boot, log: logging.Logger) -> None:

@@ -23,7 +23,7 @@ from sglfast.index.key_check import disagreement
 from sglfast.index.live import Run
 from sglfast.index.stream import HASH_MISMATCH, Outcome
 from sglfast.index.token_route import TokenRoute
-from sglfast.shm import KeyRoute
+from sglfast.shm import REASON_PAIRS, REASON_SINGLES, KeyRoute
 from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, tier_mask
 
 _PLAIN, _CLEARED, _LOSSY = Outcome(), Outcome(is_cleared=True), Outcome(is_lossy=True)
@@ -204,6 +204,14 @@ class RankIndex:
         counters.events += n_events
         self.last_event_ms = time.time_ns() // 1_000_000
         return _LOSSY if is_lossy else outcome
+
+    def expect(self, *, is_bigram: bool) -> None:
+        """On the SHA route: from now on shards key the worker's blocks by pairs of tokens, or by single ones. The blocks stay."""
+        with self._tree.lock:
+            self._is_bigram = is_bigram
+            self.has_agreed, self._roots = False, 0
+            if self.mismatch_reason in (REASON_PAIRS, REASON_SINGLES):
+                self.mismatch, self.mismatch_reason = "", 0
 
     def settle(self) -> None:
         """Nobody will apply again what was applied: the token route's memory holds what the rank owns now, and not much more."""

@@ -90,7 +90,7 @@ class Subscriber:
         self._index = index
         self._ranks = ranks
         self._log = log
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._is_stopping = threading.Event()
         self._dealer: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
@@ -111,6 +111,11 @@ class Subscriber:
         """Which rank of the tree it writes."""
         return self._index.rank
 
+    def expect(self, *, is_bigram: bool) -> None:
+        """See RankIndex; the rank's row follows at once, before `stop`."""
+        self._index.expect(is_bigram=is_bigram)
+        os.eventfd_write(self._wake_fd, 1)
+
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
@@ -120,7 +125,7 @@ class Subscriber:
         self._is_stopping.set()
         self._note.unsave()
         self._index.retire()
-        os.eventfd_write(self._stop_fd, 1)
+        os.eventfd_write(self._wake_fd, 1)
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread's end and release what it had; False when it did not end in time (it stays harmless)."""
@@ -128,7 +133,7 @@ class Subscriber:
         if self._thread.is_alive():
             return False
         self._index.release()
-        os.close(self._stop_fd)
+        os.close(self._wake_fd)
         return True
 
     def publish(self) -> None:
@@ -223,13 +228,15 @@ class Subscriber:
             live.setsockopt(zmq.SUBSCRIBE, self._endpoints.topic)
             connect(live, self._endpoints.live)
             reader = LiveSocket(live, self._endpoints.topic if self._endpoints.is_shared else None)
-            for source in (self._stop_fd, monitor, live):
+            for source in (self._wake_fd, monitor, live):
                 poller.register(source, zmq.POLLIN)
             notices: list[int] = []
             while True:
                 ready = dict(poller.poll(self._poll_timeout_ms()))
                 if self._is_stopping.is_set():
                     return
+                if self._wake_fd in ready:
+                    os.eventfd_read(self._wake_fd)
                 if monitor in ready:
                     notices += self._read_notices(monitor)
                 self._n_read = 0

@@ -67,8 +67,15 @@ ToolForm = Literal["flat", "wrapped", "deferrable", "kept"]
 Role = Literal["regular", "prefill", "decode"]
 
 
+class Dialect(NamedTuple):
+    """What an engine makes of a chat before its template. template_kwargs: its own variables of the template, a JSON object; "" = none."""
+
+    tools: ToolForm = "kept"
+    template_kwargs: str = ""
+
+
 class Variant(NamedTuple):
-    """A way in which workers cut prompts into blocks and name them.
+    """A way in which workers prepare prompts, cut them into blocks and name these.
 
     model: the served name where it is hashed, or where a name of an adapter could be taken for it; "" otherwise and when it is unknown.
     """
@@ -78,16 +85,17 @@ class Variant(NamedTuple):
     route: KeyRoute = "sha256"
     model: str = ""
     adapters: Adapters = "named"
-    tools: ToolForm = "kept"
+    dialect: Dialect = Dialect()
 
 
 _TOOL_FORMS = get_args(ToolForm)
 
 
-def tool_form_of(variants: Sequence[Variant]) -> ToolForm:
-    """The form of tools that workers of these variants take: the newest, where they differ."""
-    form: ToolForm = max((variant.tools for variant in variants), key=_TOOL_FORMS.index, default="kept")
-    return form
+def dialect_of(variants: Sequence[Variant]) -> Dialect:
+    """The dialect of workers of these variants: that with the newest form of tools, where they differ."""
+    if len(variants) == 1:
+        return variants[0].dialect  # nearly always
+    return max((variant.dialect for variant in variants), key=lambda dialect: _TOOL_FORMS.index(dialect.tools), default=Dialect())
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -111,6 +119,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     adapters: Adapters = "named"
     adapter_models: tuple[str, ...] = ()
     tools: ToolForm = "kept"
+    template_kwargs: str = ""  # see Dialect
     takes_rid: bool = False  # requests may carry a `rid` by which /abort_request ends them
     role: Role = "regular"
     bootstrap_port: int | None = None  # where a prefill worker meets its decode workers; None = it has told none
@@ -141,7 +150,14 @@ class WorkerView(msgspec.Struct, frozen=True):
         model = self.record.model or ""
         if self.key_route == "sha256" and ":" not in model:
             model = ""
-        return Variant(self.block_size, self.bigram, self.key_route, model, self.record.adapters, self.record.tools)
+        return Variant(
+            self.block_size,
+            self.bigram,
+            self.key_route,
+            model,
+            self.record.adapters,
+            Dialect(self.record.tools, self.record.template_kwargs),
+        )
 
 
 _encode_record = msgspec.msgpack.Encoder().encode

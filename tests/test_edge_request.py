@@ -17,7 +17,7 @@ from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
 from sglfast.prompt.lazy import LazyKeyer
 from sglfast.prompt.raw import RawReader
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
-from sglfast.shm import Variant
+from sglfast.shm import Dialect, Variant
 
 IDS = list(range(100, 400))
 TOKENIZER = load_tokenizer(DEMO_TOKENIZER_PATH)
@@ -248,7 +248,7 @@ def test_what_cannot_be_keyed_is_no_error(body: bytes, padding: str, reader: Pro
 class FailingReader:
     """Has a bug."""
 
-    def text_of(self, kind: RequestKind, body: object, head_chars: int, tool_form: str) -> PromptText:
+    def text_of(self, kind: RequestKind, body: object, head_chars: int, dialect: Dialect) -> PromptText:
         raise KeyError("secret prompt")
 
 
@@ -271,7 +271,7 @@ class SlowReader:
     def __init__(self) -> None:
         self.may_go_on = threading.Event()
 
-    def text_of(self, kind: RequestKind, body: object, head_chars: int, tool_form: str) -> PromptText:
+    def text_of(self, kind: RequestKind, body: object, head_chars: int, dialect: Dialect) -> PromptText:
         assert self.may_go_on.wait(5)
         return PromptText(detail="slow")
 

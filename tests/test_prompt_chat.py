@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sglfast.prompt.chat import UnkeyableError, chat_input, second_try
-from sglfast.shm import ToolForm, Variant, tool_form_of
+from sglfast.shm import Dialect, ToolForm, Variant, dialect_of
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "prompt" / "sglang_chat_0.5.23.json").read_bytes())["cases"]
 USER = {"role": "user", "content": "hi"}
@@ -143,14 +143,33 @@ DEFERRED = {"function": {"name": "g", "description": "d", "strict": True}, "defe
 )
 def test_tools_as_versions_of_the_engine_have_them(form: ToolForm, expected: list[dict[str, Any]], again: dict[str, Any]) -> None:
     body = {"messages": [USER], "tools": [TOOL, DEFERRED]}
-    tools = chat_input(body, "string", form).tools
+    tools = chat_input(body, "string", Dialect(form)).tools
     assert tools is not None
     assert in_order(tools) == in_order(expected)
     assert in_order(second_try(tools, form)[0]) == in_order(again)
-    named = chat_input(body | {"tool_choice": {"function": {"name": "g"}}}, "string", form).tools
+    named = chat_input(body | {"tool_choice": {"function": {"name": "g"}}}, "string", Dialect(form)).tools
     assert in_order(named) == in_order(expected[1:])
 
 
 def test_mixed_versions_get_tools_as_the_newest_has_them() -> None:
-    assert tool_form_of([]) == "kept"
-    assert tool_form_of([Variant(16, tools="flat"), Variant(16, tools="deferrable"), Variant(64, tools="wrapped")]) == "deferrable"
+    assert dialect_of([]) == Dialect("kept", "")
+    forms: list[ToolForm] = ["flat", "deferrable", "wrapped"]
+    assert dialect_of([Variant(16, dialect=Dialect(form, '{"a":1}')) for form in forms]) == Dialect("deferrable", '{"a":1}')
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"enable_thinking": False, "x": [1]}),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, {"enable_thinking": True, "x": [1]}),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"x": 2}}, {"enable_thinking": False, "thinking": False, "x": 2}),
+        ({"reasoning_effort": "low"}, {"enable_thinking": True, "thinking": True, "x": [1]}),
+    ],
+)
+def test_variables_that_the_engine_adds(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    dialect = Dialect(template_kwargs='{"enable_thinking":false,"x":[1]}')
+    kwargs = chat_input({"messages": [USER], **fields}, "string", dialect).kwargs
+    effort = fields.get("reasoning_effort")
+    assert kwargs == expected | ({} if effort is None else {"reasoning_effort": effort})
+    effortful = Dialect(template_kwargs='{"reasoning_effort":"max"}')
+    assert chat_input({"messages": [USER], **fields}, "string", effortful).kwargs["reasoning_effort"] == "max"

@@ -14,7 +14,7 @@ from sglfast import shm
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast.prompt.keys import RequestKind
 from sglfast.prompt.lazy import Keys
-from sglfast.shm import Variant
+from sglfast.shm import Dialect, Variant
 
 Body = dict[str, Any]
 
@@ -210,9 +210,11 @@ def test_one_body_for_workers_of_several_versions(paths: Callable[[str, int], Ch
     path = paths("qwen25", 1 << 22)
     body = json.dumps({"messages": [{"role": "user", "content": "hi " * 50}], "tools": [TOOL]}).encode()
     found = set()
-    for tools in ("kept", "deferrable", "wrapped", "flat") * 2:
-        variant = Variant(16, tools=tools)
-        prompt = path.reader.text_of(RequestKind.CHAT, json.loads(body), 0, tools)
+    kwargs = '{"enable_thinking":false}'  # which this template does not ask for
+    dialects = [Dialect("kept"), Dialect("deferrable"), Dialect("wrapped"), Dialect("flat"), Dialect("kept", kwargs)]
+    for dialect in dialects * 2:
+        variant = Variant(16, dialect=dialect)
+        prompt = path.reader.text_of(RequestKind.CHAT, json.loads(body), 0, dialect)
         expected = path.reader.keys_of(path.reader.tokens_of(prompt), 16)
         keying = path.raw.begin(body, [variant], 500)
         assert keying is not None

@@ -135,6 +135,18 @@ def test_how_tools_come_to_the_template(version: str | None, form: str) -> None:
     assert server_info.parse_server_info(body(version="0.5.9", vllm_config={}), "http://h:1").tools == "kept"
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"enable_thinking": False}, '{"enable_thinking":false}'),
+        ('{"enable_thinking": false, "a": "é"}', '{"enable_thinking":false,"a":"é"}'),
+        ({}, ""), (None, ""), ("", ""), ("{", ""), ("[1]", ""), ([1], ""), (5, ""),
+    ],
+)  # fmt: skip
+def test_the_engines_own_variables_of_the_template(given: object, kept: str) -> None:
+    assert server_info.parse_server_info(body(default_chat_template_kwargs=given), "http://h:1").template_kwargs == kept
+
+
 def test_endpoints() -> None:
     facts = server_info.parse_server_info(body(kv_events=DESCRIPTOR), "http://[fd00::7]:30000")
     assert facts.kv is not None

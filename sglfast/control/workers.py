@@ -310,6 +310,7 @@ class Workers:
                 kv_connects_out=facts.kv_connects_out,
                 adapters=facts.adapters,
                 tools=facts.tools,
+                template_kwargs=facts.template_kwargs,
                 takes_rid=facts.takes_rid,
                 role=found.role,
                 bootstrap_port=found.bootstrap_port,

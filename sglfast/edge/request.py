@@ -22,7 +22,7 @@ import orjson
 
 from sglfast.errors import PromptError
 from sglfast.prompt.adapters import asked_for
-from sglfast.shm import tool_form_of
+from sglfast.shm import dialect_of
 
 if TYPE_CHECKING:
     from sglfast.prompt.keys import PromptReader, RequestKind
@@ -209,7 +209,7 @@ class PromptKeyer:
     def _begin(self, kind: int, body: bytes, variants: tuple[Variant, ...]) -> Keying | Facts:
         try:
             fields = orjson.loads(body)
-            prompt = self._reader.text_of(self._kinds(kind), fields, _HEAD_CHARS, tool_form_of(variants))
+            prompt = self._reader.text_of(self._kinds(kind), fields, _HEAD_CHARS, dialect_of(variants))
             if prompt.text is None and prompt.token_ids is None:
                 return Facts(0, {}, prompt.detail or str(prompt.reason))
             return self._keyer.begin(prompt, variants, asked_for(fields))

@@ -4,13 +4,14 @@ Runs in: shard, simulator, load generator.
 
 Contract: `chat_input` follows SGLang 0.5.23 (entrypoints/openai/protocol.py and serving_chat.py) field by field, because
     templates print these objects as JSON: which keys exist, in which order and with which defaults, decides about tokens. Tools come
-    as the workers' version has them (shm.ToolForm); where versions are mixed, as the newest has them.
+    as the workers' version has them, variables also from its own settings (shm.Dialect); where versions are mixed, as the newest has them.
     The body is never changed. What SGLang refuses with 400, and what nobody but the engine can know, raises UnkeyableError.
 
 Not followed, each a false negative only: encoders in Python that some models have instead of a template (DeepSeek V3.2 and
-    V4, Kimi K3), `--chat-template` with a built-in name, `--default-chat-template-kwargs`.
+    V4, Kimi K3), `--chat-template` with a built-in name.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ import orjson
 from sglfast.errors import PromptError
 from sglfast.prompt.template import ContentFormat
 from sglfast.prompt.tool_schema import standard_types
-from sglfast.shm import ToolForm
+from sglfast.shm import Dialect, ToolForm
 
 # Why a prompt has no block keys: values of PromptText.reason, and labels of a metric.
 Reason = Literal[
@@ -61,7 +62,7 @@ class ChatInput:
     continuation: str
 
 
-def chat_input(body: Mapping[str, Any], content_format: ContentFormat, tool_form: ToolForm = "kept") -> ChatInput:
+def chat_input(body: Mapping[str, Any], content_format: ContentFormat, dialect: Dialect = Dialect()) -> ChatInput:  # noqa: B008 (immutable)
     """Return the template's input for a chat body (without `input_ids`); raises UnkeyableError."""
     raw_messages = body.get("messages")
     if not isinstance(raw_messages, list) or not raw_messages:
@@ -77,7 +78,7 @@ def chat_input(body: Mapping[str, Any], content_format: ContentFormat, tool_form
                 raise _malformed("continue_final_message needs a message before the last one")
         else:
             messages[-1] = closed(last)
-    return ChatInput(messages, tools_input(body, tool_form), kwargs_input(body), continuation)
+    return ChatInput(messages, tools_input(body, dialect.tools), kwargs_input(body, dialect.template_kwargs), continuation)
 
 
 def is_open(last: Mapping[str, Any]) -> bool:
@@ -242,8 +243,14 @@ def tools_input(body: Mapping[str, Any], form: ToolForm = "kept") -> list[dict[s
     return tools if tools and choice != "none" else None
 
 
-def kwargs_input(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the template's variables from chat_template_kwargs, reasoning_effort and reasoning."""
+@functools.lru_cache(maxsize=64)
+def _defaults_of(template_kwargs: str) -> dict[str, Any]:
+    defaults: dict[str, Any] = orjson.loads(template_kwargs)
+    return defaults
+
+
+def kwargs_input(body: Mapping[str, Any], template_kwargs: str = "") -> dict[str, Any]:
+    """Return the template's variables from chat_template_kwargs, reasoning_effort and reasoning; then those that the engine adds."""
     raw = body.get("chat_template_kwargs")
     if raw is not None and not isinstance(raw, dict):
         raise _malformed("chat_template_kwargs must be an object")
@@ -267,6 +274,9 @@ def kwargs_input(body: Mapping[str, Any]) -> dict[str, Any]:
         kwargs.setdefault("enable_thinking", is_thinking)
     own_effort = kwargs.pop("reasoning_effort", None)
     effort = _effort(effort) if own_effort is None else own_effort
+    if template_kwargs:
+        # An effort of the request is taken out above; so one of the engine wins, as there.
+        kwargs = {**_defaults_of(template_kwargs), **kwargs}
     return kwargs if effort is None else {"reasoning_effort": effort, **kwargs}
 
 

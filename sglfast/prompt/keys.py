@@ -21,7 +21,7 @@ from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.responses import as_chat
 from sglfast.prompt.template import HARMONY_WORD, ChatTemplate
 from sglfast.prompt.tokenizer import Tokenizer
-from sglfast.shm import ToolForm
+from sglfast.shm import Dialect
 
 
 class RequestKind(enum.IntEnum):
@@ -69,23 +69,23 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._pieces = PieceTokenizer(tokenizer, cache_bytes) if tokenizer is not None and cache_bytes else None
 
-    def text_of(self, kind: RequestKind, body: Mapping[str, Any], head_chars: int = 0, tool_form: ToolForm = "kept") -> PromptText:
+    def text_of(self, kind: RequestKind, body: Mapping[str, Any], head_chars: int = 0, dialect: Dialect = Dialect()) -> PromptText:  # noqa: B008 (immutable)
         """Return the prompt of a decoded JSON body, in the form in which the engine hands it to its tokenizer.
 
-        head_chars: of a chat, render only so many characters (at least), if the rest can follow later; tool_form: how the
-        workers' engine gives tools to the template.
+        head_chars: of a chat, render only so many characters (at least), if the rest can follow later; dialect: of the
+        workers that the keys are for.
         """
         try:
             if not isinstance(body, Mapping):
                 raise UnkeyableError("malformed", "the body must be a JSON object")
             if kind == RequestKind.CHAT:
-                return self._chat(body, head_chars, tool_form)
+                return self._chat(body, head_chars, dialect)
             if kind == RequestKind.COMPLETIONS:
                 return self._plain(body.get("prompt"), "prompt", cache_salt_of(body))
             if kind == RequestKind.GENERATE:
                 return self._generate(body)
             if kind == RequestKind.RESPONSES:
-                return self._responses(body, head_chars, tool_form)
+                return self._responses(body, head_chars, dialect)
             if kind == RequestKind.OTHER:
                 raise UnkeyableError("no_prompt", "this path carries no prompt that a KV cache holds")
             # SGLang's embedding requests have no cache_salt.
@@ -133,7 +133,7 @@ class PromptReader:
         except (ValueError, TypeError) as error:
             raise PromptError(f"no block keys can be made of this prompt: {error}") from error
 
-    def _chat(self, body: Mapping[str, Any], head_chars: int, tool_form: ToolForm) -> PromptText:
+    def _chat(self, body: Mapping[str, Any], head_chars: int, dialect: Dialect) -> PromptText:
         salt = cache_salt_of(body)
         if body.get("input_ids") is not None:
             return self._plain(body["input_ids"], "input_ids", salt)
@@ -142,7 +142,7 @@ class PromptReader:
         template = self._tokenizer.chat
         if template is None:
             raise UnkeyableError("no_chat_template", "the tokenizer has no chat template")
-        given = chat_input(body, template.content_format, tool_form)
+        given = chat_input(body, template.content_format, dialect)
         if head_chars and not given.tools:
             return _head(template, given, head_chars, salt)
         try:
@@ -151,16 +151,16 @@ class PromptReader:
             if not given.tools:
                 raise UnkeyableError("template", str(error)) from error
             try:
-                text = template.render(given.messages, tools=second_try(given.tools, tool_form), kwargs=given.kwargs)
+                text = template.render(given.messages, tools=second_try(given.tools, dialect.tools), kwargs=given.kwargs)
             except PromptError as again:
                 raise UnkeyableError("template", str(again)) from again
         return PromptText(text=text, continuation=given.continuation, cache_salt=salt)
 
-    def _responses(self, body: Mapping[str, Any], head_chars: int, tool_form: ToolForm) -> PromptText:
+    def _responses(self, body: Mapping[str, Any], head_chars: int, dialect: Dialect) -> PromptText:
         template = self._tokenizer.chat if self._tokenizer is not None else None
         if template is not None and HARMONY_WORD in template.source:
             raise UnkeyableError("template", "the engine writes this prompt without the chat template (harmony)")
-        return self._chat(as_chat(body, lambda: template is not None and template.takes_inline_system), head_chars, tool_form)
+        return self._chat(as_chat(body, lambda: template is not None and template.takes_inline_system), head_chars, dialect)
 
     def _generate(self, body: Mapping[str, Any]) -> PromptText:
         if any(body.get(field) for field in ("image_data", "video_data", "audio_data", "input_embeds")):

@@ -27,7 +27,7 @@ from sglfast.prompt.prefixes import Prefix
 from sglfast.prompt.seen import Kind, SeenKeying, Turn, Turns
 from sglfast.prompt.stable import Message, Run, StableTemplate
 from sglfast.prompt.template import RESERVED_KWARGS
-from sglfast.shm import ToolForm, Variant, tool_form_of
+from sglfast.shm import Dialect, Variant, dialect_of
 
 _LAST_NAMES = 8  # beginnings that are looked for, from the longest down; then those of the first messages, which many share
 _FIRST_NAMES = 2
@@ -98,10 +98,10 @@ class RawReader:
     def _begin(
         self, template: StableTemplate, scan: ChatScan, variants: tuple[Variant, ...], head_chars: int, budget: Budget | None
     ) -> "RawKeying | SeenKeying | None":
-        form = tool_form_of(variants)
-        context = self.keyer.prefixes.get((scan.context_name, form))
+        dialect = dialect_of(variants)
+        context = self.keyer.prefixes.get((scan.context_name, dialect))
         if not isinstance(context, Context):
-            context = self._context(template, scan, form)
+            context = self._context(template, scan, dialect)
             if context is None:
                 return None
         count = limit = len(scan)
@@ -138,7 +138,7 @@ class RawReader:
             text="".join(run.parts),
             continuation=continuation,
             cache_salt=context.cache_salt,
-            rest=None if is_all else _rest(self, scan, run, messages, form),
+            rest=None if is_all else _rest(self, scan, run, messages, dialect),
             rest_chars=0 if is_all else messages.chars_behind(run),
             is_rest_long=not is_all and is_too_much(scan, 0, budget),
         )
@@ -191,10 +191,10 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
             frame = frames[roles] = self._frames.make(turn.border, turn.opening_role, roles, context.variables)
         return frame if isinstance(frame, Frame) else None
 
-    def _context(self, template: StableTemplate, scan: ChatScan, form: ToolForm) -> Context | None:
+    def _context(self, template: StableTemplate, scan: ChatScan, dialect: Dialect) -> Context | None:
         text = scan.context
         fields = orjson.loads(text)
-        tools, kwargs = tools_input(fields, form), kwargs_input(fields)
+        tools, kwargs = tools_input(fields, dialect.tools), kwargs_input(fields, dialect.template_kwargs)
         if fields.get("input_ids") is not None or not RESERVED_KWARGS.isdisjoint(kwargs):
             return None
         salt, asked = cache_salt_of(fields), asked_for(fields)
@@ -207,7 +207,7 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
             has_tools=bool(tools),
             size_bytes=1000 + 12 * len(text),
         )
-        self.keyer.prefixes.put((scan.context_name, form), context)
+        self.keyer.prefixes.put((scan.context_name, dialect), context)
         return context
 
     def opening(self, scan: ChatScan, parse: Callable[[int], Message]) -> Message:
@@ -282,7 +282,7 @@ class RawKeying(Keying):
             super()._remember(end, prefix)
 
 
-def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages, form: ToolForm) -> Callable[[], str]:
+def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages, dialect: Dialect) -> Callable[[], str]:
     def rest() -> str:
         begun = len(run.parts)
         chars = run.chars
@@ -296,7 +296,7 @@ def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages, form
         chat = reader.keyer.tokenizer.chat
         assert chat is not None
         try:
-            given = chat_input(orjson.loads(scan.body), chat.content_format, form)
+            given = chat_input(orjson.loads(scan.body), chat.content_format, dialect)
         except orjson.JSONDecodeError as error:
             raise PromptError("the body is no JSON") from error
         return chat.render(given.messages, tools=given.tools, kwargs=given.kwargs)[chars:]

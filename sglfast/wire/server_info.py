@@ -61,6 +61,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     takes_rid: an SGLang whose requests may carry a `rid` in their body, and which has /abort_request to end them by it.
     kv_connects_out: the engine connects its event socket to whoever listens; nothing is heard by connecting to it.
     adapters, tools: how LoRA adapters show in its events and how its chat template gets tools, see shm.Adapters and shm.ToolForm.
+    template_kwargs: its default_chat_template_kwargs, a JSON object, "" when it has none.
     load_balance_method: how its data-parallel ranks get their requests.
     """
 
@@ -77,6 +78,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     kv_connects_out: bool = False
     adapters: Literal["named", "shared", "models"] = "named"
     tools: Literal["flat", "wrapped", "deferrable", "kept"] = "kept"
+    template_kwargs: str = ""
     takes_rid: bool = False
     tp_size: int | None = None
     load_balance_method: str | None = None
@@ -127,6 +129,7 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         kv_connects_out=kv is not None and config is not None and not _binds(config, is_undescribed),
         adapters="models" if "vllm_config" in fields else "named" if _tells_adapters(version, is_dynamo=is_dynamo) else "shared",
         tools=_tool_form(sglang_version),
+        template_kwargs=_object_text(fields, "default_chat_template_kwargs"),
         takes_rid=_numbers_of(sglang_version) >= _FIRST_RID,
         tp_size=_positive(fields, "tp_size"),
         load_balance_method=_take(fields, "load_balance_method", str) or None,
@@ -222,6 +225,16 @@ def _take(fields: dict[str, msgspec.Raw], name: str, type_: type[T]) -> T | None
         return msgspec.json.decode(raw, type=type_)
     except (msgspec.DecodeError, RecursionError):
         return None
+
+
+def _object_text(fields: dict[str, msgspec.Raw], name: str) -> str:
+    """A field that is a JSON object, or JSON text of one, as JSON in one spelling; "" for all else and for an empty one."""
+    value = _take(fields, name, dict[str, Any]) or _take(fields, name, str)
+    try:
+        decoded = msgspec.json.decode(value, type=dict[str, Any]) if isinstance(value, str) else value
+    except (msgspec.DecodeError, RecursionError):
+        return ""
+    return msgspec.json.encode(decoded).decode() if decoded else ""
 
 
 def _positive(fields: dict[str, msgspec.Raw], name: str) -> int | None:

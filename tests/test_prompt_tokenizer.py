@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sglfast.errors import ConfigError
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer, single_token_words
@@ -56,6 +56,56 @@ def bos_template(bos_id: int) -> dict[str, Any]:
         "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
         "special_tokens": {"<|endoftext|>": special},
     }
+
+
+def sentencepiece(folder: Path, config: dict[str, Any], *, has_normalizer: bool) -> str:
+    """A folder as those of Llama 2 (marks made by the normalizer) and of Mistral 7B v0.3 (by the pre-tokenizer)."""
+    rust = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    rust.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    specials = ["<unk>", "<s>", "</s>", "<|user|>", "<|end|>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=specials)
+    rust.train_from_iterator(["the quick brown fox of the lazy dog", "in the end it is the best of all"] * 20, trainer)
+    if has_normalizer:
+        make = tokenizers.normalizers
+        rust.normalizer = make.Sequence([make.Prepend("▁"), make.Replace(" ", "▁")])
+        rust.pre_tokenizer = None
+    else:
+        rust.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    rust.save(str(folder / "tokenizer.json"))
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens | config))
+    return str(folder)
+
+
+@pytest.mark.parametrize("has_normalizer", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tokenizer_class": "LlamaTokenizer"},
+        {"tokenizer_class": "LlamaTokenizerFast", "legacy": False},
+        {"tokenizer_class": "LlamaTokenizerFast", "legacy": None},
+        {"tokenizer_class": "LlamaTokenizer", "legacy": True},
+        {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": False},
+        {"tokenizer_class": "CodeLlamaTokenizer", "legacy": True},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "legacy": True},
+    ],
+)
+def test_marks_of_a_beginning_are_those_of_the_class(config: dict[str, Any], has_normalizer: bool, tmp_path: Path) -> None:
+    path = sentencepiece(tmp_path, config, has_normalizer=has_normalizer)
+    theirs = AutoTokenizer.from_pretrained(path)
+    ours = load_tokenizer(path)
+    for text in (
+        "the fox",
+        " the",
+        "  the",
+        "<s>the fox",
+        "<|user|>\nthe end<|end|>\n<|user|> of it",
+        "the<|end|>the",
+        "a   b",
+        "",
+        "é 漢",
+    ):
+        assert ours.encode(text, False) == theirs.encode(text, add_special_tokens=False), text
 
 
 class TestAsTransformers:

@@ -8,7 +8,8 @@ Contract: `load_tokenizer` reads `tokenizer.json` (needed), `tokenizer_config.js
 
 Why not `transformers`: it costs seconds of start and hundreds of megabytes in every shard, for rules that fit here. They
     are those of its generic fast tokenizer (version 5): `tokenizer.json` decides, tokens that only `tokenizer_config.json`
-    names are added; and SGLang 0.5.23 gives classes of the Llama family their BOS back (srt/utils/hf_transformers).
+    names are added; its Llama class marks the beginning of a text in its own way; and SGLang 0.5.23 gives classes of the Llama
+    family their BOS back (srt/utils/hf_transformers).
     tests/test_prompt_tokenizer.py compares with transformers.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-from tokenizers import AddedToken, models, normalizers, processors
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
 from sglfast import _wordtable
@@ -36,6 +37,8 @@ SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_
 BOS_FLAG_CLASSES = frozenset(f"{family}Tokenizer{suffix}" for family in ("Llama", "CodeLlama", "Gemma") for suffix in ("", "Fast")) | {
     "CohereTokenizerFast"
 }
+# Their marks of a beginning are those of the class; whether `legacy` of the config counts.
+LLAMA_CLASSES = {f"{family}Tokenizer{suffix}": family == "Llama" for family in ("Llama", "CodeLlama") for suffix in ("", "Fast")}
 # Of Llama 3 and of Qwen 2 and 3, as their tokenizer.json has them.
 _LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORD_PATTERNS = {_LLAMA3_WORDS: _wordtable.LLAMA3, _LLAMA3_WORDS.replace("{1,3}", ""): _wordtable.QWEN2}
@@ -211,6 +214,7 @@ def load_tokenizer(path: str, chat_template: str | None = None) -> Tokenizer:
     rust.no_padding()
     rust.no_truncation()
     special_tokens = {name: text for name in SPECIAL_TOKEN_NAMES if (text := _token_text(config.get(name))) is not None}
+    _set_llama_marks(rust, config)
     _add_tokens(rust, config, special_tokens)
     _set_post_processor(rust, config, special_tokens)
     return Tokenizer(rust, _read_template(file.parent, config, special_tokens, chat_template), special_tokens)
@@ -276,6 +280,23 @@ def _add_tokens(rust: RustTokenizer, config: dict[str, Any], special_tokens: Map
     added = {token.content for token in rust.get_added_tokens_decoder().values()}
     wanted = (_added_token(value, True) for value in named)
     rust.add_special_tokens([token for token in wanted if token is not None and token.content not in added])
+
+
+def _set_llama_marks(rust: RustTokenizer, config: dict[str, Any]) -> None:
+    """Make a SentencePiece tokenizer of a Llama class mark beginnings as that class does.
+
+    The class (transformers 5, tokenization_llama.py) builds its own pre-tokenizer, where older versions took the normalizer of
+    tokenizer.json: behind a special token there is no mark any more, unless `legacy` is set. Byte-level tokenizers under that name
+    keep theirs (SGLang sees to it).
+    """
+    has_legacy = LLAMA_CLASSES.get(str(config.get("tokenizer_class")))
+    cutter = rust.pre_tokenizer
+    if has_legacy is None or not isinstance(rust.model, models.BPE) or not (cutter is None or isinstance(cutter, pre_tokenizers.Metaspace)):
+        return
+    is_everywhere = has_legacy and config.get("legacy")
+    scheme = "never" if config.get("add_prefix_space") is False else "always" if is_everywhere else "first"
+    rust.normalizer = None
+    rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
 
 
 def _set_post_processor(rust: RustTokenizer, config: dict[str, Any], special_tokens: Mapping[str, str]) -> None:

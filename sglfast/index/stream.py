@@ -22,6 +22,8 @@ number that we wait for; its time stamps give it away, and so does an answer tha
 The end marker of a replay proves nothing (engines drop what their send queue does not hold): what counts is that no hole is left.
 A hole is asked for again as long as each answer brings the front forward, `max_tries` times when it does not.
 Batches held back are bounded; one that finds no room is dropped and comes back by replay, because its number was noted.
+A replay that contradicts the live stream (another batch under a number, or `max_tries` times numbers far ahead of it) is of another
+stream: until the next connection nobody asks again. An answer that repeats itself counts as silence.
 A stream may begin where a former index process left it (`Resume`): as after a lost connection, and not called exact before replay or
 the next number shows that nothing was missed.
 Live batches come one at a time (`on_live`). While nothing is unusual (`steady_seq`), whoever reads them may apply those that are next in
@@ -34,6 +36,7 @@ from typing import Protocol
 
 from sglfast._blockhash import xxh3
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
+from sglfast.index.held import HeldBatches
 
 # Positions in sglfast.shm.RANK_REASONS.
 NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY, LOST, HASH_MISMATCH, DISCONNECTED = 2, 3, 4, 5, 6, 7
@@ -130,9 +133,9 @@ class RankStream:
         self._last_print: int | None = None  # of batch next_seq - 1
         self._last_live = -1  # live numbers only grow while one engine process speaks
         self._highest = -1  # highest number seen anywhere
-        self._held: dict[int, bytes] = {}
-        self._held_bytes = 0
-        self._replayed: dict[int, int] = {}  # replayed batches that may still come live
+        self._held = HeldBatches(self._limits.max_held_batches, self._limits.max_held_bytes)
+        self._refuted = 0  # replays in a row that brought numbers which the live stream had not reached
+        self._replayed: dict[int, int] = {}  # what was applied during a replay and may come once more, live or replayed
         self._request: _Request | None = None
         self._tries = 0
         self._is_resumed = resume is not None  # the blocks are a former process's, and nothing has confirmed them yet
@@ -203,6 +206,9 @@ class RankStream:
                 self._last_live = max(self._last_live, seq)
                 self._is_resumed = self._is_resumed and self._request is not None
                 return
+            if seq > self._last_live:
+                self._refuted += 1  # the live stream has not gone back; it was replay that went ahead
+                self._can_replay &= self._refuted < self._limits.max_tries
             self._restart("its sequence went back", now_s)
             expected = None
         elif self._is_suspect and seq == expected and seq < _LOW_SEQ:
@@ -218,6 +224,7 @@ class RankStream:
             return
         self._is_resumed = False
         if seq == expected or seq == 0:
+            self._refuted = 0
             self._loss = 0 if expected is None else self._loss
             self._replayed.clear()
             self._apply(seq, payload)
@@ -238,6 +245,7 @@ class RankStream:
         """`n_batches` live batches, from `steady_seq` on, were applied to the rank's blocks. outcome: of all of them, as of one."""
         assert self.next_seq is not None
         self._replayed.clear()
+        self._refuted = 0
         self._last_live = self.next_seq + n_batches - 1
         self._highest = max(self._highest, self._last_live)
         self._applied(n_batches, self._last_live, last_payload, outcome)
@@ -247,12 +255,18 @@ class RankStream:
         request = self._request
         if request is None:
             return
-        request.deadline_s = now_s + self._limits.replay_timeout_s
+        held = self._held.get(seq)
+        known = print_of(held) if held is not None else self._replayed.get(seq) if request.is_verified else None
+        if known is not None and known != print_of(payload):
+            self._distrust(seq)
+            return
         expected = self.next_seq
+        if expected is None or seq > self._highest or (seq >= expected and held is None):
+            request.deadline_s = now_s + self._limits.replay_timeout_s  # anything else brings nothing
         if expected is None:
             # The answer to "from 0": it begins at 0 or at the oldest batch that the engine still has.
             self._loss = 0 if seq == 0 else UNKNOWN_HISTORY
-            self._drop_held(below=seq)
+            self._held.drop(below=seq)
             expected = self.next_seq = seq
             request.is_verified = True
         elif not request.is_verified:
@@ -271,9 +285,7 @@ class RankStream:
             self._hold(seq, payload)
         else:
             self._apply(seq, payload)
-            self._replayed[seq] = print_of(payload)
-            if len(self._replayed) > _REPLAYED_MEMORY_BATCHES:
-                del self._replayed[next(iter(self._replayed))]
+            self._remember(seq, payload)
             self._drain()
 
     def on_replay_end(self, now_s: float) -> None:
@@ -305,7 +317,7 @@ class RankStream:
             self._is_suspect = True
             return
         # What is held may come from another process than the one that answers now; it comes back if it is the same.
-        self._drop_held()
+        self._held.drop()
         self._highest = (self.next_seq or 0) - 1
         if self.next_seq is None:
             self._last_live = -1
@@ -314,8 +326,8 @@ class RankStream:
 
     def _is_copy(self, seq: int, payload: bytes) -> bool:
         """Is this batch, behind the front, one that we have already? Then the engine has not restarted."""
-        if seq in self._held:
-            return self._held[seq] == payload
+        if (held := self._held.get(seq)) is not None:
+            return held == payload
         known = self._last_print if self.next_seq is not None and seq == self.next_seq - 1 else self._replayed.get(seq)
         return known == print_of(payload)
 
@@ -333,7 +345,7 @@ class RankStream:
         self.counters.restarts += 1
         self._is_resumed = False
         self._sink.clear(f"the engine restarted: {why}")
-        self._drop_held()
+        self._held.drop()
         self._replayed.clear()
         self.next_seq = None
         self._last_live = self._highest = -1
@@ -341,7 +353,8 @@ class RankStream:
         if self._request is not None:
             self._request = None
             self._tries = 0
-            self._ask(now_s)
+            if self._can_replay:
+                self._ask(now_s)
 
     def _ask(self, now_s: float) -> None:
         front = self.next_seq
@@ -371,17 +384,7 @@ class RankStream:
         self.counters.give_ups += 1
         self._can_replay = self._has_replay and not is_mute
         if self._held:
-            first = last = max(self._held)
-            while first - 1 in self._held:
-                first -= 1
-            hole = f"batches {self.next_seq or 0}..{first - 1}"
-            self._sink.clear(f"{hole} were lost and replay does not bring them (asked {self._limits.max_tries} times)")
-            run = [(seq, self._held[seq]) for seq in range(first, last + 1)]
-            self._drop_held()
-            self._loss = LOST if self.next_seq is not None else UNKNOWN_HISTORY if first else 0
-            self.next_seq = first
-            for seq, payload in run:
-                self._apply(seq, payload)
+            last = self._begin_at_held(f"replay does not bring them (asked {self._limits.max_tries} times)")
             if last < self._highest and self._can_replay:
                 self._tries = 0
                 self._ask(now_s)
@@ -394,10 +397,33 @@ class RankStream:
             self._loss = self._loss or LOST
             self._highest = self.next_seq - 1
 
+    def _distrust(self, seq: int) -> None:
+        """Replay has another batch under the number of one that is held: what it brought is not this stream's."""
+        self.counters.give_ups += 1
+        self._can_replay = False
+        self._request = None
+        why = f"replay is of another stream: it has another batch {seq}"
+        if self._held:
+            self._highest = self._begin_at_held(why)
+        else:
+            self._sink.clear(why)
+            self._loss = LOST
+            self._highest = (self.next_seq or 0) - 1
+
+    def _begin_at_held(self, why: str) -> int:
+        """Forget the rank, and go on with the newest batches that are held; returns the last one's number."""
+        run = self._held.take_last_run()
+        first = run[0][0]
+        front = self.next_seq or 0
+        self._sink.clear(f"batches {front}..{first - 1} were lost and {why}" if first > front else why)
+        self._loss = LOST if self.next_seq is not None else UNKNOWN_HISTORY if first else 0
+        self.next_seq = first
+        for seq, payload in run:
+            self._apply(seq, payload)
+        return run[-1][0]
+
     def _apply(self, seq: int, payload: bytes) -> None:
-        copy = self._held.pop(seq, None)
-        if copy is not None:
-            self._held_bytes -= len(copy)
+        self._held.pop(seq)
         self._applied(1, seq, payload, self._sink.apply(payload))
 
     def _applied(self, n_batches: int, seq: int, payload: bytes, outcome: Outcome) -> None:
@@ -410,17 +436,17 @@ class RankStream:
             self._loss = LOST
 
     def _drain(self) -> None:
-        while self._held and self.next_seq in self._held:
-            self._apply(self.next_seq, self._held[self.next_seq])
+        while self.next_seq is not None and (payload := self._held.get(self.next_seq)) is not None:
+            self._remember(self.next_seq, payload)
+            self._apply(self.next_seq, payload)
+
+    def _remember(self, seq: int, payload: bytes) -> None:
+        self._replayed[seq] = print_of(payload)
+        if len(self._replayed) > _REPLAYED_MEMORY_BATCHES:
+            del self._replayed[next(iter(self._replayed))]
 
     def _hold(self, seq: int, payload: bytes) -> None:
-        limits = self._limits
-        if seq in self._held:
+        if self._held.get(seq) is not None:
             self.counters.duplicates += 1
-        elif len(self._held) < limits.max_held_batches and self._held_bytes + len(payload) <= limits.max_held_bytes:
-            self._held[seq] = payload
-            self._held_bytes += len(payload)
-
-    def _drop_held(self, below: int | None = None) -> None:
-        for seq in [seq for seq in self._held if below is None or seq < below]:
-            self._held_bytes -= len(self._held.pop(seq))
+        else:
+            self._held.put(seq, payload)

@@ -36,6 +36,7 @@ from sglfast.control.children import Inheritance
 from sglfast.control.fanout import Fanout
 from sglfast.control.fetch import Fetcher
 from sglfast.control.followers import Followers
+from sglfast.control.index_watch import IndexWatch
 from sglfast.control.listen import listen, url_of
 from sglfast.control.membership import Membership
 from sglfast.control.metrics import Metrics
@@ -217,6 +218,8 @@ class Control:
             supervisor.start()
             parity = asyncio.create_task(ParityWatch(self._segment, self._workers, self._log, self._totals).run())
             owned.callback(parity.cancel)
+            index_watch = asyncio.create_task(IndexWatch(self._segment, supervisor.kill_index, self._log).run())
+            owned.callback(index_watch.cancel)
             return await self._serve(supervisor)
 
     async def _start_admin(self, owned: contextlib.AsyncExitStack, members: Membership, watch: PoolWatch, fetcher: Fetcher) -> AdminServer:

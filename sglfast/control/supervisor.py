@@ -142,6 +142,12 @@ class Supervisor:
                 return
         self._log.error("children are left: the kernel does not end them")
 
+    def kill_index(self) -> None:
+        """End an index that hangs; as after any other death another one is started."""
+        index = self._posts[0].child
+        if index is not None and not self._is_stopping:
+            index.send_signal(signal.SIGKILL)
+
     def kill(self) -> None:
         """End all children now."""
         self._is_stopping = True

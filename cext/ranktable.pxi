@@ -24,6 +24,7 @@ R_LAST_PRINT = 19        # hash of the batch before it
 R_LOSS = 20              # 0 = every batch since the rank was empty has been applied, else as R_REASON
 R_MAPPED_BLOCKS = 21     # blocks that only who has the map of their engine's hashes (cext/keymap) can remove
 R_MAIN_GROUP = 22        # number of the main attention among a hybrid model's caches
+R_MISSING = 23           # batches that are known to have been published and are not applied yet
 RANK_BLIND, RANK_SYNCING, RANK_EXACT, RANK_DEGRADED = range(4)
 
 

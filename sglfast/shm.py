@@ -38,6 +38,9 @@ RANK_REASONS: tuple[str, ...] = (
 
 REASON_PAIRS, REASON_SINGLES = 13, 14
 
+# Names of the RANK_* states.
+RANK_STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")
+
 # Why a worker was chosen: label `decision` of the metric; position = word after S_DECISIONS in a shard's column, so append only.
 DECISIONS: tuple[str, ...] = (
     "round_robin",

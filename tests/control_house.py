@@ -13,7 +13,7 @@ from shared_memory import shared_segment
 from yarl import URL
 
 from sglfast import _counters as words
-from sglfast._counters import Column, Loads
+from sglfast._counters import Column, Loads, RankTable
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig
@@ -115,7 +115,7 @@ class Admin:
         self.house = made
         self.fanout = Fanout(made.workers, fetcher)
         self.server = AdminServer(lambda: b"", AdminKeys(ServeConfig()), made.log)
-        self.server.add(WorkerRoutes(made.members, made.workers, made.watch).routes())
+        self.server.add(WorkerRoutes(made.members, made.workers, made.watch, RankTable(made.segment)).routes())
         self.server.add(self.fanout.routes())
         self._session: aiohttp.ClientSession | None = None
 

@@ -59,6 +59,10 @@ def test_a_worker_is_shown_pending_then_ready_and_its_key_never() -> None:
             "url": worker.url, "model_id": "mine", "priority": 1, "cost": 1.0, "worker_type": "regular", "is_healthy": False,
             "load": 0, "connection_mode": "HTTP", "state": "joining", "has_api_key": True, "dp_size": 1, "kv_block_size": 0,
             "metadata": {"a": "b"}, "disable_health_check": False,
+            "kv": {
+                "state": "BLIND", "reason": "is not followed yet",
+                "ranks": [{"rank": 0, "state": "BLIND", "reason": "is not followed yet", "blocks": 0, "missing_batches": 0}],
+            },
         }  # fmt: skip
         await until(lambda: asking.house.watch.progress(0).problem == "connection refused", "the first check")
         assert (await asking.ask("GET", by_url(worker.url))).json["job_status"]["message"] == "connection refused"

@@ -9,13 +9,15 @@ from sglfast import _counters as words
 from sglfast._counters import Column, RankTable
 from sglfast._workers import READY, WorkerTable
 from sglfast.control.introspect import Findings
-from sglfast.control.parity import Counts, ParityJudge, ParityWatch, likely_cause
+from sglfast.control.parity import Counts, Evidence, ParityJudge, ParityWatch, likely_cause
 from sglfast.control.workers import Workers
-from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, REASON_PAIRS, REASON_SINGLES, create, read_workers
+from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON_PAIRS, REASON_SINGLES, create, read_workers
 from sglfast.wire.server_info import parse_server_info
 
 INFO = b"""{"served_model_name": "m", "version": "0.5.23", "kv_events": {"publisher": "zmq", "endpoint_host": "*",
 "endpoint_port_base": 5557, "topic": "", "block_size": 64, "dp_size": 1}}"""
+
+UNKNOWN, LOST, PAIRS = RANK_REASONS[4], RANK_REASONS[5], RANK_REASONS[13]
 
 
 def test_a_wrong_picture_is_seen_within_50_samples() -> None:
@@ -43,18 +45,36 @@ def test_trust_comes_back_with_good_samples_and_not_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "lost", "dp_size", "word"),
+    ("verdict", "evidence", "said"),
     [
-        (PARITY_LOW, 0, 1, "template"),
-        (PARITY_LOW, 3, 1, "lost"),
-        (PARITY_HIGH, 1, 1, "lost"),
-        (PARITY_HIGH, 0, 1, "salts"),
-        (PARITY_HIGH, 0, 4, "over its 4 data-parallel ranks"),
-        (PARITY_HIGH, 2, 4, "lost"),
+        (PARITY_LOW, Evidence(), ["template"]),
+        (PARITY_LOW, Evidence(has_stored=False), ["events do not come", "template"]),
+        (PARITY_LOW, Evidence((LOST,)), ["lost", "if that lasts", "template"]),
+        (PARITY_LOW, Evidence((UNKNOWN,)), ["history", "if that lasts", "template"]),
+        (PARITY_HIGH, Evidence((LOST,)), ["lost"]),
+        (PARITY_HIGH, Evidence(), ["salts", "prefix cache is off"]),
+        (PARITY_HIGH, Evidence(n_ranks=4), ["over its 4 data-parallel ranks"]),
+        (PARITY_HIGH, Evidence((LOST,), 4), ["lost"]),
     ],
 )
-def test_the_cause_is_named(verdict: int, lost: int, dp_size: int, word: str) -> None:
-    assert word in likely_cause(verdict, lost, dp_size)
+def test_the_cause_is_named(verdict: int, evidence: Evidence, said: list[str]) -> None:
+    assert all(word in likely_cause(verdict, evidence) for word in said)
+
+
+@pytest.mark.parametrize("reasons", [(PAIRS,), (LOST, PAIRS)])
+def test_what_index_has_found_out_is_no_guess(reasons: tuple[str, ...]) -> None:
+    assert likely_cause(PARITY_LOW, Evidence(reasons)) == "; ".join(reasons)
+
+
+def test_blocks_published_meanwhile_are_those_of_the_window() -> None:
+    judge = ParityJudge()
+    judge.feed(Counts(), 10)
+    assert judge.stored_before == 0
+    judge.feed(Counts(exact=1), 12)
+    assert judge.stored_before == 10
+    judge.feed(Counts(exact=61), 15)
+    judge.feed(Counts(exact=62), 20)
+    assert judge.stored_before == 12, "of the looks that hold the last 50 samples"
 
 
 def test_the_verdict_reaches_the_worker_table_and_the_log(caplog: pytest.LogCaptureFixture) -> None:
@@ -73,17 +93,20 @@ def test_the_verdict_reaches_the_worker_table_and_the_log(caplog: pytest.LogCapt
     assert read_workers(table)[0].parity == PARITY_OK
     assert caplog.records == []
     column.add_worker(0, words.W_PARITY_LOW, 60)
-    RankTable(segment).set(0, words.R_GAPS, 2)
+    RankTable(segment).set(0, words.R_GAPS, 2)  # a gap that replay has healed is no cause
     watch.look()
     watch.look()
     row = read_workers(table)[0]
     assert (row.parity, row.block_size, row.state) == (PARITY_LOW, 64, READY)
     assert len(caplog.records) == 1
-    assert "lost" in str(caplog.records[0].__dict__["fields"]["cause"])
+    cause = caplog.records[0].__dict__["fields"]["cause"]
+    assert "lost" not in cause
+    assert workers.parity_cause(0) == cause
     column.add_worker(0, words.W_PARITY_EXACT, 500)
     watch.look()
     assert read_workers(table)[0].parity == PARITY_OK
     assert len(caplog.records) == 2
+    assert workers.parity_cause(0) == ""
 
 
 def test_blocks_are_believed_about_pairs_of_tokens(caplog: pytest.LogCaptureFixture) -> None:
@@ -119,3 +142,28 @@ def test_blocks_are_believed_about_pairs_of_tokens(caplog: pytest.LogCaptureFixt
     assert not learn(startup_time=5.0, speculative_algorithm=None)
     ranks.set(rank, words.R_REASON, REASON_PAIRS)
     assert learn(startup_time=5.0, speculative_algorithm=None)
+
+
+def test_a_worker_that_reports_nothing_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="control")
+    _, segment = create(max_workers=4, max_ranks=64, max_shards=1, capacity_blocks=1024)
+    workers = Workers(WorkerTable(segment), 64, logging.getLogger("control"))
+    for number in range(2):
+        url = f"http://127.0.0.{number}:9"
+        workers.register(url)
+        workers.learn(number, Findings(model="m", facts=parse_server_info(INFO, url), has_spoken=True, problem=""))
+    watch = ParityWatch(segment, workers, logging.getLogger("control"))
+    column = Column(segment, 0)
+    for number in range(2):
+        column.add_worker(number, words.W_OK, 50)
+        column.add_worker(number, words.W_OVERLAP_BLOCKS, 49)
+    watch.look()
+    assert caplog.records == [], "nothing to speak of was predicted"
+    for number in range(2):
+        column.add_worker(number, words.W_OVERLAP_BLOCKS)
+    column.add_worker(1, words.W_PARITY_EXACT)
+    watch.look()
+    watch.look()
+    (record,) = caplog.records
+    assert "--enable-cache-report" in record.getMessage()
+    assert record.__dict__["fields"] == {"worker": "http://127.0.0.0:9"}

@@ -85,6 +85,17 @@ def test_an_answer_that_never_ends_but_goes_ahead_is_refuted_by_the_live_stream(
     assert bench.live(25) == [25]
 
 
+def test_what_is_missing_is_told() -> None:
+    bench = Bench(has_replay=True)
+    assert bench.stream.missing_batches == 0
+    bench.live(9)
+    assert bench.stream.missing_batches == 10
+    bench.replay(*range(4))
+    assert bench.stream.missing_batches == 6
+    bench.replay(*range(4, 10), end=True)
+    assert (bench.stream.missing_batches, bench.status) == (0, (RANK_EXACT, 0))
+
+
 def test_what_is_held_by_number_and_bytes() -> None:
     held = HeldBatches(3, 10)
     for seq, data in ((7, b"aaaa"), (3, b"bb"), (8, b"ccccc"), (4, b"dd"), (9, b"")):

@@ -20,8 +20,10 @@ from urllib.parse import unquote
 import msgspec
 from aiohttp import web
 
+from sglfast._counters import RankTable
 from sglfast._workers import DRAINING, JOINING, READY, UNHEALTHY
 from sglfast.config.worker_urls import worker_url
+from sglfast.control.kv_state import rank_states, shown
 from sglfast.control.membership import WAITING, AlreadyMemberError, LeavingError, Member, Membership
 from sglfast.control.pool_watch import PoolWatch
 from sglfast.control.worker_spec import SpecError, read_change, read_spec
@@ -46,10 +48,11 @@ class _RefusalError(Exception):
 class WorkerRoutes:
     """The handlers. `routes` for AdminServer."""
 
-    def __init__(self, membership: Membership, workers: Workers, watch: PoolWatch) -> None:
+    def __init__(self, membership: Membership, workers: Workers, watch: PoolWatch, ranks: RankTable) -> None:
         self._membership = membership
         self._workers = workers
         self._watch = watch
+        self._ranks = ranks
 
     def routes(self) -> list[web.RouteDef]:
         """All paths."""
@@ -184,6 +187,7 @@ class WorkerRoutes:
             if view.record.bootstrap_port is not None:
                 row["bootstrap_port"] = view.record.bootstrap_port
             row |= {"has_api_key": view.record.api_key is not None, "dp_size": view.dp_size, "kv_block_size": view.block_size}
+            row["kv"] = shown(rank_states(self._ranks, view, self._workers.parity_cause(view.worker_idx)))
             if view.record.version is not None:
                 row["version"] = view.record.version
         if spec.labels:

@@ -22,7 +22,7 @@ from typing import Any
 import uvloop
 
 from sglfast import _segment
-from sglfast._counters import S_INFLIGHT, S_WAITING, Totals
+from sglfast._counters import S_INFLIGHT, S_WAITING, RankTable, Totals
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig, to_json
@@ -224,11 +224,16 @@ class Control:
 
     async def _start_admin(self, owned: contextlib.AsyncExitStack, members: Membership, watch: PoolWatch, fetcher: Fetcher) -> AdminServer:
         metrics = Metrics(
-            self._segment, lambda: self._workers.views, totals=self._totals, changes=members.changes, lost_lines=self._lost_lines
+            self._segment,
+            lambda: self._workers.views,
+            totals=self._totals,
+            changes=members.changes,
+            lost_lines=self._lost_lines,
+            parity_cause=self._workers.parity_cause,
         )
         admin = AdminServer(metrics.render, self._keys, self._log)
         owned.push_async_callback(admin.close)
-        admin.add(WorkerRoutes(members, self._workers, watch).routes())
+        admin.add(WorkerRoutes(members, self._workers, watch, RankTable(self._segment)).routes())
         fanout = Fanout(self._workers, fetcher)
         owned.push_async_callback(fanout.close)
         admin.add(fanout.routes())

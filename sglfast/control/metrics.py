@@ -25,9 +25,10 @@ from sglfast._hashtree import TreeReader
 from sglfast._predicted import dropped_total
 from sglfast._predicted import totals as prediction_totals
 from sglfast._segment import Segment
+from sglfast.control.kv_state import rank_states
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.errors import REASONS
-from sglfast.shm import DECISIONS, RANK_REASONS, WorkerView
+from sglfast.shm import DECISIONS, WorkerView
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _RESTING = 10  # a text is served for this many times its rendering time
@@ -117,7 +118,8 @@ class WorkerChanges:
 class Metrics:
     """Renders. views: the workers as they are now; clock: seconds, for how long a text is served again.
 
-    totals: the workers' counters since they got their slots; changes: how often workers came and went; lost_lines: of control's log.
+    totals: the workers' counters since they got their slots; changes: how often workers came and went; lost_lines: of control's log;
+    parity_cause: why a worker's predictions are wrong, by its slot.
     """
 
     def __init__(
@@ -129,9 +131,11 @@ class Metrics:
         totals: WorkerTotals | None = None,
         changes: WorkerChanges | None = None,
         lost_lines: Callable[[], int] = lambda: 0,
+        parity_cause: Callable[[int], str] = lambda _: "",
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(RouterCollector(segment, views, totals or WorkerTotals(segment), changes or WorkerChanges(), lost_lines))
+        totals, changes = totals or WorkerTotals(segment), changes or WorkerChanges()
+        self._registry.register(RouterCollector(segment, views, totals, changes, lost_lines, parity_cause))
         self._clock = clock
         self._text = b""
         self._good_until_s = float("-inf")
@@ -156,8 +160,10 @@ class RouterCollector(Collector):
         worker_totals: WorkerTotals,
         changes: WorkerChanges,
         lost_lines: Callable[[], int],
+        parity_cause: Callable[[int], str],
     ) -> None:
         self._lost_lines = lost_lines
+        self._parity_cause = parity_cause
         self._segment = segment
         self._views = views
         self._worker_totals = worker_totals
@@ -249,19 +255,20 @@ class RouterCollector(Collector):
         reasons: list[tuple[dict[str, str], float]] = []
         followed: list[tuple[dict[str, str], list[int]]] = []
         for view in self._views():
-            for worker_rank in range(view.dp_size):
-                label = {"worker": view.record.url, "rank": str(worker_rank)}
-                row = self._ranks.row(view.rank_base + worker_rank)
-                states.append((label, row[words.R_STATE]))
-                if 0 < row[words.R_REASON] < len(RANK_REASONS):
-                    reasons.append(({**label, "reason": RANK_REASONS[row[words.R_REASON]]}, 1))
+            for rank in rank_states(self._ranks, view, self._parity_cause(view.worker_idx)):
+                label = {"worker": view.record.url, "rank": str(rank.rank)}
+                states.append((label, rank.state))
+                if rank.reason:
+                    reasons.append(({**label, "reason": rank.reason}, 1))
                 if view.block_size:
-                    followed.append((label, row))
+                    followed.append((label, self._ranks.row(view.rank_base + rank.rank)))
         yield _gauge("kv_rank_state", "Trust in the KV index of a rank: 0 blind, 1 syncing, 2 exact, 3 degraded.", states)
         yield _gauge("kv_rank_reason", "Why the KV index of a rank is not exact; always 1.", reasons)
         yield _gauge(
             "kv_rank_blocks", "Blocks that the KV index holds of a rank.", [(label, row[words.R_OWNED_BLOCKS]) for label, row in followed]
         )
+        missing = [(label, row[words.R_MISSING]) for label, row in followed]
+        yield _gauge("kv_missing_batches", "Batches of KV events that were published and are not applied yet: they are replayed.", missing)
         seen = [(label, row[words.R_LAST_EVENT_MS] / 1000) for label, row in followed]
         yield _gauge("kv_last_event_timestamp_seconds", "Unix time of the rank's last KV event, 0 = none yet.", seen)
         for word, (name, text) in _RANK_COUNTERS.items():

@@ -3,8 +3,9 @@
 Runs in: control, once a second. Theory: a prediction and the engine's own `cached_tokens` differ for a moment when requests overtake
     events, and always when the router's picture is wrong. So a worker is distrusted when most of its last samples differ, and trusted
     again when few do. Contract: `ParityJudge` is pure; a change of verdict is written into the worker table (shards say DEGRADED in
-    `x-sglfast-kv`) and logged once, with its likeliest cause. Where blocks show that a worker keys single tokens although it speculates
-    with EAGLE (hybrid models do), or the other way, its blocks are believed.
+    `x-sglfast-kv`) and logged once, with its likeliest cause, which is also the reason in metrics and /workers (control/kv_state).
+    Where index has a reason of its own for its doubts, that is the cause. Where blocks show that a worker keys single tokens although
+    it speculates with EAGLE (hybrid models do), or the other way, its blocks are believed.
 """
 
 import asyncio
@@ -13,8 +14,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from sglfast import _counters as words
-from sglfast._counters import RankTable
+from sglfast._counters import RANK_DEGRADED, RankTable
 from sglfast._segment import Segment
+from sglfast.control.kv_state import rank_states
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
 from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, REASON_PAIRS, REASON_SINGLES, WorkerView
@@ -39,20 +41,28 @@ class ParityJudge:
 
     def __init__(self) -> None:
         self.verdict = PARITY_OK
+        self.is_told = False  # that the worker reports nothing
         self._seen = Counts()
-        self._window: deque[Counts] = deque()
+        self._stored = 0
+        self._window: deque[tuple[Counts, int]] = deque()  # samples of a look, blocks published before it
 
-    def feed(self, totals: Counts) -> int:
-        """Take the counters as they are now; returns the verdict, one of shm.PARITY_*."""
+    @property
+    def stored_before(self) -> int:
+        """Blocks that the worker had published when the window began."""
+        return self._window[0][1] if self._window else 0
+
+    def feed(self, totals: Counts, stored: int = 0) -> int:
+        """Take the counters as they are now, and how many blocks the worker has published; returns the verdict, one of shm.PARITY_*."""
         delta = Counts(totals.exact - self._seen.exact, totals.high - self._seen.high, totals.low - self._seen.low)
         self._seen = Counts(totals.exact, totals.high, totals.low)
-        if delta.exact + delta.high + delta.low > 0:
-            self._window.append(delta)
-        while len(self._window) > 1 and _size(self._window) - _size([self._window[0]]) >= WINDOW_SAMPLES:
+        if _size(delta) > 0:
+            self._window.append((delta, self._stored))
+        self._stored = stored
+        while len(self._window) > 1 and sum(_size(counts) for counts, _ in self._window) - _size(self._window[0][0]) >= WINDOW_SAMPLES:
             self._window.popleft()
-        samples = _size(self._window)
-        high = sum(counts.high for counts in self._window)
-        low = sum(counts.low for counts in self._window)
+        samples = sum(_size(counts) for counts, _ in self._window)
+        high = sum(counts.high for counts, _ in self._window)
+        low = sum(counts.low for counts, _ in self._window)
         if samples < LEAST_SAMPLES:
             return self.verdict
         if high + low >= _DISTRUST_SHARE * samples:
@@ -62,21 +72,42 @@ class ParityJudge:
         return self.verdict
 
 
-def _size(window: "deque[Counts] | list[Counts]") -> int:
-    return sum(counts.exact + counts.high + counts.low for counts in window)
+def _size(counts: Counts) -> int:
+    return counts.exact + counts.high + counts.low
 
 
-def likely_cause(verdict: int, lost_events: int, dp_size: int = 1) -> str:
-    """What an operator should look at. lost_events: gaps, give-ups and undecoded events of the worker's ranks; dp_size: how many ranks."""
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What index knows of a worker. reasons: of its ranks that are DEGRADED; has_stored: it has published blocks since the window began."""
+
+    reasons: tuple[str, ...] = ()
+    n_ranks: int = 1
+    has_stored: bool = True
+
+
+# Of the past: they explain for a while that too little is predicted, and stay until the rank is cleared.
+_PASSING = RANK_REASONS[4], RANK_REASONS[5]
+
+
+def likely_cause(verdict: int, evidence: Evidence) -> str:
+    """What an operator should look at."""
+    told = "; ".join(evidence.reasons)  # index knows better than any guess
+    if told and (verdict == PARITY_HIGH or not set(evidence.reasons).issubset(_PASSING)):
+        return told
+    if verdict == PARITY_HIGH and evidence.n_ranks > 1:
+        ranks = f"{evidence.n_ranks} data-parallel ranks"
+        return f"the worker spreads requests over its {ranks} itself, also to ranks that do not hold the prompt"
     if verdict == PARITY_HIGH:
-        if lost_events:
-            return "KV events that removed blocks were lost"
-        if dp_size > 1:
-            return f"the worker spreads requests over its {dp_size} data-parallel ranks itself, also to ranks that do not hold the prompt"
-        return "the worker dropped blocks without an event, or prompts with other salts or adapters are taken for the same"
-    if lost_events:
-        return "KV events that stored blocks were lost"
-    return "the router's prompts differ from the worker's: compare --tokenizer-path and its chat template with the worker's model"
+        dropped = "the worker dropped blocks without an event, its prefix cache is off"
+        return f"{dropped}, or prompts with other salts or adapters are taken for the same"
+    prompts = "the router's prompts differ from the worker's: compare --tokenizer-path and its chat template with the worker's model"
+    if told:
+        return f"{told}; if that lasts, {prompts}"
+    return (
+        prompts
+        if evidence.has_stored
+        else f"the worker has published no stored blocks meanwhile: its KV events do not come; else {prompts}"
+    )
 
 
 class ParityWatch:
@@ -105,20 +136,23 @@ class ParityWatch:
                 continue
             self._look_at_pairs(view)
             totals = self._totals.of(view.worker_idx)
-            verdict = judge.feed(Counts(totals[words.W_PARITY_EXACT], totals[words.W_PARITY_HIGH], totals[words.W_PARITY_LOW]))
+            self._tell_unreported(view, judge, totals)
+            verdict = judge.feed(
+                Counts(totals[words.W_PARITY_EXACT], totals[words.W_PARITY_HIGH], totals[words.W_PARITY_LOW]), self._stored_by(view)
+            )
             if verdict == view.parity:
                 continue
-            self._workers.set_parity(view.worker_idx, verdict)
             fields = {"worker": view.record.url}
             if verdict == PARITY_OK:
+                self._workers.set_parity(view.worker_idx, verdict)
                 self._log.info("KV predictions agree with the worker again", extra={"fields": fields})
                 continue
-            rows = [self._ranks.row(view.rank_base + rank) for rank in range(view.dp_size)]
-            lost = sum(row[words.R_GAPS] + row[words.R_GIVE_UPS] + row[words.R_UNDECODED] for row in rows)
+            cause = likely_cause(verdict, self._evidence(view, judge))
+            self._workers.set_parity(view.worker_idx, verdict, cause)
             how = "more" if verdict == PARITY_HIGH else "less"
             self._log.warning(
                 f"KV predictions do not agree with the worker: {how} was predicted than it reports as cached",
-                extra={"fields": fields | {"cause": likely_cause(verdict, lost, view.dp_size)}},
+                extra={"fields": fields | {"cause": cause}},
             )
 
     def _look_at_pairs(self, view: WorkerView) -> None:
@@ -133,3 +167,22 @@ class ParityWatch:
                         extra={"fields": {"worker": view.record.url}},
                     )
                 return
+
+    def _tell_unreported(self, view: WorkerView, judge: ParityJudge, totals: list[int]) -> None:
+        """Say once of a worker whose blocks are hit that nobody can check it."""
+        samples = totals[words.W_PARITY_EXACT] + totals[words.W_PARITY_HIGH] + totals[words.W_PARITY_LOW]
+        if not judge.is_told and not samples and min(totals[words.W_OK], totals[words.W_OVERLAP_BLOCKS]) >= WINDOW_SAMPLES:
+            judge.is_told = True
+            self._log.info(
+                "the worker's answers do not report cached tokens, KV predictions cannot be checked: "
+                "SGLang reports with --enable-cache-report, a stream with stream_options.include_usage",
+                extra={"fields": {"worker": view.record.url}},
+            )
+
+    def _evidence(self, view: WorkerView, judge: ParityJudge) -> Evidence:
+        states = rank_states(self._ranks, view)
+        reasons = tuple(dict.fromkeys(rank.reason for rank in states if rank.state == RANK_DEGRADED and rank.reason))
+        return Evidence(reasons, view.dp_size, self._stored_by(view) > judge.stored_before)
+
+    def _stored_by(self, view: WorkerView) -> int:
+        return sum(self._ranks.get(view.rank_base + rank, words.R_BLOCKS_STORED) for rank in range(view.dp_size))

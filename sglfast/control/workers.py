@@ -86,6 +86,7 @@ class Workers:
         self._seen_pairs: dict[int, tuple[_Said, bool]] = {}  # what its blocks showed it to be, while it said that
         self._lacking_port: set[int] = set()
         self._traits: dict[int, Traits] = {}  # of prefill and decode workers
+        self._parity_causes: dict[int, str] = {}
         self._told: dict[int, str] = {}  # the last problem with a worker's role that was logged
         self._mismatches: dict[str, list[str]] = {}  # by model, as they were logged
         self._removed: dict[int, tuple[int, int]] = {}  # slot -> (first rank, ranks) until `release`
@@ -155,7 +156,8 @@ class Workers:
         del self._health[worker_idx]
         self._draining.discard(worker_idx)
         self._lacking_port.discard(worker_idx)
-        for of_worker in (self._models, self._named, self._traits, self._told, self._said_pairs, self._seen_pairs):
+        of_workers = (self._models, self._named, self._traits, self._told, self._said_pairs, self._seen_pairs, self._parity_causes)
+        for of_worker in of_workers:
             of_worker.pop(worker_idx, None)
         self._removed[worker_idx] = (view.rank_base, view.dp_size)
         self._table.remove(worker_idx)
@@ -193,8 +195,9 @@ class Workers:
         self._views[view.worker_idx] = view
         put_worker(self._table, view, is_new=False)
 
-    def set_parity(self, worker_idx: int, parity: int) -> None:
-        """Change whether the worker's reports agree with the predictions. parity: shm.PARITY_*."""
+    def set_parity(self, worker_idx: int, parity: int, cause: str = "") -> None:
+        """Change whether the worker's reports agree with the predictions. parity: shm.PARITY_*; cause: why they do not."""
+        self._parity_causes[worker_idx] = cause
         self._put(msgspec.structs.replace(self._views[worker_idx], parity=parity))
 
     def set_pairs(self, worker_idx: int, are_pairs: bool) -> bool:
@@ -215,6 +218,10 @@ class Workers:
             return seen[1]
         self._seen_pairs.pop(worker_idx, None)
         return facts.bigram
+
+    def parity_cause(self, worker_idx: int) -> str:
+        """Why the worker's reports do not agree with the predictions; "" when they do."""
+        return self._parity_causes.get(worker_idx, "")
 
     def learn(self, worker_idx: int, findings: Findings) -> bool:
         """Take over what an introspection found; returns whether the table changed.

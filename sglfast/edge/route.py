@@ -23,14 +23,13 @@ from sglfast.edge.pools import Pool, Route, policy_for, why_unserved
 from sglfast.edge.predict import NOTHING, Found, Predictor, with_guesses
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
-from sglfast.shm import PARITY_OK, WorkerView, read_workers
+from sglfast.shm import PARITY_OK, RANK_STATES, WorkerView, read_workers
 
 if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
 
 _NO_FACTS = Facts(0, {}, "the policy asks for no prompt")
 _UNREADABLE_PAUSE_S = 10.0
-_STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")
 
 
 class Router(RouterBase):
@@ -387,7 +386,7 @@ class Router(RouterBase):
         """Value of the answer header `x-sglfast-kv`: what was predicted for this request."""
         state = "APPROXIMATE" if route.is_approximate else "BLIND"
         if not route.is_approximate and route.rank in route.pool.by_rank:
-            state = _STATES[self._shard.ranks.get(route.rank, _counters.R_STATE) & 3]
+            state = RANK_STATES[self._shard.ranks.get(route.rank, _counters.R_STATE) & 3]
             if state == "EXACT" and not route.is_trusted:
                 state = "DEGRADED"
         return (

@@ -161,6 +161,11 @@ class RankStream:
         """Batches held back behind a hole."""
         return len(self._held)
 
+    @property
+    def missing_batches(self) -> int:
+        """Batches that are known to have been published and are not applied yet, the held ones included."""
+        return max(0, self._highest + 1 - (self.next_seq or 0))
+
     def status(self) -> tuple[int, int]:
         """(RANK_* state, position in RANK_REASONS)."""
         if self._request is not None:

@@ -158,6 +158,7 @@ class Subscriber:
             words.R_OWNED_BLOCKS: index.owned_blocks,
             words.R_LAST_EVENT_MS: index.last_event_ms,
             words.R_LAST_SEQ: stream.next_seq or 0,
+            words.R_MISSING: stream.missing_batches,
             words.R_ORPHANS: index.counters.orphans,
             words.R_REASON: reason,
             words.R_STATE: state,

@@ -84,12 +84,30 @@ def test_the_body_goes_to_the_explain_path_of_the_router(capsys: pytest.CaptureF
     [
         (http("503 Service Unavailable", b'{"error":{"message":"no healthy workers"}}'), "503: no healthy workers"),
         (http("404 Not Found", b"<html>"), "is it sglfast?"),
+        (http("200 OK", b"<html>"), "is it sglfast?"),
+        (http("200 OK", b'{"status": "ok"}'), "is it sglfast?"),
+        (http("200 OK", b"[1]"), "is it sglfast?"),
     ],
 )
 def test_errors_are_told_in_one_line(answer: bytes, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(lambda seen: [answer]) as server:
         assert main(["{}", "--url", server.url]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_the_key_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(lambda seen: [http("200 OK", orjson.dumps(EXPLANATION))]) as server:
+        assert main(["{}", "--url", server.url]) == 0
+        assert main(["{}", "--url", server.url, "--api-key", "one"]) == 0
+        monkeypatch.setenv("SGLFAST_API_KEY", "two")
+        assert main(["{}", "--url", server.url, "--json"]) == 0
+    assert [seen.headers.get("authorization") for seen in server.seen] == [None, "Bearer one", "Bearer two"]
+
+
+@pytest.mark.parametrize("flags", [["--path", "v1/x"], ["--path", "/x y"], ["--path", "/x\r\n"], ["--api-key", "a\r\nb"]])
+def test_what_is_no_request_is_refused(flags: list[str]) -> None:
+    with pytest.raises(ConfigError, match="must"):
+        main(["{}", "--url", "http://127.0.0.1:9", *flags])
 
 
 def test_an_approximate_explanation_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ Runs in: a process of its own. Contract: sends the body to `/explain/<path>`: no
 
 import argparse
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("body", help="the JSON body of the request, @FILE to read it from a file, or - for standard input")
     parser.add_argument("--url", default="http://127.0.0.1:30000", help="the router (default: %(default)s)")
     parser.add_argument("--path", default="/v1/chat/completions", help="path of the request (default: %(default)s)")
+    parser.add_argument("--api-key", help="the router's key, where it asks for one (default: the variable SGLFAST_API_KEY)")
     parser.add_argument("--json", action="store_true", help="print the router's answer as it is")
     args = parser.parse_args(argv)
-    status, answer = asyncio.run(_ask(args.url, args.path, _read_body(args.body)))
+    status, answer = asyncio.run(_ask(args.url, args.path, _read_body(args.body), args.api_key or os.environ.get("SGLFAST_API_KEY")))
+    explanation = _explanation_in(answer) if status == 200 else None
     if args.json:
         print(answer.decode(errors="replace"))
-    elif status == 200:
-        show(orjson.loads(answer), Console())
+    elif explanation is not None:
+        show(explanation, Console())
     else:
         print(f"sglfast explain: {_problem(status, answer)}", file=sys.stderr)
-    return 0 if status == 200 else 1
+    return 0 if explanation is not None else 1
 
 
 def _read_body(text: str) -> bytes:
@@ -54,10 +57,26 @@ def _read_body(text: str) -> bytes:
     return data
 
 
-async def _ask(url: str, path: str, body: bytes) -> tuple[int, bytes]:
+def _explanation_in(answer: bytes) -> dict[str, Any] | None:
+    """What a router explains; None when another server has answered."""
+    try:
+        found = orjson.loads(answer)
+    except orjson.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) and "candidates" in found and "choice" in found else None
+
+
+async def _ask(url: str, path: str, body: bytes, api_key: str | None) -> tuple[int, bytes]:
     """(status, body) of the router's answer; status 0 and the reason when there is none."""
     client = LoadClient(url)
-    head = f"POST /explain{path} HTTP/1.1\r\nhost: {client.host}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    if not path.startswith("/") or not path.isprintable() or " " in path:
+        raise ConfigError(f"--path {path}: must look like /v1/chat/completions")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+        raise ConfigError("--api-key: must be printable ASCII")
+    key = f"authorization: Bearer {api_key}\r\n" if api_key else ""
+    head = (
+        f"POST /explain{path} HTTP/1.1\r\nhost: {client.host}\r\ncontent-type: application/json\r\n{key}content-length: {len(body)}\r\n\r\n"
+    )
     try:
         answer = await client.send(head.encode() + body, timeout_s=_TIMEOUT_S, is_stream=False)
     finally:

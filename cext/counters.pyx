@@ -37,6 +37,9 @@ W_BREAKER_OPENED = 16     # transitions of its breaker, by who made them
 W_BREAKER_HALF_OPENED = 17
 W_BREAKER_CLOSED = 18
 W_WAITING_HEAD = 19       # order of who waits first in this shard for a worker of the pool whose first one this is; 0 = nobody
+# Answers to requests that the worker's cache has overtaken: what was missing has come since the choice, what was there may have gone
+W_PARITY_CAME = 20
+W_PARITY_WENT = 21
 # Words of the shard itself.
 S_CONNECTIONS = 0
 S_INFLIGHT = 1

@@ -79,7 +79,13 @@ _AFFINITY = {
 }
 _MODES = {"regular": "plain", "prefill": "prefill", "decode": "decode"}  # as sgl-router calls them
 _BREAKER_TRANSITIONS = {"open": words.W_BREAKER_OPENED, "half_open": words.W_BREAKER_HALF_OPENED, "closed": words.W_BREAKER_CLOSED}
-_PARITY = {"exact": words.W_PARITY_EXACT, "too_high": words.W_PARITY_HIGH, "too_low": words.W_PARITY_LOW}
+_PARITY = {
+    "exact": words.W_PARITY_EXACT,
+    "too_high": words.W_PARITY_HIGH,
+    "too_low": words.W_PARITY_LOW,
+    "came_since": words.W_PARITY_CAME,
+    "went_since": words.W_PARITY_WENT,
+}
 _WORKER_COUNTERS = {
     words.W_REQUESTS: ("worker_selected_requests", "Requests handed to the worker."),
     words.W_BYTES_OUT: ("worker_sent_bytes", "Bytes of the worker's answers sent to clients."),

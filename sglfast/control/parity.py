@@ -1,11 +1,11 @@
 """The parity loop, control's half: does the KV index predict what workers report? If not, say so and why.
 
 Runs in: control, once a second. Theory: a prediction and the engine's own `cached_tokens` differ for a moment when requests overtake
-    events, and always when the router's picture is wrong. So a worker is distrusted when most of its last samples differ, and trusted
-    again when few do. Contract: `ParityJudge` is pure; a change of verdict is written into the worker table (shards say DEGRADED in
-    `x-sglfast-kv`) and logged once, with its likeliest cause, which is also the reason in metrics and /workers (control/kv_state).
-    Where index has a reason of its own for its doubts, that is the cause. Where blocks show that a worker keys single tokens although
-    it speculates with EAGLE (hybrid models do), or the other way, its blocks are believed.
+    events or wait while others change the cache (edge/route: is_overtaken), and always when the router's picture is wrong. So a worker
+    is distrusted when most of its last samples differ, and trusted again when few do. Contract: `ParityJudge` is pure; a change of verdict
+    is written into the worker table (shards say DEGRADED in `x-sglfast-kv`) and logged once, with its likeliest cause, which is also the
+    reason in metrics and /workers (control/kv_state). Where index has a reason of its own for its doubts, that is the cause. Where blocks show
+    that a worker keys single tokens although it speculates with EAGLE (hybrid models do), or the other way, its blocks are believed.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from sglfast._segment import Segment
 from sglfast.control.kv_state import rank_states
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
-from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, REASON_PAIRS, REASON_SINGLES, WorkerView
+from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON_PAIRS, REASON_SINGLES, WorkerView
 
 WINDOW_SAMPLES = 50
 LEAST_SAMPLES = 8  # so that 50 requests over a small pool are enough
@@ -138,7 +138,9 @@ class ParityWatch:
             totals = self._totals.of(view.worker_idx)
             self._tell_unreported(view, judge, totals)
             verdict = judge.feed(
-                Counts(totals[words.W_PARITY_EXACT], totals[words.W_PARITY_HIGH], totals[words.W_PARITY_LOW]), self._stored_by(view)
+                # A block that has come since, under the key that shards make, shows as well as a right number that keys agree.
+                Counts(totals[words.W_PARITY_EXACT] + totals[words.W_PARITY_CAME], totals[words.W_PARITY_HIGH], totals[words.W_PARITY_LOW]),
+                self._stored_by(view),
             )
             if verdict == view.parity:
                 continue

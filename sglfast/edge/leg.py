@@ -90,5 +90,9 @@ class Leg(ExchangeBase):
 
     def count_parity(self) -> None:
         """Count the worker's report against the prediction."""
-        assert self.route is not None
-        self.shard.column.add_worker(self.route.upstream.worker_idx, outcome_word(self.predicted_tokens, self.cached_tokens))
+        route = self.route
+        assert route is not None
+        word = outcome_word(self.predicted_tokens, self.cached_tokens)
+        if word != _counters.W_PARITY_EXACT and self.shard.router.is_overtaken(route, word):
+            word = _counters.W_PARITY_CAME if word == _counters.W_PARITY_LOW else _counters.W_PARITY_WENT
+        self.shard.column.add_worker(route.upstream.worker_idx, word)

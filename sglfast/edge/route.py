@@ -7,7 +7,7 @@ Runs in: shards, event loop. Contract: `choose` calls back exactly once with a R
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,12 +23,13 @@ from sglfast.edge.pools import Pool, Route, policy_for, why_unserved
 from sglfast.edge.predict import NOTHING, Found, Predictor, with_guesses
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
-from sglfast.shm import PARITY_OK, RANK_STATES, WorkerView, read_workers
+from sglfast.shm import PARITY_OK, RANK_STATES, Variant, WorkerView, read_workers
 
 if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
 
 _NO_FACTS = Facts(0, {}, "the policy asks for no prompt")
+_NO_KEYS: Mapping[Variant, bytes] = {}
 _UNREADABLE_PAUSE_S = 10.0
 
 
@@ -250,7 +251,7 @@ class Router(RouterBase):
         else:
             column.add(_counters.S_PROMPTS_UNKEYED)
         position, decision = pool.policy.choose(pool.view, self._shard.loads, prompt)
-        route = self._route(pool, position, decision, prompt, found)
+        route = self._route(pool, position, decision, prompt, found, facts.keys)
         if prompt.is_keyed:
             column.add_worker(route.upstream.worker_idx, _counters.W_PROMPT_BLOCKS, route.prompt_blocks)
             column.add_worker(route.upstream.worker_idx, _counters.W_OVERLAP_BLOCKS, route.overlap_blocks)
@@ -272,7 +273,9 @@ class Router(RouterBase):
             prediction = self._predictor.sent(worker, rank, found.keys, is_kept=decodes.is_approximate_at(second))
         return pair(decodes, second, first, prediction)
 
-    def _route(self, pool: Pool, position: int, decision: int, prompt: Prompt, found: Found) -> Route:
+    def _route(
+        self, pool: Pool, position: int, decision: int, prompt: Prompt, found: Found, keys: Mapping[Variant, bytes] = _NO_KEYS
+    ) -> Route:
         worker = pool.workers[position]
         upstream = pool.upstreams[position]
         if not prompt.is_keyed:
@@ -289,6 +292,12 @@ class Router(RouterBase):
                 predicted_tokens = -1
         if found.keys and predictor is not None:
             prediction = predictor.sent(worker, hit.rank, found.keys, is_kept=is_approximate)
+        next_key, removed_blocks = b"", -1
+        if predicted_tokens >= 0:
+            at = 8 * (known_tokens // block_tokens)
+            next_key = keys.get(pool.by_rank[hit.rank][1], b"")[at : at + 8] if keys else b""
+            if self._shard.loads.requests(worker.worker_idx):
+                removed_blocks = self._shard.ranks.get(hit.rank, _counters.R_BLOCKS_REMOVED)
         return Route(
             pool,
             upstream,
@@ -299,6 +308,8 @@ class Router(RouterBase):
             overlap_blocks=known_tokens // block_tokens,
             prompt_blocks=prompt.prompt_tokens // block_tokens,
             predicted_tokens=predicted_tokens,
+            next_key=next_key,
+            removed_blocks=removed_blocks,
             is_trusted=worker.parity == PARITY_OK,
             is_estimated=prompt.is_estimated,
             is_approximate=is_approximate,
@@ -381,6 +392,18 @@ class Router(RouterBase):
         if decodes is None or not pool.is_prefill(position):
             return again
         return pair(decodes, least_left(decodes.view.worker_idxs, loads, tried, limit), again)
+
+    def is_overtaken(self, route: Route, outcome_word: int) -> bool:
+        """Whether what events say of the worker's cache has changed since the choice in a way that explains a wrong prediction.
+
+        Between choice and prefill a request waits, and what runs meanwhile stores and drops blocks. Of what is too low that is known: the
+        block behind the predicted ones is the rank's by now, by the keys that we make. Of what is too high it is not: blocks that were
+        dropped are stored again by the request itself. So there it is enough that any were dropped.
+        """
+        if outcome_word == _counters.W_PARITY_LOW:
+            tree = self._shard.tree
+            return bool(route.next_key) and tree.match(route.next_key) > 0 and tree.overlap(route.rank) > 0
+        return route.removed_blocks >= 0 and self._shard.ranks.get(route.rank, _counters.R_BLOCKS_REMOVED) != route.removed_blocks
 
     def describe(self, route: Route) -> bytes:
         """Value of the answer header `x-sglfast-kv`: what was predicted for this request."""

@@ -1,0 +1,94 @@
+"""A wrong prediction says nothing when the worker's cache has changed between the choice and the prefill."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from edge_harness import Memory
+from test_edge_route import ENGINES, KEYS, keyed, route_of, stored
+
+from sglfast import _counters as c
+from sglfast._counters import Column, RankTable
+from sglfast.edge.leg import Leg
+from sglfast.edge.request import Facts
+from sglfast.edge.route import Router
+from sglfast.edge.shard import Shard
+from sglfast.shm import Variant
+
+LOW, HIGH = c.W_PARITY_LOW, c.W_PARITY_HIGH
+FACTS = Facts(1300, {Variant(64): KEYS})
+
+
+def test_too_low_means_nothing_when_the_next_block_has_come_since() -> None:
+    memory = Memory(ENGINES[:1], block_size=64)
+    writer = stored(memory, r0=12)
+
+    def test(router: Router, shard: Shard) -> None:
+        route = route_of(router)
+        assert route.next_key == KEYS[12 * 8 : 13 * 8]
+        assert not router.is_overtaken(route, LOW), "nothing has come: these are not the keys of the worker's prompt"
+        writer.store(0, 0, KEYS[15 * 8 :])
+        assert not router.is_overtaken(route, LOW), "not what was behind the predicted blocks"
+        writer.store(1, 0, KEYS)
+        assert not router.is_overtaken(route, LOW), "another rank"
+        writer.store(0, 0, KEYS[: 13 * 8])
+        assert router.is_overtaken(route, LOW)
+
+    keyed(memory, FACTS, test)
+
+
+def test_a_prompt_without_a_next_block() -> None:
+    memory = Memory(ENGINES[:1], block_size=64)
+    stored(memory, r0=20)
+
+    def test(router: Router, shard: Shard) -> None:
+        route = route_of(router)
+        assert (route.overlap_blocks, route.next_key) == (20, b"")
+        assert not router.is_overtaken(route, LOW)
+
+    keyed(memory, FACTS, test)
+
+
+def test_too_high_means_nothing_when_a_busy_worker_has_dropped_blocks_since() -> None:
+    memory = Memory(ENGINES[:1], block_size=64)
+    stored(memory, r0=12)
+    ranks = RankTable(memory.segment)
+    ranks.set(0, c.R_BLOCKS_REMOVED, 7)
+
+    def test(router: Router, shard: Shard) -> None:
+        quiet = route_of(router)
+        Column(memory.segment, 0).begin(0, 641, 0, 0)
+        busy = route_of(router)
+        assert (quiet.removed_blocks, busy.removed_blocks) == (-1, 7)
+        assert not router.is_overtaken(quiet, HIGH)
+        assert not router.is_overtaken(busy, HIGH)
+        ranks.set(0, c.R_BLOCKS_REMOVED, 8)
+        assert not router.is_overtaken(quiet, HIGH), "nothing was on its way that could have dropped blocks before this request"
+        assert router.is_overtaken(busy, HIGH)
+
+    keyed(memory, FACTS, test)
+
+
+@pytest.mark.parametrize(
+    ("cached", "is_overtaken", "word"),
+    [
+        (64, True, c.W_PARITY_EXACT),
+        (128, False, c.W_PARITY_LOW),
+        (128, True, c.W_PARITY_CAME),
+        (0, False, c.W_PARITY_HIGH),
+        (0, True, c.W_PARITY_WENT),
+    ],
+)
+def test_such_answers_are_counted_apart(cached: int, is_overtaken: bool, word: int) -> None:
+    counted: list[tuple[int, int]] = []
+    leg: Any = SimpleNamespace(
+        route=SimpleNamespace(upstream=SimpleNamespace(worker_idx=3)),
+        predicted_tokens=64,
+        cached_tokens=cached,
+        shard=SimpleNamespace(
+            router=SimpleNamespace(is_overtaken=lambda route, word: is_overtaken),
+            column=SimpleNamespace(add_worker=lambda idx, word: counted.append((idx, word))),
+        ),
+    )
+    Leg.count_parity(leg)
+    assert counted == [(3, word)]

@@ -54,7 +54,7 @@ def test_a_registered_worker_is_joining_and_unknown() -> None:
     with pool(2) as (workers, table, _):
         record = WorkerRecord(url="http://10.0.0.1:30000")
         expected = WorkerView(
-            worker_idx=1, generation=1, state=JOINING, rank_base=1, dp_size=1, block_size=0, bigram=False, record=record
+            worker_idx=1, generation=1, state=JOINING, rank_base=62, dp_size=1, block_size=0, bigram=False, record=record
         )  # fmt: skip
         assert workers.views[1] == expected
         assert table.state(1) == JOINING
@@ -147,6 +147,34 @@ def test_out_of_ranks_is_routed_without_kv_and_names_the_flag() -> None:
         workers.learn(0, spoken(facts(ranks=2)))
         workers.learn(1, spoken(facts(ranks=8)))
         assert (workers.views[1].dp_size, workers.views[1].block_size) == (8, 64)
+
+
+def test_a_worker_without_ranks_gets_those_of_one_that_goes() -> None:
+    with pool(3) as (workers, table, seen):
+        workers.learn(0, spoken(facts(ranks=40)))
+        workers.learn(1, spoken(facts(ranks=20)))
+        workers.learn(2, spoken(facts(ranks=40)))
+        workers.learn(2, spoken(facts(ranks=40)))
+        assert workers.views[2].dp_size == 0
+        assert len(seen.lines) == 1, "told once"
+        workers.remove(1)
+        workers.release(1)
+        assert workers.views[1].dp_size == 0
+        workers.remove(0)
+        assert read_workers(table)[0].dp_size == 0, "shards may still count requests there"
+        workers.release(0)
+        view = read_workers(table)[0]
+        assert (view.worker_idx, view.dp_size, view.block_size, view.record.kv_host) == (2, 40, 64, facts().kv.host)
+        assert len(seen.lines) == 2
+        assert "has ranks in the KV index now" in seen.text
+
+
+def test_as_many_ranks_as_the_workers_have_are_enough() -> None:
+    with pool(4) as (workers, _, seen):
+        for number in range(4):
+            workers.learn(number, spoken(facts(ranks=16)))
+        assert [view.dp_size for view in workers.views] == [16] * 4
+        assert not seen.lines
 
 
 def test_ranks_of_workers_without_events_go_to_one_that_has_events() -> None:

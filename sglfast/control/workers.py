@@ -44,11 +44,14 @@ class RankRanges:
         """Ranks that nobody has."""
         return self._taken.count(0)
 
-    def take(self, count: int) -> int | None:
-        """First of `count` contiguous free ranks, now taken; None when there is no such gap. count: 1 or more."""
+    def take(self, count: int, *, is_last: bool = False) -> int | None:
+        """First of `count` contiguous free ranks, now taken; None when there is no such gap. count: 1 or more.
+
+        is_last: from the other end, so that single ranks do not part what others need in one piece.
+        """
         if count > len(self._taken):
             return None
-        base = self._taken.find(bytes(count))
+        base = self._taken.rfind(bytes(count)) if is_last else self._taken.find(bytes(count))
         if base < 0:
             return None
         self._taken[base : base + count] = b"\1" * count
@@ -87,6 +90,7 @@ class Workers:
         self._lacking_port: set[int] = set()
         self._traits: dict[int, Traits] = {}  # of prefill and decode workers
         self._parity_causes: dict[int, str] = {}
+        self._unplaced: dict[int, Findings] = {}  # of workers that publish events and have found no ranks
         self._told: dict[int, str] = {}  # the last problem with a worker's role that was logged
         self._mismatches: dict[str, list[str]] = {}  # by model, as they were logged
         self._removed: dict[int, tuple[int, int]] = {}  # slot -> (first rank, ranks) until `release`
@@ -128,7 +132,7 @@ class Workers:
             raise TableFullError(f"--max-workers {self._table.max_workers}: there is no slot for {url}")
         worker_idx = heapq.heappop(self._free_slots)
         # Its rank is taken like any other's, so that the rank table can say that it publishes no events.
-        rank_base = self._ranks.take(1)
+        rank_base = self._ranks.take(1, is_last=True)
         view = WorkerView(
             worker_idx=worker_idx,
             generation=self._table.generation(worker_idx) + 1,
@@ -156,8 +160,8 @@ class Workers:
         del self._health[worker_idx]
         self._draining.discard(worker_idx)
         self._lacking_port.discard(worker_idx)
-        of_workers = (self._models, self._named, self._traits, self._told, self._said_pairs, self._seen_pairs, self._parity_causes)
-        for of_worker in of_workers:
+        of_workers = (self._models, self._named, self._traits, self._told, self._said_pairs, self._seen_pairs)
+        for of_worker in (*of_workers, self._parity_causes, self._unplaced):
             of_worker.pop(worker_idx, None)
         self._removed[worker_idx] = (view.rank_base, view.dp_size)
         self._table.remove(worker_idx)
@@ -166,6 +170,9 @@ class Workers:
         """Give a removed worker's slot and ranks to whoever comes: no shard counts or sends there any more."""
         self._ranks.give_back(*self._removed.pop(worker_idx))
         heapq.heappush(self._free_slots, worker_idx)
+        for waiting_idx, findings in list(self._unplaced.items()):
+            if self.learn(waiting_idx, findings) and waiting_idx not in self._unplaced:
+                self._log.info("worker has ranks in the KV index now", extra={"fields": {"worker": self._views[waiting_idx].record.url}})
 
     def set_state(self, worker_idx: int, state: int) -> None:
         """Change what the worker's health says. state: a word of sglfast._workers; READY is routed to unless it drains."""
@@ -236,7 +243,11 @@ class Workers:
                 return False
         else:
             found = self._role_of(worker_idx, findings.facts)
-            new = self._place(old, model, with_setting(findings.facts, old.record.url, self._kv_settings), found)
+            facts = with_setting(findings.facts, old.record.url, self._kv_settings)
+            was_unplaced = self._unplaced.pop(worker_idx, None) is not None
+            new = self._place(old, model, facts, found, was_unplaced=was_unplaced)
+            if facts is not None and facts.kv is not None and not new.dp_size:
+                self._unplaced[worker_idx] = findings
             new = self._with_adapters(new, findings.adapters)
             self._note_traits(new, findings.facts)
         if new == old:
@@ -297,7 +308,7 @@ class Workers:
         )
         return None
 
-    def _place(self, old: WorkerView, model: str | None, facts: WorkerFacts | None, found: Found) -> WorkerView:
+    def _place(self, old: WorkerView, model: str | None, facts: WorkerFacts | None, found: Found, *, was_unplaced: bool) -> WorkerView:
         """The worker with these facts and in this role, its ranks taken."""
         url = old.record.url
         record = WorkerRecord(url=url, model=model, api_key=old.record.api_key, role=found.role, bootstrap_port=found.bootstrap_port)
@@ -328,7 +339,7 @@ class Workers:
                 kv = None
                 self._log.warning("what the worker says of itself does not fit and is not used", extra={"fields": {"worker": url}})
         dp_size = facts.dp_size if facts else 1
-        rank_base = self._take_ranks(old, dp_size, must_have=kv is not None)
+        rank_base = self._take_ranks(old, dp_size, must_have=kv is not None, is_told=was_unplaced)
         if rank_base is None:
             dp_size = 0
             if kv is not None:
@@ -349,16 +360,16 @@ class Workers:
             return facts.key_route if facts else "sha256"
         return "tokens" if self._key_route == "tokens" else "sha256"
 
-    def _take_ranks(self, old: WorkerView, count: int, *, must_have: bool) -> int | None:
-        """First of `count` ranks for the worker, those of `old` given back or kept; None when there are none."""
+    def _take_ranks(self, old: WorkerView, count: int, *, must_have: bool, is_told: bool) -> int | None:
+        """First of `count` ranks for the worker, those of `old` given back or kept; None when there are none. is_told: of that already."""
         if old.dp_size == count:
             return old.rank_base
         self._ranks.give_back(old.rank_base, old.dp_size)
-        rank_base = self._ranks.take(count)
+        rank_base = self._ranks.take(count, is_last=count == 1)
         if rank_base is None and must_have:
             self._free_idle_ranks(except_idx=old.worker_idx)
             rank_base = self._ranks.take(count)
-        if rank_base is None and must_have:
+        if rank_base is None and must_have and not is_told:
             self._log.warning(
                 f"worker is routed without KV awareness: it needs {count} contiguous ranks, --max-ranks {self._max_ranks} "
                 f"leaves {self._ranks.free}; raise --max-ranks (at most 1024)",

@@ -95,7 +95,7 @@ class StubRouter(RouterBase):
     def refresh(self) -> None:
         pass
 
-    def choose(self, endpoint: object, body: bytes, then: Callable[[errors.Reason], None]) -> None:
+    def choose(self, endpoint: object, body: bytes, then: Callable[[errors.Reason], None], is_wanted: object) -> None:
         if self._shard.rng.random() < 0.5:
             then(errors.NO_HEALTHY_WORKERS)
         else:

@@ -27,7 +27,7 @@ class ColdKeyer:
     def __init__(self, facts: Facts | None = None) -> None:
         self.facts = facts or Facts(4000, {Variant(64): COLD}, is_estimated=True)
 
-    def key(self, kind: int, body: bytes, variants: object, then: Callable[[Facts], None], *, is_whole: bool = False) -> None:
+    def key(self, kind: int, body: bytes, variants: object, then: Callable[[Facts], None], *, is_whole: bool = False, **_: object) -> None:
         then(self.facts)
 
 

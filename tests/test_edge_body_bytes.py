@@ -140,7 +140,7 @@ class LateKeyer:
     def __init__(self) -> None:
         self.waiting: list[Callable[[Facts], None]] = []
 
-    def key(self, kind: int, body: bytes, variants: tuple[Variant, ...], then: Callable[[Facts], None]) -> None:
+    def key(self, kind: int, body: bytes, variants: tuple[Variant, ...], then: Callable[[Facts], None], **_: object) -> None:
         self.waiting.append(then)
 
 

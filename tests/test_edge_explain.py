@@ -30,7 +30,7 @@ class FixedKeyer:
         self.is_late = is_late
         self.waiting: list[Callable[[], None]] = []
 
-    def key(self, kind: int, body: bytes, variants: object, then: Callable[[Facts], None], is_whole: bool = False) -> None:
+    def key(self, kind: int, body: bytes, variants: object, then: Callable[[Facts], None], is_whole: bool = False, **_: object) -> None:
         facts = Facts(1300, {Variant(64): KEYS})
         if self.is_late:
             self.waiting.append(lambda: then(facts))

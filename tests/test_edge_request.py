@@ -296,6 +296,52 @@ def test_waiting_prompts_are_bounded_and_the_loop_goes_on(monkeypatch: pytest.Mo
     run(test())
 
 
+class OrderedReader(SlowReader):
+    """Writes down which body came when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def text_of(self, kind: RequestKind, body: object, head_chars: int) -> PromptText:
+        assert isinstance(body, str)
+        self.seen.append(body[0])
+        return super().text_of(kind, body, head_chars)
+
+
+def test_short_prompts_do_not_wait_for_long_ones_and_nobody_for_those_who_left() -> None:
+    async def test() -> None:
+        reader = OrderedReader()
+        with Keyed(reader) as keyed:
+            wanted = {"b", "d"}
+            found: dict[str, Facts] = {}
+            all_found = asyncio.Event()
+
+            def take(name: str, facts: Facts) -> None:
+                found[name] = facts
+                if len(found) == 4:
+                    all_found.set()
+
+            def ask(name: str, size: int) -> None:
+                body = b'"' + name.encode() + b"x" * size + b'"'
+                keyed.keyer.key(0, body, (Variant(64),), lambda facts: take(name, facts), is_wanted=lambda: name in wanted or name == "a")
+
+            ask("a", 70_000)  # the thread has this one
+            ask("b", 900_000)
+            ask("c", 800_000)
+            ask("d", 70_000)
+            await asyncio.sleep(0.05)
+            assert found == {}
+            reader.may_go_on.set()
+            async with asyncio.timeout(5):
+                await all_found.wait()
+            assert reader.seen == ["a", "d", "b"]
+            assert found["c"].why_unkeyed == "the tokenizer failed"
+            assert found["b"].why_unkeyed == "slow"
+
+    run(test())
+
+
 def test_close_forgets_what_waits(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         reader = SlowReader()

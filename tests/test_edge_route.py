@@ -35,7 +35,7 @@ class FixedKeyer:
         self.variants: tuple[Variant, ...] = ()
         self.waiting: list[Callable[[Facts], None]] = []
 
-    def key(self, kind: int, body: bytes, variants: tuple[Variant, ...], then: Callable[[Facts], None]) -> None:
+    def key(self, kind: int, body: bytes, variants: tuple[Variant, ...], then: Callable[[Facts], None], **_: object) -> None:
         self.variants = variants
         if self.is_late:
             self.waiting.append(then)

@@ -60,10 +60,14 @@ class Exchange(Leg):
         self._unpair()
         self.is_choosing = True
         try:
-            self.shard.router.choose(self.endpoint, self.body, self.on_route)
+            self.shard.router.choose(self.endpoint, self.body, self.on_route, self.is_wanted)
         except Exception as error:  # here, because it may be another client's end that made place for this one
             self.is_choosing = False
             self.client.on_broken(error)
+
+    def is_wanted(self) -> bool:
+        """Whether the client is still there."""
+        return not self.is_over
 
     def on_route(self, route: Route | errors.Reason) -> None:
         """The router has chosen: a route, or the reason why there is none."""

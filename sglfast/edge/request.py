@@ -8,13 +8,15 @@ Runs in: shards; `PromptKeyer` also in its own threads. Contract: the body is pa
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import logging
 import re
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -46,6 +48,9 @@ _INLINE_CHARS = 1500
 _HEAD_CHARS = 1024
 # Prompts that wait for a thread. Beyond it a request is routed by load: a late best choice is worse than a good one now.
 _MAX_WAITING = 256
+# Who waits is served by age, and a prompt counts as if it had come later by ten times what its tokens may cost (0.2 us a byte): short
+# prompts do not wait for long ones, and these have their turn in the end.
+_LATER_S_A_BYTE = 2e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +123,14 @@ def model_of(body: bytes) -> str | None:
         return None
 
 
+class _Waiting(NamedTuple):
+    """Work that waits for the thread."""
+
+    begin: Callable[[], None]
+    leave_out: Callable[[], None]
+    is_wanted: Callable[[], bool] | None
+
+
 class PromptKeyer:
     """Turns bodies into Facts with the model's tokenizer: short work at once, long work in a bounded pool of threads.
 
@@ -145,17 +158,28 @@ class PromptKeyer:
         self._there = there
         # The tokenizer releases the GIL; one thread a shard keeps the machine's cores for all shards.
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
-        self._waiting = 0
+        self._waiting: list[tuple[float, int, _Waiting]] = []  # a heap
+        self._order = itertools.count()
+        self._is_busy = False
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return self._keyer.tokenizer
 
-    def key(self, kind: int, body: bytes, variants: tuple[Variant, ...], then: Callable[[Facts], None], *, is_whole: bool = False) -> None:
+    def key(
+        self,
+        kind: int,
+        body: bytes,
+        variants: tuple[Variant, ...],
+        then: Callable[[Facts], None],
+        *,
+        is_whole: bool = False,
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> None:
         """Call `then` with the facts: before this returns when that takes no time, else later on the loop.
 
-        is_whole: all keys of the prompt and its exact number of tokens, whoever owns them.
+        is_whole: all keys of the prompt and its exact number of tokens, whoever owns them; is_wanted: asked before the thread begins.
         """
         here, there = (None, None) if is_whole else (self._here, self._there)
         keying: Keying | SeenKeying | None = None
@@ -172,25 +196,53 @@ class PromptKeyer:
             if facts is not None:
                 then(facts)
                 return
-        if not self.submit(lambda: self._finish(keying, kind, body, variants, there), lambda facts: then(facts or _FAILED)):
+        waits = self.submit(
+            lambda: self._finish(keying, kind, body, variants, there),
+            lambda facts: then(facts or _FAILED),
+            n_bytes=len(body),
+            is_wanted=is_wanted,
+        )
+        if not waits:
             then(Facts(0, {}, "too many prompts wait for the tokenizer"))
 
     def chat_tokens(self, body: bytes) -> list[int] | array[int]:
         """Token ids of a chat body's prompt. For the thread: takes as long as it takes. Raises PromptError, JSONDecodeError."""
         return self._reader.tokens_of(self._reader.text_of(self._kinds(0), orjson.loads(body)))
 
-    def submit(self, work: Callable[[], T], then: Callable[[T | None], None]) -> bool:
-        """Do `work` in the thread and call `then` on the loop with its result, None if it raised; False: too much waits already."""
-        if self._waiting >= _MAX_WAITING:
+    def submit(
+        self, work: Callable[[], T], then: Callable[[T | None], None], *, n_bytes: int, is_wanted: Callable[[], bool] | None = None
+    ) -> bool:
+        """Do `work` in the thread and call `then` on the loop with its result, None if it raised; False: too much waits already.
+
+        n_bytes: how much there is to tokenize; is_wanted: False when it is to be left out, then `then` gets None.
+        """
+        if len(self._waiting) + self._is_busy >= _MAX_WAITING:
             return False
-        self._waiting += 1
-        self._threads.submit(work).add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._landed, done, then))
+
+        def begin() -> None:
+            self._threads.submit(work).add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._landed, done, then))
+
+        waiting = _Waiting(begin, lambda: then(None), is_wanted)
+        heapq.heappush(self._waiting, (self._loop.time() + n_bytes * _LATER_S_A_BYTE, next(self._order), waiting))
+        if not self._is_busy:
+            self._begin_next()
         return True
 
+    def _begin_next(self) -> None:
+        """Give the thread its next work. It has one at a time, so that what comes meanwhile finds its place in the line."""
+        self._is_busy = False
+        while self._waiting and not self._is_busy:
+            _, _, waiting = heapq.heappop(self._waiting)
+            if waiting.is_wanted is None or waiting.is_wanted():
+                self._is_busy = True
+                waiting.begin()
+            else:
+                waiting.leave_out()
+
     def _landed(self, done: Future[T], then: Callable[[T | None], None]) -> None:
-        self._waiting -= 1
         if done.cancelled():
             return  # the shard stops
+        self._begin_next()
         if error := done.exception():
             # Its text may quote a prompt, so only its kind is told.
             _log.error("the tokenizer's thread failed", extra={"fields": {"error": type(error).__name__}})
@@ -245,6 +297,7 @@ class PromptKeyer:
 
     def close(self) -> None:
         """Forget what waits; the thread ends after its present prompt."""
+        self._waiting.clear()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 

@@ -214,8 +214,17 @@ class Router(RouterBase):
             return errors.NO_HEALTHY_WORKERS
         return errors.MODEL_NOT_FOUND if model else errors.MISSING_MODEL
 
-    def choose(self, endpoint: Endpoint, body: bytes, then: Callable[[Route | errors.Reason], None]) -> None:
-        """Find a worker for a request and call `then`, at once unless a long prompt is being tokenized."""
+    def choose(
+        self,
+        endpoint: Endpoint,
+        body: bytes,
+        then: Callable[[Route | errors.Reason], None],
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> None:
+        """Find a worker for a request and call `then`, at once unless a long prompt is being tokenized.
+
+        is_wanted: whether somebody waits for it still; else nothing is chosen, and the Reason that `then` gets means nothing.
+        """
         pool = self.pool_of(body)
         if isinstance(pool, errors.Reason):
             then(pool)
@@ -229,7 +238,12 @@ class Router(RouterBase):
             then(self._choose_keyed(pool, Facts(0, {}, "no tokenizer, or no worker publishes KV events"), body))
         else:
             chosen = pool
-            self.keyer.key(endpoint.kind, body, pool.variants, lambda facts: then(self._choose_after(chosen, facts, body)))
+
+            def found(facts: Facts) -> None:
+                is_left = is_wanted is not None and not is_wanted()
+                then(errors.INTERNAL_ERROR if is_left else self._choose_after(chosen, facts, body))
+
+            self.keyer.key(endpoint.kind, body, pool.variants, found, is_wanted=is_wanted)
 
     def _choose_after(self, pool: Pool, facts: Facts, body: bytes) -> Route | errors.Reason:
         # A prompt may have spent a while in the tokenizer's thread: its pool may have changed or gone. And then nobody is above us who

@@ -81,7 +81,9 @@ def _answer(shard: Shard, head: RequestHead, body: bytes, then: Callable[[Answer
         def is_ours(model: str) -> bool:
             return takes_any or model in models
 
-        taken = keyer.submit(lambda: _guarded(work, keyer, body, is_ours), lambda answer: then(answer or (errors.INTERNAL_ERROR, None)))
+        taken = keyer.submit(
+            lambda: _guarded(work, keyer, body, is_ours), lambda answer: then(answer or (errors.INTERNAL_ERROR, None)), n_bytes=len(body)
+        )
         if not taken:
             then((errors.SERVICE_OVERLOADED, None))
 

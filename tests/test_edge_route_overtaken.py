@@ -25,7 +25,7 @@ def test_too_low_means_nothing_when_the_next_block_has_come_since() -> None:
 
     def test(router: Router, shard: Shard) -> None:
         route = route_of(router)
-        assert route.next_key == KEYS[12 * 8 : 13 * 8]
+        assert route.basis[0] == KEYS[12 * 8 : 13 * 8]
         assert not router.is_overtaken(route, LOW), "nothing has come: these are not the keys of the worker's prompt"
         writer.store(0, 0, KEYS[15 * 8 :])
         assert not router.is_overtaken(route, LOW), "not what was behind the predicted blocks"
@@ -43,7 +43,7 @@ def test_a_prompt_without_a_next_block() -> None:
 
     def test(router: Router, shard: Shard) -> None:
         route = route_of(router)
-        assert (route.overlap_blocks, route.next_key) == (20, b"")
+        assert (route.overlap_blocks, route.basis[0]) == (20, b"")
         assert not router.is_overtaken(route, LOW)
 
     keyed(memory, FACTS, test)
@@ -59,7 +59,7 @@ def test_too_high_means_nothing_when_a_busy_worker_has_dropped_blocks_since() ->
         quiet = route_of(router)
         Column(memory.segment, 0).begin(0, 641, 0, 0)
         busy = route_of(router)
-        assert (quiet.removed_blocks, busy.removed_blocks) == (-1, 7)
+        assert (quiet.basis[1], busy.basis[1]) == (-1, 7)
         assert not router.is_overtaken(quiet, HIGH)
         assert not router.is_overtaken(busy, HIGH)
         ranks.set(0, c.R_BLOCKS_REMOVED, 8)

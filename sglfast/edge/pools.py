@@ -47,8 +47,9 @@ class Route:
     overlap_blocks: int = 0
     prompt_blocks: int = 0
     predicted_tokens: int = -1  # of the prompt, in the worker's cache; -1 = nobody looked
-    next_key: bytes = b""  # of the first block behind them; empty = the prompt has none, or nobody made it
-    removed_blocks: int = -1  # that the rank had dropped by then; -1 = it had nothing else to do, so nothing was on its way
+    # What tells whether they hold still when the answer comes: the key of the block behind them, empty = the prompt has none; blocks that
+    # the rank had dropped, -1 = it had nothing else to do, so nothing was on its way.
+    basis: tuple[bytes, int] = (b"", -1)
     is_trusted: bool = True  # the worker's reports agree with the predictions
     is_estimated: bool = False
     is_approximate: bool = False

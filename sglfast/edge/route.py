@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sglfast.edge.shard import Shard
 
 _NO_FACTS = Facts(0, {}, "the policy asks for no prompt")
+_NO_BASIS = (b"", -1)
 _NO_KEYS: Mapping[Variant, bytes] = {}
 _UNREADABLE_PAUSE_S = 10.0
 
@@ -306,12 +307,16 @@ class Router(RouterBase):
                 predicted_tokens = -1
         if found.keys and predictor is not None:
             prediction = predictor.sent(worker, hit.rank, found.keys, is_kept=is_approximate)
-        next_key, removed_blocks = b"", -1
-        if predicted_tokens >= 0:
-            at = 8 * (known_tokens // block_tokens)
-            next_key = keys.get(pool.by_rank[hit.rank][1], b"")[at : at + 8] if keys else b""
-            if self._shard.loads.requests(worker.worker_idx):
-                removed_blocks = self._shard.ranks.get(hit.rank, _counters.R_BLOCKS_REMOVED)
+        overlap_blocks = known_tokens // block_tokens
+        basis = _NO_BASIS
+        if predicted_tokens >= 0 and keys:
+            # The pool may have changed since its keys were asked for.
+            chain = keys.get(pool.by_rank[hit.rank][1], b"") if len(keys) > 1 else next(iter(keys.values()))
+            is_busy = self._shard.loads.requests(worker.worker_idx) > 0
+            basis = (
+                chain[8 * overlap_blocks : 8 * overlap_blocks + 8],
+                self._shard.ranks.get(hit.rank, _counters.R_BLOCKS_REMOVED) if is_busy else -1,
+            )
         return Route(
             pool,
             upstream,
@@ -319,11 +324,10 @@ class Router(RouterBase):
             uncached_tokens=prompt.prompt_tokens - hit.overlap_tokens,
             rank=hit.rank,
             dp_rank=hit.rank - worker.rank_base,
-            overlap_blocks=known_tokens // block_tokens,
+            overlap_blocks=overlap_blocks,
             prompt_blocks=prompt.prompt_tokens // block_tokens,
             predicted_tokens=predicted_tokens,
-            next_key=next_key,
-            removed_blocks=removed_blocks,
+            basis=basis,
             is_trusted=worker.parity == PARITY_OK,
             is_estimated=prompt.is_estimated,
             is_approximate=is_approximate,
@@ -414,10 +418,11 @@ class Router(RouterBase):
         block behind the predicted ones is the rank's by now, by the keys that we make. Of what is too high it is not: blocks that were
         dropped are stored again by the request itself. So there it is enough that any were dropped.
         """
+        next_key, removed_blocks = route.basis
         if outcome_word == _counters.W_PARITY_LOW:
             tree = self._shard.tree
-            return bool(route.next_key) and tree.match(route.next_key) > 0 and tree.overlap(route.rank) > 0
-        return route.removed_blocks >= 0 and self._shard.ranks.get(route.rank, _counters.R_BLOCKS_REMOVED) != route.removed_blocks
+            return bool(next_key) and tree.match(next_key) > 0 and tree.overlap(route.rank) > 0
+        return removed_blocks >= 0 and self._shard.ranks.get(route.rank, _counters.R_BLOCKS_REMOVED) != removed_blocks
 
     def describe(self, route: Route) -> bytes:
         """Value of the answer header `x-sglfast-kv`: what was predicted for this request."""

@@ -11,6 +11,7 @@ from conftest import GOLDEN
 from sglfast._blockhash import page_keys
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment, segment_bytes
+from sglfast.index import rank as rank_module
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.wire import kv_events
 from sglfast.wire.kv_events import EventOut
@@ -221,3 +222,32 @@ def test_roots_that_cannot_tell(house: House) -> None:
         house.index.apply(batch(event))
         assert house.index.mismatch == ""
         assert not house.index.has_agreed
+
+
+class CountingLock:
+    """Counts how often it was taken."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __enter__(self) -> None:
+        self.times += 1
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_a_large_batch_is_written_in_turns_and_means_the_same(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ranks' streams write between the turns."""
+    house.index.apply(batch(root()))
+    assert house.index.has_agreed
+    tokens = list(range(1000, 1000 + 100 * P))
+    events = [root(tokens), kv_events.removed(block_hashes=u64s(page_keys(tokens, P))[90:]), kv_events.removed(block_hashes=[])]
+    payload = batch(*events)
+    monkeypatch.setattr(rank_module, "_TURN_KEYS", 8)
+    lock = CountingLock()
+    monkeypatch.setattr(house.tree, "lock", lock)
+    house.index.apply(payload)
+    assert lock.times >= 100 // 8 + 2
+    assert house.overlap(page_keys(tokens, P)) == 90
+    house.index.apply(batch(root(tokens), kv_events.cleared(), root()))
+    assert house.index.owned_blocks == len(TOKENS) // P

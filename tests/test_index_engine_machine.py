@@ -25,11 +25,12 @@ from sglfast._blockhash import chain_seed, page_keys, token_keys, xxh3
 from sglfast._counters import RANK_EXACT, RANK_SYNCING, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment, segment_bytes
+from sglfast.index.held import Limits
 from sglfast.index.key_maps import KeyMaps
 from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.rank_note import RankNote, noted
-from sglfast.index.stream import Limits, Outcome, RankStream
+from sglfast.index.stream import Outcome, RankStream
 from sglfast.shm import KeyRoute
 
 P = 2

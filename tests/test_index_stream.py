@@ -9,7 +9,8 @@ import pytest
 from stream_bench import Bench, payload
 
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
-from sglfast.index.stream import DISCONNECTED, LOST, NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY, Limits
+from sglfast.index.held import Limits
+from sglfast.index.stream import DISCONNECTED, LOST, NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY
 from sglfast.shm import RANK_REASONS
 
 

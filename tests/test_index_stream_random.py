@@ -11,7 +11,8 @@ import pytest
 from conftest import SeededRandom
 
 from sglfast._counters import RANK_EXACT
-from sglfast.index.stream import Limits, Outcome, RankStream
+from sglfast.index.held import Limits
+from sglfast.index.stream import Outcome, RankStream
 
 
 class Engine:

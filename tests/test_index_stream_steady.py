@@ -2,7 +2,8 @@
 
 from stream_bench import Bench
 
-from sglfast.index.stream import Limits, RankStream
+from sglfast.index.held import Limits
+from sglfast.index.stream import RankStream
 
 
 def test_only_a_stream_at_rest_is_steady() -> None:

@@ -16,9 +16,10 @@ from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment, segment_bytes
+from sglfast.index.held import Limits
 from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.index.stream import DISCONNECTED, LOST, UNKNOWN_HISTORY, Limits, Outcome
+from sglfast.index.stream import DISCONNECTED, LOST, UNKNOWN_HISTORY, Outcome
 from sglfast.index.subscriber import Endpoints, Subscriber, connect
 from sglfast.shm import RANK_REASONS
 

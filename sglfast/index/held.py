@@ -1,8 +1,20 @@
-"""Batches that wait behind a hole: by number, in bounded memory.
+"""Bounds of a rank's stream, and the batches that wait behind a hole: by number, in bounded memory.
 
 Runs in: index, inside the rank's subscriber thread. Pure. Contract: what finds no room is not taken and nobody is told; whoever holds
     batches back notes the highest number that there was, and has the missing ones replayed.
 """
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one stream."""
+
+    replay_timeout_s: float = 3.0
+    max_tries: int = 3
+    max_held_batches: int = 20_000
+    max_held_bytes: int = 64 << 20
 
 
 class HeldBatches:

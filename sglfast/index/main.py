@@ -29,12 +29,12 @@ from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.boot import Boot, boot_child, hear
 from sglfast.errors import ConfigError
+from sglfast.index.held import Limits
 from sglfast.index.key_maps import KeyMaps
 from sglfast.index.listener import Listener, listen_endpoint
 from sglfast.index.predictions import PredictionKeeper
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.rank_note import Noted, noted
-from sglfast.index.stream import Limits
 from sglfast.index.subscriber import Endpoints, Subscriber
 from sglfast.logs import set_level, setup_logs
 from sglfast.shm import WorkerView, read_workers

@@ -36,7 +36,7 @@ from typing import Protocol
 
 from sglfast._blockhash import xxh3
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
-from sglfast.index.held import HeldBatches
+from sglfast.index.held import HeldBatches, Limits
 
 # Positions in sglfast.shm.RANK_REASONS.
 NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY, LOST, HASH_MISMATCH, DISCONNECTED = 2, 3, 4, 5, 6, 7
@@ -74,16 +74,6 @@ class Outcome:
 
     is_cleared: bool = False
     is_lossy: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds of one stream."""
-
-    replay_timeout_s: float = 3.0
-    max_tries: int = 3
-    max_held_batches: int = 20_000
-    max_held_bytes: int = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,11 @@ from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RankTable
 from sglfast._kvsocket import LiveSocket
 from sglfast.errors import KvEventError
+from sglfast.index.held import Limits
 from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex
 from sglfast.index.rank_note import RankNote
-from sglfast.index.stream import Limits, Outcome, RankStream, Resume
+from sglfast.index.stream import Outcome, RankStream, Resume
 from sglfast.wire.frames import parse_live, parse_replay, replay_request
 
 _ROUND_MESSAGES = 1000

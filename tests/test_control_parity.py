@@ -9,7 +9,7 @@ from sglfast import _counters as words
 from sglfast._counters import Column, RankTable
 from sglfast._workers import READY, WorkerTable
 from sglfast.control.introspect import Findings
-from sglfast.control.parity import Counts, Evidence, ParityJudge, ParityWatch, likely_cause
+from sglfast.control.parity import WINDOW_LOOKS, Counts, Evidence, ParityJudge, ParityWatch, likely_cause
 from sglfast.control.workers import Workers
 from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON_PAIRS, REASON_SINGLES, create, read_workers
 from sglfast.wire.server_info import parse_server_info
@@ -73,7 +73,9 @@ def test_blocks_published_meanwhile_are_those_of_the_window() -> None:
     judge.feed(Counts(exact=1), 12)
     assert judge.stored_before == 10
     judge.feed(Counts(exact=61), 15)
-    judge.feed(Counts(exact=62), 20)
+    for look in range(WINDOW_LOOKS - 1):
+        assert judge.stored_before == 10, "of so many looks at least"
+        judge.feed(Counts(exact=62 + look), 20 + look)
     assert judge.stored_before == 12, "of the looks that hold the last 50 samples"
 
 

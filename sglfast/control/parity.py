@@ -1,11 +1,12 @@
 """The parity loop, control's half: does the KV index predict what workers report? If not, say so and why.
 
-Runs in: control, once a second. Theory: a prediction and the engine's own `cached_tokens` differ for a moment when requests overtake
+Runs in: control, some times a second. Theory: a prediction and the engine's own `cached_tokens` differ for a moment when requests overtake
     events or wait while others change the cache (edge/route: is_overtaken), and always when the router's picture is wrong. So a worker
     is distrusted when most of its last samples differ, and trusted again when few do. Contract: `ParityJudge` is pure; a change of verdict
     is written into the worker table (shards say DEGRADED in `x-sglfast-kv`) and logged once, with its likeliest cause, which is also the
-    reason in metrics and /workers (control/kv_state). Where index has a reason of its own for its doubts, that is the cause. Where blocks show
-    that a worker keys single tokens although it speculates with EAGLE (hybrid models do), or the other way, its blocks are believed.
+    reason in metrics and /workers (control/kv_state). Where index has a reason of its own for its doubts, that is the cause.
+    Where blocks show that a worker keys single tokens although it speculates with EAGLE (hybrid models do), or the other way, its blocks
+    are believed.
 """
 
 import asyncio
@@ -22,9 +23,11 @@ from sglfast.control.workers import Workers
 from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON_PAIRS, REASON_SINGLES, WorkerView
 
 WINDOW_SAMPLES = 50
+WINDOW_LOOKS = 5  # at least, so that a moment of many requests is not all there is to judge by
 LEAST_SAMPLES = 8  # so that 50 requests over a small pool are enough
 _DISTRUST_SHARE, _TRUST_SHARE = 0.6, 0.2
-_PERIOD_S = 1.0
+# So that a fault is named within some 50 requests also at 100 and more a second; many workers are looked at more seldom.
+_LEAST_PERIOD_S, _PERIOD_A_WORKER_S, _MOST_PERIOD_S = 0.2, 0.002, 1.0
 
 
 @dataclass(slots=True)
@@ -37,7 +40,7 @@ class Counts:
 
 
 class ParityJudge:
-    """One worker's verdict over about its last WINDOW_SAMPLES samples."""
+    """One worker's verdict over about its last WINDOW_SAMPLES samples, or those of WINDOW_LOOKS looks if they are more."""
 
     def __init__(self) -> None:
         self.verdict = PARITY_OK
@@ -58,9 +61,9 @@ class ParityJudge:
         if _size(delta) > 0:
             self._window.append((delta, self._stored))
         self._stored = stored
-        while len(self._window) > 1 and sum(_size(counts) for counts, _ in self._window) - _size(self._window[0][0]) >= WINDOW_SAMPLES:
-            self._window.popleft()
         samples = sum(_size(counts) for counts, _ in self._window)
+        while len(self._window) > WINDOW_LOOKS and samples - _size(self._window[0][0]) >= WINDOW_SAMPLES:
+            samples -= _size(self._window.popleft()[0])
         high = sum(counts.high for counts, _ in self._window)
         low = sum(counts.low for counts, _ in self._window)
         if samples < LEAST_SAMPLES:
@@ -121,9 +124,9 @@ class ParityWatch:
         self._judges: dict[tuple[int, int], ParityJudge] = {}  # (slot, generation)
 
     async def run(self) -> None:
-        """Look once a second."""
+        """Look from time to time."""
         while True:
-            await asyncio.sleep(_PERIOD_S)
+            await asyncio.sleep(min(max(_LEAST_PERIOD_S, _PERIOD_A_WORKER_S * len(self._judges)), _MOST_PERIOD_S))
             self.look()
 
     def look(self) -> None:

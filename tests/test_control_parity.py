@@ -94,7 +94,7 @@ def test_the_verdict_reaches_the_worker_table_and_the_log(caplog: pytest.LogCapt
     watch.look()
     assert read_workers(table)[0].parity == PARITY_OK
     assert caplog.records == []
-    column.add_worker(0, words.W_PARITY_LOW, 60)
+    column.add_worker(0, words.W_PARITY_LOW, 80)
     RankTable(segment).set(0, words.R_GAPS, 2)  # a gap that replay has healed is no cause
     watch.look()
     watch.look()

@@ -244,6 +244,8 @@ def test_a_large_batch_is_written_in_turns_and_means_the_same(house: House, monk
     events = [root(tokens), kv_events.removed(block_hashes=u64s(page_keys(tokens, P))[90:]), kv_events.removed(block_hashes=[])]
     payload = batch(*events)
     monkeypatch.setattr(rank_module, "_TURN_KEYS", 8)
+    monkeypatch.setattr(rank_module, "_TURN_BYTES", 1000)
+    assert len(payload) > 1000
     lock = CountingLock()
     monkeypatch.setattr(house.tree, "lock", lock)
     house.index.apply(payload)

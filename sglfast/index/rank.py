@@ -31,7 +31,8 @@ _PLAIN, _CLEARED, _LOSSY = Outcome(), Outcome(is_cleared=True), Outcome(is_lossy
 # While no root block has agreed: all of the first few are recomputed, then now and then one.
 _FIRST_CHECKS, _CHECK_EVERY = 8, 16
 _LOG_EVERY_S = 10.0
-# Writing to the tree holds its lock and the GIL: more keys than this are written in turns, between which other ranks write.
+# Writing to the tree holds its lock and the GIL: what a larger batch says is written in turns, between which other ranks write.
+_TURN_BYTES = 65536
 _TURN_KEYS = 8192
 _GIVE_WAY_S = 0.0001
 
@@ -183,52 +184,49 @@ class RankIndex:
     def _apply_usual(self, payload: bytes) -> Outcome | None:
         """The same in one pass; None, and nothing has changed, when something in the batch is not usual."""
         usual = self._by_tokens.place_all(payload) if self._is_by_tokens else runs(payload)
-        return None if usual is None else self._write(*usual)
+        if usual is None:
+            return None
+        return self._write(*usual) if len(payload) <= _TURN_BYTES else self._write_in_turns(*usual)
+
+    def _write_in_turns(self, n_events: int, found: list[tuple[int, int, bytes]], removed: bytes = b"", is_lossy: bool = False) -> Outcome:
+        """As _write, of a batch so large that other ranks are to write in between."""
+        is_cleared = False
+        for turn in _turns(found):
+            is_cleared |= self._write(0, turn) is _CLEARED
+            time.sleep(_GIVE_WAY_S)  # a lock goes to whoever is awake, and that would be this thread
+        outcome = self._write(n_events, [], removed, is_lossy)
+        return _CLEARED if is_cleared and not is_lossy else outcome
 
     def _write(self, n_events: int, found: list[tuple[int, int, bytes]], removed: bytes = b"", is_lossy: bool = False) -> Outcome:
         """Runs of keys to the tree; removed, is_lossy: as of TokenRoute.place_all."""
-        by_tokens, counters = self._by_tokens, self.counters
+        by_tokens, counters, rank = self._by_tokens, self.counters, self.rank
         counters.orphans = by_tokens.orphans
         if removed:
             self._removed += removed
-        is_cleared = False
-        if sum(len(keys) for _, _, keys in found) <= 8 * _TURN_KEYS:
-            with self._tree.lock:
-                if self._is_retired:
-                    return _PLAIN
-                is_cleared = self._write_runs(found)
-        else:
-            for turn in _turns(found):
-                with self._tree.lock:
-                    if self._is_retired:
-                        return _PLAIN
-                    is_cleared |= self._write_runs(turn)
-                time.sleep(_GIVE_WAY_S)  # a lock goes to whoever is awake, and that would be this thread
+        outcome = _PLAIN
+        with self._tree.lock:
+            if self._is_retired:
+                return _PLAIN
+            writer = self._tree.writer
+            for kind, tiers, keys in found:
+                if kind == CLEAR:
+                    counters.blocks_removed += writer.clear(rank)
+                    outcome = _CLEARED
+                    if not self._is_by_tokens:
+                        by_tokens.clear()
+                elif not tiers:
+                    continue
+                elif kind == STORE:
+                    counters.blocks_stored += writer.store(rank, tiers.bit_length() - 1, keys)
+                else:
+                    counters.blocks_removed += writer.remove(rank, tiers, keys)
+                    if not self._is_by_tokens and len(by_tokens):
+                        hashes, keys = by_tokens.find(keys)
+                        counters.blocks_removed += writer.remove(rank, tiers, keys)
+                        self._removed += hashes
         counters.events += n_events
         self.last_event_ms = time.time_ns() // 1_000_000
-        return _LOSSY if is_lossy else _CLEARED if is_cleared else _PLAIN
-
-    def _write_runs(self, found: list[tuple[int, int, bytes]]) -> bool:
-        """Runs of keys to the tree, whose lock is held; whether one of them emptied the rank."""
-        by_tokens, counters, rank, writer = self._by_tokens, self.counters, self.rank, self._tree.writer
-        is_cleared = False
-        for kind, tiers, keys in found:
-            if kind == CLEAR:
-                counters.blocks_removed += writer.clear(rank)
-                is_cleared = True
-                if not self._is_by_tokens:
-                    by_tokens.clear()
-            elif not tiers:
-                continue
-            elif kind == STORE:
-                counters.blocks_stored += writer.store(rank, tiers.bit_length() - 1, keys)
-            else:
-                counters.blocks_removed += writer.remove(rank, tiers, keys)
-                if not self._is_by_tokens and len(by_tokens):
-                    hashes, keys = by_tokens.find(keys)
-                    counters.blocks_removed += writer.remove(rank, tiers, keys)
-                    self._removed += hashes
-        return is_cleared
+        return _LOSSY if is_lossy else outcome
 
     def expect(self, *, is_bigram: bool) -> None:
         """On the SHA route: from now on shards key the worker's blocks by pairs of tokens, or by single ones. The blocks stay."""

@@ -256,7 +256,7 @@ class Wire:
         return 0
 
 
-def shard_with_four_workers(*, takes_rid: bool = False, roles: "tuple[Role, ...]" = ("regular",) * 4) -> "Shard":
+def shard_with_four_workers(*, takes_rid: bool = False, roles: "tuple[Role, ...]" = ("regular",) * 4, dp_size: int = 1) -> "Shard":
     import asyncio
     import logging
 
@@ -269,10 +269,11 @@ def shard_with_four_workers(*, takes_rid: bool = False, roles: "tuple[Role, ...]
     _, segment = small_segment()
     urls = tuple(f"http://127.0.0.1:{9001 + i}" for i in range(4))
     for i, url in enumerate(urls):
-        record = WorkerRecord(url=url, model="m", takes_rid=takes_rid, role=roles[i], bootstrap_port=8998)
-        view = WorkerView(worker_idx=i, generation=0, state=READY, rank_base=i, dp_size=1, block_size=0, bigram=False, record=record)
+        record = WorkerRecord(url=url, model="m", takes_rid=takes_rid, role=roles[i], bootstrap_port=8998, rank_ways="hhr")
+        view = WorkerView(i, 0, READY, i * dp_size, dp_size, 0, False, record)
         put_worker(WorkerTable(segment), view, is_new=True)
-    boot = Boot(ServeConfig(worker_urls=urls, policy="round_robin", shards=1), segment, None, 0, None, "")  # type: ignore[arg-type]
+    config = ServeConfig(worker_urls=urls, policy="round_robin", shards=1, dp_aware=True)
+    boot = Boot(config, segment, None, 0, None, "")  # type: ignore[arg-type]
     shard = Shard(boot, asyncio.new_event_loop(), None, logging.getLogger("icount"))
     shard.router.refresh()
     return shard
@@ -290,11 +291,17 @@ def relay_of_a_2_kb_chat_that_gets_a_rid() -> Call:
     return relay(takes_rid=True)
 
 
-def relay(*, takes_rid: bool) -> Call:
+@case
+def relay_of_a_2_kb_chat_that_is_steered_to_a_rank() -> Call:
+    """The same under --dp-aware to workers of eight ranks: the idlest is chosen, told by a header, and has the load."""
+    return relay(takes_rid=False, dp_size=8)
+
+
+def relay(*, takes_rid: bool, dp_size: int = 1) -> Call:
     from sglfast.edge.server import ClientConnection
     from sglfast.edge.upstream import UpstreamConnection
 
-    shard = shard_with_four_workers(takes_rid=takes_rid)
+    shard = shard_with_four_workers(takes_rid=takes_rid, dp_size=dp_size)
     connections = []
     for upstream in shard.router.pools["m"].upstreams:
         connection = UpstreamConnection(upstream)

@@ -1,10 +1,10 @@
 """Counters in shared memory: a column per shard (single writer), their sums, the loads that policies compare, rank states.
 
-Runs in: shards (`Column` writes, `Loads` reads on the request path), control (`Totals` reads, `retire` folds a dead shard's column
-    away), index (`RankTable` writes).
+Runs in: shards (`Column` writes, `Loads` and `RankLoads` read on the request path), control (`Totals` reads, `retire` folds a dead
+    shard's column away), index (`RankTable` writes).
 Contract: a word is written by the one process that owns its column; totals are sums over all columns, so a reader may see a
-    request in the middle of its begin, never a lost one. Gauges are the words listed in GAUGES_*: they vanish with their
-    shard, all other words move into the retired column. Loads counts a sum below zero as 0; Totals shows it as it is.
+    request in the middle of its begin, never a lost one. Gauges are the words listed in GAUGES_*, and all of ranks: they
+    vanish with their shard, all other words move into the retired column. Loads counts a sum below zero as 0; Totals shows it as it is.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -95,6 +95,8 @@ cdef enum:
     c_W_REQUESTS = 3
     c_W_ERRORS = 7
     c_W_BYTES_OUT = 9
+    c_L_INFLIGHT_REQUESTS = 0
+    c_L_INFLIGHT_TOKENS = 1
     c_S_INFLIGHT = 1
     c_S_REQUESTS = 3
     c_S_BYTES_IN = 4
@@ -122,6 +124,7 @@ cdef class Column:
         self.words = sf_column(<void *><uintptr_t>segment.address, shard)
         self.breakers = sf_breaker(<void *><uintptr_t>segment.address, 0)
         self.max_workers = segment.max_workers
+        self.max_ranks = segment.max_ranks
 
     cdef uint64_t *worker(self, uint64_t worker_idx) except NULL:
         if worker_idx >= self.max_workers:
@@ -166,6 +169,27 @@ cdef class Column:
         _sf_add(self.words + c_S_BYTES_OUT, bytes_out)
         return outcome_word == c_W_ERRORS or (_sf_load(self.breakers + worker_idx) & SF_BREAKER_TROUBLE) != 0
 
+    cdef uint64_t *rank(self, uint64_t rank) except NULL:
+        if rank >= self.max_ranks:
+            raise IndexError(f"rank {rank} is outside 0..{self.max_ranks - 1}")
+        return sf_column_rank(self.words, self.max_workers, rank)
+
+    cpdef begin_rank(self, unsigned int rank, unsigned long long tokens):
+        """A request was steered to a rank of the tree, with `tokens` uncached prompt tokens (0 = unknown)."""
+        cdef uint64_t *words = self.rank(rank)
+        _sf_add(words + c_L_INFLIGHT_REQUESTS, 1)
+        _sf_add(words + c_L_INFLIGHT_TOKENS, tokens)
+
+    cpdef prefilled_rank(self, unsigned int rank, unsigned long long tokens):
+        """The first byte came: these prompt tokens are no load of the rank any more."""
+        _sf_add(self.rank(rank) + c_L_INFLIGHT_TOKENS, -tokens)
+
+    cpdef end_rank(self, unsigned int rank, unsigned long long tokens):
+        """A steered request left its rank; `tokens` are what `prefilled_rank` did not take back."""
+        cdef uint64_t *words = self.rank(rank)
+        _sf_add(words + c_L_INFLIGHT_REQUESTS, <uint64_t>-1)
+        _sf_add(words + c_L_INFLIGHT_TOKENS, -tokens)
+
     cpdef long long hold_body(self, long long n_bytes):
         """So many bytes of request bodies are held more; negative: fewer. Returns how many are held now."""
         _sf_add(self.words + c_S_BODY_BYTES, <uint64_t>n_bytes)
@@ -204,6 +228,7 @@ cdef class Column:
 
 
 include "loads.pxi"
+include "rankloads.pxi"
 
 
 @cython.final
@@ -243,6 +268,20 @@ cdef class Totals:
             sums.append(total)
         return sums
 
+    def rank(self, unsigned int rank):
+        """[requests, tokens] in flight of a rank of the tree, as far as they were steered, summed."""
+        cdef uint64_t columns = sf_header(self.base).max_shards + 1
+        cdef uint64_t column, word
+        if rank >= self.segment.max_ranks:
+            raise IndexError(f"rank {rank} is outside 0..{self.segment.max_ranks - 1}")
+        sums = []
+        for word in range(SF_LOAD_WORDS):
+            total = 0
+            for column in range(columns):
+                total += <int64_t>_sf_load(sf_column_rank(sf_column(self.base, column), self.segment.max_workers, rank) + word)
+            sums.append(total)
+        return sums
+
     def retire(self, unsigned int shard):
         """Fold the column of a shard that is dead: its gauges vanish, its totals stay. Only while no process has the slot."""
         cdef uint64_t *words
@@ -263,6 +302,9 @@ cdef class Totals:
                 if word not in GAUGES_WORKER:
                     _sf_add(retired + word, _sf_load(words + word))
                 _sf_store(words + word, 0)
+        words = sf_column_rank(sf_column(self.base, shard), self.segment.max_workers, 0)
+        for word in range(self.segment.max_ranks * SF_LOAD_WORDS):  # gauges, all of them
+            _sf_store(words + word, 0)
 
 
 include "ranktable.pxi"

@@ -41,6 +41,7 @@ cdef extern from "sf_http.h" nogil:
         uint8_t minor_version
         uint8_t is_event_stream
         uint8_t wants_kv
+        uint8_t names_rank
         int16_t request_id
         int16_t other_id
         int16_t origin
@@ -69,7 +70,8 @@ cdef class RequestHead:
 
     method, target: bytes; content_length: -1 = not given; kept: the end-to-end header lines to hand on, each with CRLF, without
     Host, framing and hop-by-hop lines; request_id: value of x-request-id (has_request_id), else of x-correlation-id, x-trace-id or
-    request-id, or None; origin: value of Origin, which is not handed on, or None; head_bytes: size of the head in `data`.
+    request-id, or None; origin: value of Origin, which is not handed on, or None; head_bytes: size of the head in `data`; names_rank:
+    the client says itself which data-parallel rank of a worker it wants.
     """
 
 
@@ -124,6 +126,7 @@ cpdef object scan_request(bytes data, Py_ssize_t limit):
     out.expects_continue = head.expects_continue and head.minor_version == 1
     out.expects_other = head.expects_other
     out.wants_kv = head.wants_kv
+    out.names_rank = head.names_rank
     return out
 
 

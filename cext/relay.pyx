@@ -33,6 +33,11 @@ cdef extern from "sf_splice.h" nogil:
     int sf_may_be_batch(const char *text, size_t length, int kind) noexcept
 
 
+cdef extern from "sf_rank.h" nogil:
+    int sf_names_rank(const char *text, size_t length) noexcept
+    int64_t sf_front_place(const char *text, size_t length) noexcept
+
+
 cdef enum:
     # Words of sglfast._counters; test_relay.py holds them against it.
     c_W_CONNECTIONS = 2
@@ -74,6 +79,9 @@ cdef class ExchangeBase:
     cdef public object failed_attempts
     cdef public PrefillLegBase pair  # the other half of a request that two workers serve
     cdef public int probe  # of edge/breaker.py
+    cdef public int rank     # of the tree, to which it was steered and where it counts as load; -1 = to none
+    cdef public int dp_rank  # the same as the worker counts it; stays when the request has left
+    cdef char rank_way       # how the worker is told: one of shm.WorkerRecord.rank_ways
     cdef public bytes rid  # by which the engine knows this attempt; None when it does not
     cdef public long long bytes_out
     cdef public long long predicted_tokens  # of the prompt, in the worker's cache; -1 = nobody looked
@@ -109,6 +117,8 @@ cdef class ExchangeBase:
         self.request_id = head.request_id if head.request_id is not None else client.shard.new_request_id()
         self.started_s = monotonic()
         self.deadline_s = INFINITE
+        self.rank = -1
+        self.dp_rank = -1
         self.predicted_tokens = -1
         self.cached_tokens = -1
 
@@ -124,12 +134,30 @@ cdef class ExchangeBase:
         self.tokens = route.uncached_tokens
         self.predicted_tokens = route.predicted_tokens
         self.shard.column.begin(upstream.worker_idx, self.tokens, route.decision, PyBytes_GET_SIZE(self.body))
+        self.dp_rank = -1
+        if upstream.rank_ways is not None:
+            self.steer(route, upstream)
         self.deadline_s = self.started_s + self.shard.request_timeout_secs
         connection = upstream.take_idle()
         if connection is None:
             upstream.open(self)
         else:
             self.on_connected(connection)
+
+    cdef steer(self, route, UpstreamBase upstream):
+        # Ask for the route's rank and count the load there, unless the client asks for one itself, or the worker cannot be told.
+        cdef bytes ways = upstream.rank_ways
+        cdef Py_ssize_t kind = self.endpoint.kind
+        cdef const char *body = PyBytes_AS_STRING(self.body)
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(self.body)
+        cdef char way = PyBytes_AS_STRING(ways)[kind] if kind < PyBytes_GET_SIZE(ways) else c"-"
+        if way == c"-" or self.head.names_rank or (way != c"h" and sf_front_place(body, size) < 0) or sf_names_rank(body, size):
+            self.predicted_tokens = -1  # nobody knows which rank gets it
+            return
+        self.rank_way = way
+        self.dp_rank = route.dp_rank
+        self.rank = route.rank
+        self.shard.column.begin_rank(self.rank, self.tokens)
 
     cpdef on_connected(self, WorkerConnectionBase connection):
         """A connection to the chosen worker is ready: send."""
@@ -138,8 +166,9 @@ cdef class ExchangeBase:
         cdef bytes made = b"x-request-id: " + self.request_id + b"\r\n" if self.makes_id else b""
         cdef bytes host = connection.upstream.host_header
         cdef bytes body = self.body
-        cdef Py_ssize_t place = 0, rid_bytes = 0, body_bytes, copied_bytes, length_bytes
+        cdef Py_ssize_t place = 0, rid_bytes = 0, field_bytes = 0, body_bytes, copied_bytes, length_bytes
         cdef char length[40]
+        cdef char field[48]
         cdef bytes out
         cdef char *end
         self.connection = connection
@@ -151,13 +180,20 @@ cdef class ExchangeBase:
             else:
                 self.rid = self.new_rid()
                 rid_bytes = 10 + PyBytes_GET_SIZE(self.rid)  # {"rid":"...",
+        if self.rank >= 0:
+            if self.rank_way == c"h":
+                made += b"x-data-parallel-rank: %d\r\n" % self.dp_rank
+            else:
+                # In front, where an equal key of the client's overrides it.
+                place = sf_front_place(PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body))
+                field_bytes = put_rank_field(field, self.rank_way, self.dp_rank, rid_bytes == 0)
         body_bytes = PyBytes_GET_SIZE(body) - place
         copied_bytes = body_bytes if body_bytes < COPIED_BYTES else 0
-        length_bytes = put_length(length, rid_bytes + body_bytes)
+        length_bytes = put_length(length, rid_bytes + field_bytes + body_bytes)
         out = PyBytes_FromStringAndSize(
             NULL,
             PyBytes_GET_SIZE(head.method) + 1 + PyBytes_GET_SIZE(head.target) + 17 + PyBytes_GET_SIZE(host) + 2
-            + PyBytes_GET_SIZE(kept) + PyBytes_GET_SIZE(made) + length_bytes + rid_bytes + copied_bytes,
+            + PyBytes_GET_SIZE(kept) + PyBytes_GET_SIZE(made) + length_bytes + rid_bytes + field_bytes + copied_bytes,
         )
         end = PyBytes_AS_STRING(out)
         end = put(end, head.method)
@@ -174,6 +210,9 @@ cdef class ExchangeBase:
             end = put(end + 8, self.rid)
             memcpy(end, b'",', 2)
             end += 2
+        if field_bytes:
+            memcpy(end, field, field_bytes)
+            end += field_bytes
         memcpy(end, PyBytes_AS_STRING(body) + place, copied_bytes)
         connection.take(self)
         if copied_bytes == body_bytes:
@@ -247,6 +286,8 @@ cdef class ExchangeBase:
         self.ttft_us = <long long>((monotonic() - self.started_s) * 1e6)
         if self.tokens and self.route is not None:
             self.shard.column.prefilled(self.route.upstream.worker_idx, self.tokens)
+            if self.rank >= 0:
+                self.shard.column.prefilled_rank(self.rank, self.tokens)
             self.shard.router.settle(self.route)
             self.tokens = 0
 
@@ -303,6 +344,9 @@ cdef class ExchangeBase:
             self.last_route = route
             self.outcome = outcome_word
             self.route = None
+            if self.rank >= 0:
+                self.shard.column.end_rank(self.rank, self.tokens)
+                self.rank = -1
             if self.shard.column.end(route.upstream.worker_idx, self.tokens, outcome_word, self.bytes_out):
                 self.tell_breaker(route, outcome_word)
             self.tokens = 0
@@ -341,6 +385,11 @@ def rid_place(bytes body not None):
     return sf_rid_place(PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body))
 
 
+def names_rank(bytes body not None):
+    """Whether a JSON body may say itself which data-parallel rank it wants; a no is certain."""
+    return sf_names_rank(PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body)) != 0
+
+
 cdef inline char *put(char *end, bytes data) noexcept:
     memcpy(end, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
     return end + PyBytes_GET_SIZE(data)
@@ -353,6 +402,18 @@ cdef int put_length(char *out, uint64_t size) noexcept:
     end = put_number(out + 16, size)
     memcpy(end, b"\r\n\r\n", 4)
     return end + 4 - out
+
+
+cdef int put_rank_field(char *out, char way, int dp_rank, bint is_first) noexcept:
+    # `{"routed_dp_rank":3,`, the brace only where nothing is in front of it; returns its length, at most 48 bytes.
+    cdef char *end = out
+    if is_first:
+        end[0] = c"{"
+        end += 1
+    end = put_text(end, b'"routed_dp_rank":' if way == c"r" else b'"data_parallel_rank":')
+    end = put_number(end, dp_rank)
+    end[0] = c","
+    return end + 1 - out
 
 
 include "relaypair.pxi"

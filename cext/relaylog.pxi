@@ -110,6 +110,8 @@ cdef class RequestLogBase:
             end = put(end, label)
             if pair is not None:
                 end = put(end, pair.decode.log_label)
+            if exchange.dp_rank >= 0:
+                end = put_number(put_name(end, json, b"rank", False), exchange.dp_rank)
             end = put_name(end, json, b"decision", True)
             decision = self.decisions[route.decision]
             end = put(end, decision)

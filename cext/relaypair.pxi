@@ -32,6 +32,7 @@ cdef class PrefillLegBase(ExchangeBase):
         self.kept = kept
         self.first = route.prefill
         self.decode = route.upstream
+        self.rank = self.dp_rank = -1
         self.predicted_tokens = self.first.predicted_tokens
         self.cached_tokens = -1
 

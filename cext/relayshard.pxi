@@ -68,7 +68,8 @@ cdef class RouterBase:
     """The choice that needs nothing of the request: see sglfast/edge/route.py, which fills this in `refresh`.
 
     seen_version: of the worker table and the breakers, as _breaker has it, that the fields follow. plain_routes: one per worker of the
-    only pool, None when a request has to be looked at; plain_choose(plain_view, loads, no_prompt) is its policy.
+    only pool, None when a request has to be looked at; plain_choose(plain_view, loads, no_prompt) is its policy; plain_rank(position)
+    is the route where a rank of the worker is to be chosen too, None when no worker of the pool has that.
     """
 
     cdef sf_header_t *header
@@ -76,6 +77,7 @@ cdef class RouterBase:
     cdef public uint64_t seen_version
     cdef public list plain_routes
     cdef public object plain_choose
+    cdef public object plain_rank
     cdef public tuple plain_arguments
 
     def __init__(self, segment):
@@ -90,4 +92,4 @@ cdef class RouterBase:
         if self.plain_routes is None:
             return None
         position, _ = self.plain_choose(*self.plain_arguments)
-        return self.plain_routes[position]
+        return self.plain_routes[position] if self.plain_rank is None else self.plain_rank(position)

@@ -171,6 +171,7 @@ cdef class UpstreamBase:
     cdef public bint is_removed
     cdef public bint needs_probe  # its breaker is half-open: a request has to claim the probe
     cdef public bint takes_rid    # it ends a request whose `rid` it is told
+    cdef public bytes rank_ways   # how it is told which of its ranks is to serve a request; None = requests are not steered
 
     cpdef WorkerConnectionBase take_idle(self):
         """The most recently used idle connection that is still open, or None."""

@@ -195,7 +195,7 @@ def layout():
         },
         "words": {
             "shard": SF_SHARD_WORDS, "worker": SF_WORKER_WORDS, "rank": SF_RANK_WORDS, "tiers": SF_TIERS, "ways": SF_WAYS,
-            "ring": SF_RING_WORDS,
+            "ring": SF_RING_WORDS, "load": SF_LOAD_WORDS,
         },
         "offsetof": {
             "header.state": <uintptr_t>&header.state - <uintptr_t>&header,

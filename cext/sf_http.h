@@ -35,6 +35,7 @@ typedef struct {
     uint8_t minor_version;
     uint8_t is_event_stream;
     uint8_t wants_kv;
+    uint8_t names_rank; /* it says itself which data-parallel rank it wants */
     int16_t request_id; /* line number or -1: x-request-id, ... */
     int16_t other_id;   /* ... else what holds an id too: x-correlation-id before x-trace-id before request-id */
     int16_t origin;     /* line number or -1 */
@@ -180,6 +181,12 @@ static inline int _sf_header(sf_head_t *head, uint32_t i, int is_request) {
         break;
     case 18: line->is_dropped = SF_NAME(line, "proxy-authenticate"); break;
     case 19: line->is_dropped = SF_NAME(line, "proxy-authorization"); break;
+    case 20:
+        if (is_request && SF_NAME(line, "x-data-parallel-rank")) head->names_rank = 1;
+        break;
+    case 25: /* SGLang's, where it is told to heed such headers */
+        if (is_request && SF_NAME(line, "x-override-routed-dp-rank")) head->names_rank = 1;
+        break;
     default: break;
     }
     return SF_HTTP_OK;

@@ -12,7 +12,7 @@
  *     | breaker[max_workers]               8 B    writers: shards     | see sf_breaker.h: the one exception to the law below
  *     +---------------------------------------------------------------+
  *     | column[max_shards + 1]                    writer: that shard  | last column: sums of dead shards, writer: control
- *     |   4096 B of shard words, then 256 B a worker                  |
+ *     |   4096 B of shard words, 256 B a worker, then 16 B a rank     |
  *     +---------------------------------------------------------------+
  *     | sf_tree_t                       4096 B    writer: index       | version (seqlock of the whole tree), sizes, counts
  *     +---------------------------------------------------------------+
@@ -38,7 +38,7 @@
 #include <string.h>
 
 #define SF_MAGIC UINT64_C(0x31545341464c4753) /* "SGLFAST1" in little-endian bytes */
-#define SF_LAYOUT_MAJOR 3u
+#define SF_LAYOUT_MAJOR 4u
 #define SF_LAYOUT_MINOR 0u
 #define SF_PAGE 4096u
 #define SF_TIERS 3u /* device, host, disk */
@@ -46,6 +46,7 @@
 #define SF_SHARD_WORDS 512u
 #define SF_WORKER_WORDS 32u
 #define SF_RANK_WORDS 32u
+#define SF_LOAD_WORDS 2u       /* of a rank in a column: the requests and the tokens that were steered to it */
 #define SF_WORKERS_MAX 65536u
 #define SF_RANKS_MAX 1024u
 #define SF_SHARDS_MAX 1024u
@@ -214,6 +215,10 @@ static inline uint64_t *sf_column(void *base, uint64_t shard) {
 static inline uint64_t *sf_column_worker(uint64_t *column, uint64_t worker_idx) {
     return column + SF_SHARD_WORDS + worker_idx * SF_WORKER_WORDS;
 }
+/* `rank` is one of the tree's, so that it has its words before its worker is known. */
+static inline uint64_t *sf_column_rank(uint64_t *column, uint64_t max_workers, uint64_t rank) {
+    return column + SF_SHARD_WORDS + max_workers * SF_WORKER_WORDS + rank * SF_LOAD_WORDS;
+}
 static inline sf_tree_t *sf_tree(void *base) { return (sf_tree_t *)((char *)base + sf_header(base)->tree_offset); }
 static inline char *sf_slots(void *base) { return (char *)base + sf_header(base)->slots_offset; }
 
@@ -247,7 +252,8 @@ static inline uint64_t sf_plan(sf_header_t *header, uint64_t max_workers, uint64
     header->tree_capacity_blocks = capacity_blocks;
     header->tree_slots = capacity_blocks + capacity_blocks / 3 + 64; /* load factor <= 3/4: about 2.5 probes a hit */
     header->tree_stride = sf_tree_stride(max_ranks);
-    header->column_stride = _sf_round_up((SF_SHARD_WORDS + max_workers * SF_WORKER_WORDS) * 8, SF_PAGE);
+    header->column_stride =
+        _sf_round_up((SF_SHARD_WORDS + max_workers * SF_WORKER_WORDS + max_ranks * SF_LOAD_WORDS) * 8, SF_PAGE);
     header->process_offset = SF_PAGE;
     header->workers_offset = _sf_round_up(header->process_offset + (1 + max_shards) * sizeof(sf_process_t), SF_PAGE);
     header->ranks_offset = header->workers_offset + max_workers * sizeof(sf_worker_t);

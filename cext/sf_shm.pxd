@@ -10,6 +10,7 @@ cdef extern from "sf_shm.h" nogil:
         SF_SHARD_WORDS
         SF_WORKER_WORDS
         SF_RANK_WORDS
+        SF_LOAD_WORDS
         SF_WORKER_BLOB_BYTES
         SF_PAGE
         SF_WORKERS_MAX
@@ -117,6 +118,7 @@ cdef extern from "sf_shm.h" nogil:
     uint64_t *sf_breaker(void *base, uint64_t worker_idx) noexcept
     uint64_t *sf_column(void *base, uint64_t shard) noexcept
     uint64_t *sf_column_worker(uint64_t *column, uint64_t worker_idx) noexcept
+    uint64_t *sf_column_rank(uint64_t *column, uint64_t max_workers, uint64_t rank) noexcept
     sf_tree_t *sf_tree(void *base) noexcept
     char *sf_slots(void *base) noexcept
     sf_predictions_t *sf_predictions(void *base) noexcept

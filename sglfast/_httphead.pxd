@@ -23,6 +23,7 @@ cdef class RequestHead:
     cdef readonly bint expects_continue
     cdef readonly bint expects_other
     cdef readonly bint wants_kv
+    cdef readonly bint names_rank
 
 
 @cython.final

@@ -21,6 +21,7 @@ class RequestHead:
     expects_continue: bool
     expects_other: bool
     wants_kv: bool
+    names_rank: bool
 
 @final
 class ResponseHead:

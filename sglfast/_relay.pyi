@@ -23,6 +23,7 @@ UNTIL_CLOSE: int
 def rid_place(body: bytes) -> int: ...
 def spliced(body: bytes, keys: bytes) -> bytes | None: ...
 def may_be_batch(body: bytes, kind: int) -> bool: ...
+def names_rank(body: bytes) -> bool: ...
 
 # Attributes that hold an object of sglfast.edge are Any here: its classes name them by their own types.
 
@@ -46,6 +47,7 @@ class RouterBase:
     seen_version: int
     plain_routes: list[Any] | None
     plain_choose: Callable[..., tuple[int, int]]
+    plain_rank: Callable[[int], Any] | None
     plain_arguments: tuple[Any, ...]
     def __init__(self, segment: Segment) -> None: ...
 
@@ -67,6 +69,8 @@ class ExchangeBase:
     failed_attempts: Any
     pair: Any
     probe: int
+    rank: int
+    dp_rank: int
     rid: bytes | None
     bytes_out: int
     predicted_tokens: int
@@ -183,6 +187,7 @@ class UpstreamBase:
     is_removed: bool
     needs_probe: bool
     takes_rid: bool
+    rank_ways: bytes | None
     def take_idle(self) -> Any: ...
     def give_back(self, connection: WorkerConnectionBase) -> None: ...
 

@@ -59,13 +59,18 @@ def wait_until(is_true: Callable[[], T], what: str | Callable[[], str], within_s
 
 
 class Memory:
-    """The shared memory of a program, with these workers in its table; worker i has rank i, and BOOTSTRAP_PORT + i if it is for prefill."""
+    """The shared memory of a program, with these workers in its table; worker i has rank i, and BOOTSTRAP_PORT + i if it is for prefill.
+
+    dp_size: ranks of each worker, from i * dp_size on; rank_ways: as WorkerRecord has it.
+    """
 
     def __init__(
         self, urls: Sequence[str], *, models: Sequence[str | None] = (), shards: int = 1, block_size: int = 0, prediction_blocks: int = 0,
-        takes_rid: bool = False, roles: Sequence[Role] = (),
+        takes_rid: bool = False, roles: Sequence[Role] = (), dp_size: int = 1, rank_ways: str = "",
     ) -> None:  # fmt: skip
         self.takes_rid = takes_rid
+        self.dp_size = dp_size
+        self.rank_ways = rank_ways
         self.roles = list(roles) or ["regular"] * len(urls)
         self.urls = list(urls)
         self.models = list(models) or ["demo"] * len(urls)
@@ -86,9 +91,11 @@ class Memory:
         role = self.roles[worker_idx]
         port = BOOTSTRAP_PORT + worker_idx if role == "prefill" else None
         record = WorkerRecord(
-            url=url or self.urls[worker_idx], model=self.models[worker_idx], takes_rid=self.takes_rid, role=role, bootstrap_port=port
+            url=url or self.urls[worker_idx], model=self.models[worker_idx], takes_rid=self.takes_rid, role=role, bootstrap_port=port,
+            rank_ways=self.rank_ways,
         )  # fmt: skip
-        given = {"rank_base": worker_idx, "dp_size": 1, "block_size": self.block_size, "bigram": False, **fields}
+        own = {"rank_base": worker_idx * self.dp_size, "dp_size": self.dp_size, "block_size": self.block_size, "bigram": False}
+        given = own | fields
         put_worker(self.table, WorkerView(worker_idx=worker_idx, generation=0, state=state, record=record, **given), is_new=is_new)
 
     def put_record(self, worker_idx: int, **record: Any) -> None:
@@ -116,6 +123,9 @@ class Memory:
         for worker_idx in range(len(self.urls)):
             row = self.totals.worker(worker_idx)
             found |= {f"{worker_names[word]} of worker {worker_idx}": row[word] for word in _counters.GAUGES_WORKER}
+        for rank in range(self.segment.max_ranks):
+            requests, tokens = self.totals.rank(rank)
+            found |= {f"INFLIGHT_REQUESTS of rank {rank}": requests, f"INFLIGHT_TOKENS of rank {rank}": tokens}
         return {name: value for name, value in found.items() if value}
 
 
@@ -124,10 +134,14 @@ class Edge(Memory):
 
     def __init__(
         self, workers: Sequence[HasUrl], *, models: Sequence[str | None] = (), shards: int = 1, block_size: int = 0,
-        control_address: str = "", takes_rid: bool = False, roles: Sequence[Role] = (), **settings: Any,
+        control_address: str = "", takes_rid: bool = False, roles: Sequence[Role] = (), dp_size: int = 1, rank_ways: str = "",
+        **settings: Any,
     ) -> None:  # fmt: skip
         urls = [worker.url for worker in workers]
-        super().__init__(urls, models=models, shards=shards, block_size=block_size, takes_rid=takes_rid, roles=roles)
+        super().__init__(
+            urls, models=models, shards=shards, block_size=block_size, takes_rid=takes_rid, roles=roles, dp_size=dp_size,
+            rank_ways=rank_ways,
+        )  # fmt: skip
         self.workers = workers
         settings = {"worker_urls": tuple(self.urls), "shards": shards, **PLAIN, **settings}
         self.config = check(ServeConfig(**settings))

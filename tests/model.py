@@ -176,6 +176,33 @@ class HashTreeModel:
         return sum(self._owns(rank, key) for key in self.owners)
 
 
+# ---- sglfast._counters.RankLoads ----
+
+
+def rank_choices(
+    loads: list[tuple[int, int]],
+    overlaps: dict[int, int],
+    prompt_tokens: int,
+    enough_tokens: float,
+    abs_threshold: int,
+    rel_threshold: float,
+) -> tuple[set[int], str]:
+    """(ranks that may be chosen, why): loads: (requests, tokens in flight) of each; overlaps: tokens of the prompt by rank."""
+    low = min(requests for requests, _ in loads)
+    fit = {rank for rank, (requests, _) in enumerate(loads) if requests - low <= abs_threshold or requests <= low * rel_threshold}
+    longest = max(overlaps.values(), default=0)
+    owners = {rank for rank, tokens in overlaps.items() if tokens == longest}
+    if longest > enough_tokens and owners & fit:
+        fewest = min(loads[rank][0] for rank in owners & fit)
+        return {rank for rank in owners & fit if loads[rank][0] == fewest}, "hit"
+
+    def work(rank: int) -> tuple[int, int]:
+        return loads[rank][1] + max(0, prompt_tokens - overlaps.get(rank, 0)), loads[rank][0]
+
+    least = min(map(work, fit))
+    return {rank for rank in fit if work(rank) == least}, "overloaded" if longest > enough_tokens else "least"
+
+
 # ---- sglfast._predicted ----
 
 PROMPT_FIELDS = ("input_ids", "messages", "prompt", "input", "text")  # the first that a body has is its prompt

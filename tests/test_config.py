@@ -82,6 +82,7 @@ NEEDS = {
     "tenant_fairness": ["--max-concurrent-requests", "9"],
     "main_port_paths": ["--prometheus-port", "29000"],
     "log_files_kept": ["--log-dir", FOLDER],
+    "disable_dp_steering": ["--tokenizer-path", FOLDER],
 } | {
     one: [flag_of(other), __file__]
     for pair in (("tls_cert_path", "tls_key_path"), ("client_cert_path", "client_key_path"))
@@ -388,7 +389,8 @@ def test_wrong_worker_urls_are_refused(text: str, problem: str) -> None:
 
 
 def test_a_child_gets_all_settings() -> None:
-    names = [name for name in FIELDS if name not in ("worker_urls", "max_concurrent_requests")]
+    others = ("worker_urls", "max_concurrent_requests", "disable_dp_steering")  # given otherwise, or not beside --dp-aware
+    names = [name for name in FIELDS if name not in others]
     words = [word for name in names for word in (flag_of(name), *another_value(name)[0])]
     config = serve(*words, "--max-concurrent-requests", "9", "--prometheus-port", "9")
     assert from_json(to_json(config)) == config

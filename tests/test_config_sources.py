@@ -14,6 +14,7 @@ from sglfast.config.sources import OTHER_VARIABLES, Loaded, load, without_settin
 from sglfast.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
+STEERING = "--policy cache_aware (or auto) with --tokenizer-path: nothing else chooses a rank"
 LIMITS = "--max-concurrent-requests, --rate-limit-tokens-per-second, --worker-max-in-flight"
 SUFFIXES = {".py", ".c", ".h", ".pyx", ".pxi", ".pxd"}
 
@@ -175,11 +176,27 @@ def test_a_secret_on_the_command_line_is_noted_and_not_shown() -> None:
         (["--main-port-paths", "no-metrics"], "--main-port-paths needs --prometheus-port or --admin-port"),
         (["--main-port-paths", "data", "--prometheus-port", "29000"], "--main-port-paths needs --admin-port"),
         (["--log-files-kept", "3"], "--log-files-kept needs --log-dir"),
+        *(
+            (args, f"--disable-dp-steering needs {STEERING}")
+            for args in (
+                ["--disable-dp-steering"],
+                ["--disable-dp-steering", "--policy", "cache_aware"],
+                ["--disable-dp-steering", "--policy", "random", "--tokenizer-path", "."],
+            )
+        ),
         (["--tenant-fairness"], f"--tenant-fairness needs one of {LIMITS}: without a limit nobody waits"),
     ],
 )
 def test_a_flag_that_needs_another(args: list[str], text: str) -> None:
     assert refusal(*args) == text
+
+
+def test_who_chooses_a_rank_is_said_once() -> None:
+    text = "--dp-aware and --disable-dp-steering: choose the data-parallel rank, or leave it to the workers, not both"
+    assert refusal("--dp-aware", "--disable-dp-steering", "--tokenizer-path", ".") == text
+    assert refusal("--disable-dp-steering", "--tokenizer-path", ".", SGLFAST_DP_AWARE="true") == text
+    for args in (["--dp-aware"], ["--dp-aware", "--policy", "round_robin"], ["--disable-dp-steering", "--tokenizer-path", "."]):
+        assert loaded(*args).notes == ()
 
 
 @pytest.mark.parametrize("limit", ["--max-concurrent-requests", "--rate-limit-tokens-per-second", "--worker-max-in-flight"])

@@ -208,6 +208,20 @@ def test_ranks_and_tree(segment: Segment, workers: Workers) -> None:
     assert (seen.get("kv_blocks"), seen.get("kv_capacity_blocks"), seen.get("kv_index_starts_total")) == (3, 1000, 1)
 
 
+def test_load_of_ranks_that_are_told(segment: Segment, workers: Workers) -> None:
+    rank = workers.views[0].rank_base + 1
+    for shard, tokens in ((0, 100), (2, 11)):
+        Column(segment, shard).begin_rank(rank, tokens)
+    asked = Metrics(segment, lambda: workers.views, is_steered=lambda view: view.record.url == A).render()
+    seen = Scrape(asked)
+    loads = [
+        (seen.get("rank_inflight_requests", worker=A, rank=rank), seen.get("rank_inflight_tokens", worker=A, rank=rank)) for rank in "01"
+    ]
+    assert loads == [(0, 0), (2, 111)]
+    assert b'rank_inflight_requests{rank="0",worker="http://10.0.0.2' not in asked
+    assert not [name for name, _ in scrape(segment, workers).samples if "rank_inflight" in name], "no series without steering"
+
+
 def test_processes(segment: Segment, workers: Workers) -> None:
     segment.state = SERVING
     segment.process_start(1, os.getpid(), 0)

@@ -11,7 +11,7 @@ from sglfast._workers import READY, WorkerTable
 from sglfast.control.introspect import Findings
 from sglfast.control.parity import WINDOW_LOOKS, Counts, Evidence, ParityJudge, ParityWatch, likely_cause
 from sglfast.control.workers import Workers
-from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON_PAIRS, REASON_SINGLES, create, read_workers
+from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON_PAIRS, REASON_SINGLES, WorkerView, create, read_workers
 from sglfast.wire.server_info import parse_server_info
 
 INFO = b"""{"served_model_name": "m", "version": "0.5.23", "kv_events": {"publisher": "zmq", "endpoint_host": "*",
@@ -77,6 +77,31 @@ def test_blocks_published_meanwhile_are_those_of_the_window() -> None:
         assert judge.stored_before == 10, "of so many looks at least"
         judge.feed(Counts(exact=62 + look), 20 + look)
     assert judge.stored_before == 12, "of the looks that hold the last 50 samples"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "reasons", "word"),
+    [(PARITY_HIGH, (), "the engine ignores X-Data-Parallel-Rank"), (PARITY_HIGH, (LOST,), "lost"), (PARITY_LOW, (), "template")],
+)
+def test_the_cause_where_ranks_are_told(verdict: int, reasons: tuple[str, ...], word: str) -> None:
+    assert word in likely_cause(verdict, Evidence(reasons, 4, is_steered=True))
+
+
+@pytest.mark.parametrize("is_steered", [True, False])
+def test_the_log_names_the_engine_that_ignores_its_rank(is_steered: bool, caplog: pytest.LogCaptureFixture) -> None:
+    _, segment = create(max_workers=4, max_ranks=64, max_shards=1, capacity_blocks=1024)
+    workers = Workers(WorkerTable(segment), 64, logging.getLogger("control"))
+    url = "http://127.0.0.1:9"
+    workers.register(url)
+    facts = parse_server_info(INFO.replace(b'"dp_size": 1', b'"dp_size": 4'), url)
+    workers.learn(0, Findings(model="m", facts=facts, has_spoken=True, problem=""))
+    asked: list[WorkerView] = []
+    told = ParityWatch(segment, workers, logging.getLogger("control"), is_steered=lambda view: bool(asked.append(view)) or is_steered)
+    Column(segment, 0).add_worker(0, words.W_PARITY_HIGH, 60)
+    told.look()
+    assert [view.record.rank_ways for view in asked] == ["hhr-h"]
+    (record,) = caplog.records
+    assert ("ignores X-Data-Parallel-Rank" in record.__dict__["fields"]["cause"]) is is_steered
 
 
 def test_the_verdict_reaches_the_worker_table_and_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -95,7 +95,7 @@ def test_an_engine_without_server_info_gets_its_endpoint_from_the_settings() -> 
         assert (view.dp_size, view.block_size, view.key_route) == (2, 16, "tokens")
         assert view.record == WorkerRecord(
             url="http://10.0.0.1:30000", model="m1", kv_host="10.0.0.1", kv_port_base=5557, kv_topic="kv", kv_replay_port_base=5657,
-            adapters="models",
+            adapters="models", rank_ways="hh",
         )  # fmt: skip
         assert view.variant == Variant(16, False, "tokens", "m1", "models")
         workers.learn(0, spoken(facts()))
@@ -186,6 +186,27 @@ def test_ranks_of_workers_without_events_go_to_one_that_has_events() -> None:
         assert (workers.views[5].dp_size, workers.views[5].block_size) == (1, 64)
         assert workers.views[0].dp_size == 0
         assert not seen.lines
+
+
+def test_how_ranks_are_told_is_noted_of_workers_that_have_some() -> None:
+    with pool(3) as (workers, table, _):
+        workers.learn(0, spoken(facts(ranks=1, rank_ways="hhr")))
+        workers.learn(1, spoken(facts(ranks=4, rank_ways="hhr")))
+        workers.learn(2, spoken(facts(ranks=4, kv=False, rank_ways="hh")))
+        assert [(view.dp_size, view.record.rank_ways) for view in read_workers(table)] == [(1, ""), (4, "hhr"), (4, "hh")]
+
+
+def test_under_dp_aware_ranks_are_needed_without_events_too() -> None:
+    with pool(64, dp_aware=True) as (workers, _, seen):
+        workers.learn(0, spoken(facts(ranks=8, kv=False, rank_ways="hhr")))
+        assert (workers.views[0].dp_size, workers.views[0].block_size) == (8, 0)
+        workers.learn(1, spoken(facts(ranks=40)))
+        assert (workers.views[0].dp_size, workers.views[1].dp_size) == (8, 40), "they are not taken for idle"
+        assert not seen.lines
+        workers.learn(2, spoken(facts(ranks=32, kv=False, rank_ways="hhr")))
+        assert workers.views[2].dp_size == 0
+        assert "routed as a whole" in seen.text
+        assert "raise --max-ranks" in seen.text
 
 
 @pytest.mark.parametrize("ranks", [65, 10**30])

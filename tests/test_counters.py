@@ -39,6 +39,7 @@ FROZEN = {
     "R_DUPLICATES": 7, "R_RESTARTS": 8, "R_UNDECODED": 9, "R_REPLAYS": 10, "R_GIVE_UPS": 11, "R_OWNED_BLOCKS": 12,
     "R_LAST_EVENT_MS": 13, "R_REASON": 14, "R_GENERATION": 15, "R_ORPHANS": 16,
     "R_STREAM": 17, "R_NEXT_SEQ": 18, "R_LAST_PRINT": 19, "R_LOSS": 20, "R_MAPPED_BLOCKS": 21, "R_MAIN_GROUP": 22, "R_MISSING": 23,
+    "L_INFLIGHT_REQUESTS": 0, "L_INFLIGHT_TOKENS": 1, "RANK_HIT": 0, "RANK_LEAST": 1, "RANK_OVERLOADED": 2,
     "RANK_BLIND": 0, "RANK_SYNCING": 1, "RANK_EXACT": 2, "RANK_DEGRADED": 3,
 }  # fmt: skip
 SHARD_WORDS, WORKER_WORDS, RANK_WORDS = 512, 32, 32
@@ -47,7 +48,7 @@ Z = 6.0  # standard deviations that a random count may be off: one run in a bill
 
 def test_the_words_are_frozen() -> None:
     assert {name: getattr(c, name) for name in FROZEN} == FROZEN
-    numbers = {name: value for name, value in vars(c).items() if name[:2] in ("W_", "S_", "R_") or name.startswith("RANK_")}
+    numbers = {name: value for name, value in vars(c).items() if name[:2] in ("W_", "S_", "R_", "L_") or name.startswith("RANK_")}
     assert set(numbers) == set(FROZEN), "a new word is added to this list too"
     of_workers = [value for name, value in numbers.items() if name.startswith("W_")]
     assert len(of_workers) == len(set(of_workers)) <= max(of_workers) + 1 <= WORKER_WORDS

@@ -115,7 +115,11 @@ ALL_ON: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("roles", [(), ("prefill", "decode", "prefill"), ("decode", "prefill", "regular")], ids=["alone", "pairs", "both"])
-@pytest.mark.parametrize("settings", [{}, ALL_ON], ids=["one attempt", "retries and breakers"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, ALL_ON, ALL_ON | {"dp_aware": True, "dp_size": 4, "rank_ways": "hhr"}],
+    ids=["one attempt", "retries and breakers", "and ranks"],
+)
 def test_chaos(settings: dict[str, Any], roles: tuple[Role, ...], workers: list[Worker], rng: SeededRandom) -> None:
     refusing = RefusingPort()
     seeds = [rng.getrandbits(32) for _ in range(THREADS)]

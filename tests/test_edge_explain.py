@@ -12,6 +12,7 @@ from sglfast import _counters as c
 from sglfast import _workers
 from sglfast._counters import Column
 from sglfast._hashtree import DEVICE, HOST, TreeWriter
+from sglfast.edge.overlap import look_up
 from sglfast.edge.request import Facts
 from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
@@ -89,7 +90,7 @@ def test_a_turn_of_round_robin_is_not_used_up() -> None:
         assert len(choices) == 1
         policy = shard.router.pools["demo"].policy
         position, _ = policy.choose(
-            shard.router.pools["demo"].view, shard.loads, shard.router.look_up(shard.router.pools["demo"], Facts(0, {}))
+            shard.router.pools["demo"].view, shard.loads, look_up(shard.tree, shard.router.pools["demo"], Facts(0, {}))
         )
         assert choices == {ENGINES[position]}
 

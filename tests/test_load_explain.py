@@ -13,7 +13,14 @@ from sglfast.load.explain import main, show
 
 def row(worker: str, **fields: Any) -> dict[str, Any]:
     tiers = {"device": 10, "host": 2, "disk": 0, "predicted": 12}
-    base = {"worker": worker, "rank": 0, "overlap_blocks": 10, "overlap_blocks_by_tier": tiers, "load": {"requests": 3, "tokens": 70}}
+    base = {
+        "worker": worker,
+        "rank": 0,
+        "ranks": [],
+        "overlap_blocks": 10,
+        "overlap_blocks_by_tier": tiers,
+        "load": {"requests": 3, "tokens": 70},
+    }
     return base | {"score": 360.0, "eligible": True, "why": "has the least work before the first token (score)"} | fields
 
 

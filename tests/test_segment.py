@@ -34,7 +34,7 @@ def plan(max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int
     stride = 8 + 3 * max_ranks // 8
     header |= {
         "magic": int.from_bytes(b"SGLFAST1", "little"),
-        "layout_major": 3,
+        "layout_major": 4,
         "max_workers": max_workers,
         "max_ranks": max_ranks,
         "max_shards": max_shards,
@@ -46,7 +46,7 @@ def plan(max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int
     header["workers_offset"] = 4096 + round_up((1 + max_shards) * 64)
     header["ranks_offset"] = header["workers_offset"] + max_workers * 4096
     header["columns_offset"] = header["ranks_offset"] + round_up(max_ranks * 256) + round_up(max_workers * 8)
-    header["column_stride"] = round_up(4096 + max_workers * 256)
+    header["column_stride"] = round_up(4096 + max_workers * 256 + max_ranks * 16)
     header["tree_offset"] = header["columns_offset"] + (max_shards + 1) * header["column_stride"]
     header["slots_offset"] = header["tree_offset"] + 4096
     header["total_bytes"] = round_up(header["slots_offset"] + header["tree_slots"] * header["tree_stride"])

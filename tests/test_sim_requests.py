@@ -50,6 +50,9 @@ def test_rank_by_header_and_by_body() -> None:
     assert read(RequestKind.CHAT, {**CHAT, "routed_dp_rank": 2}, b"", "m").rank == 2
     assert read(RequestKind.CHAT, {**CHAT, "data_parallel_rank": 1}, b"", "m").rank == 1
     assert read(RequestKind.CHAT, {**CHAT, "routed_dp_rank": 0, "data_parallel_rank": 1}, b"", "m").rank == 0
+    assert read(RequestKind.CHAT, {**CHAT, "routed_dp_rank": 2}, b"3", "m").rank == 3
+    assert read(RequestKind.GENERATE, {"text": "a", "routed_dp_rank": 2}, b"3", "m").rank == 2, "SGLang's own route knows no header"
+    assert read(RequestKind.GENERATE, {"text": "a"}, b"3", "m").rank is None
 
 
 @pytest.mark.parametrize(

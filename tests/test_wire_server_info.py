@@ -201,7 +201,7 @@ def test_wrong_types_cost_only_their_field() -> None:
         ),
         "http://h:1",
     )
-    assert facts == server_info.WorkerFacts(None, None, 4, None, None, False, None, None, None, "tokens")
+    assert facts == server_info.WorkerFacts(None, None, 4, None, None, False, None, None, None, "tokens", rank_ways="hhr-h")
 
 
 @pytest.mark.parametrize(
@@ -306,6 +306,17 @@ def test_key_route_follows_the_version(version: Any, route: str) -> None:
 def test_who_takes_a_rid(fields: dict[str, Any], takes_rid: bool) -> None:
     """Only an SGLang that is new enough, whatever it does of a request."""
     assert server_info.parse_server_info(body(**fields), "http://w:1").takes_rid is takes_rid
+
+
+@pytest.mark.parametrize(
+    ("fields", "rank_ways"),
+    [({"version": "0.5.23"}, "hhr-h"), ({"version": "0.5.20"}, "hhr-h"), ({"version": "0.5.19"}, "hhr"),
+     ({"version": "v0.5.10.post1"}, "hhr"), ({"version": "0.5.9"}, "ddd"), ({"version": "0.5.7"}, "ddd"), ({"version": "0.5.6"}, ""),
+     ({"version": "0.0.0.dev1+g12"}, "hhr-h"), ({}, "hhr-h"), ({"version": "0.12.0", "vllm_config": {}}, "hh")],
+)  # fmt: skip
+def test_how_a_rank_is_told(fields: dict[str, Any], rank_ways: str) -> None:
+    """A version that nobody knows counts as new: it publishes a descriptor, as no old one does."""
+    assert server_info.parse_server_info(body(**fields), "http://w:1").rank_ways == rank_ways
 
 
 def test_key_route_of_other_formats_and_engines() -> None:

@@ -32,6 +32,8 @@ def check(config: ServeConfig) -> ServeConfig:
             raise ConfigError(f"{flag_of(name)} {policy}: is not offered, {OTHER_POLICIES[policy]}")
     for field in FIELDS.values():
         check_limits(field, getattr(config, field.name))
+    if config.dp_aware and config.disable_dp_steering:
+        raise ConfigError("--dp-aware and --disable-dp-steering: choose the data-parallel rank, or leave it to the workers, not both")
     workers = _check_workers(config)
     config = dataclasses.replace(
         config,

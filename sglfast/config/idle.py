@@ -33,6 +33,8 @@ def check_needs(config: ServeConfig, origins: Mapping[str, str]) -> None:
     hidden = ("--admin-port", config.admin_port is not None)
     if config.main_port_paths == "no-metrics":
         hidden = ("--prometheus-port or --admin-port", config.admin_port is not None or config.prometheus_port is not None)
+    policies = (config.policy, config.prefill_policy)
+    steers = config.tokenizer_path is not None and any(policy in ("auto", "cache_aware") for policy in policies)
     queue = f"one of {_LIMITS}: without a limit nobody waits"
     for name, needed, is_there in (
         ("admin_host", "--admin-port", config.admin_port is not None),
@@ -45,6 +47,7 @@ def check_needs(config: ServeConfig, origins: Mapping[str, str]) -> None:
         ("prefill_policy", f"--pd-disaggregation: {_NO_PD}", config.is_pd),
         ("decode_policy", f"--pd-disaggregation: {_NO_PD}", config.is_pd),
         ("main_port_paths", *hidden),
+        ("disable_dp_steering", "--policy cache_aware (or auto) with --tokenizer-path: nothing else chooses a rank", steers),
         ("log_files_kept", "--log-dir", config.log_dir is not None),
     ):
         if origins[name] != DEFAULT and getattr(config, name) not in (None, "", 0, (), "all") and not is_there:

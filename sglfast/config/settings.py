@@ -123,6 +123,12 @@ class ServeConfig:
     balance_rel_threshold: float = _setting(
         1.1, "... and the busiest has more than this times the idlest", "routing",
         low=1.0, section="models.cache_aware.balance_rel_threshold", live=True)
+    dp_aware: bool = _setting(
+        False, "choose the data-parallel rank too, whatever the policy; without it only where cache_aware knows the ranks' KV caches",
+        "routing", live=True)
+    disable_dp_steering: bool = _setting(
+        False, "let workers choose the data-parallel rank, also where cache_aware knows which of them holds the prompt", "routing",
+        live=True)
     kv_listen: str | None = _setting(
         None, "where to listen for the KV events of workers that connect out, such as tcp://0.0.0.0:5557; rank r arrives at its port + r, "
         "workers are told apart by their topics", "routing", metavar="ADDRESS")

@@ -46,7 +46,6 @@ def _foreign() -> Mapping[str, Foreign]:
     refuse(_KUBERNETES, 1, "service_discovery_port", "service_discovery_namespace")
     refuse(_STICKY, 1, "assignment_mode", "max_idle_secs")
     refuse("it belongs to the policy `bucket`, which is not offered", 1, "bucket_adjust_interval_secs")
-    refuse("the worker chooses the rank itself; leave it out, KV overlap is known for each rank all the same", 0, "dp_aware")
     refuse("the buckets of the histograms are fixed", "+", "prometheus_duration_buckets")
     refuse(_PARSER, 1, "reasoning_parser", "tool_call_parser")
     refuse("MCP servers are not called by the router; leave it out", 1, "mcp_config_path")
@@ -90,6 +89,9 @@ DIFFERS: Mapping[str, str] = {
     "max_payload_size": "64 MiB instead of 512: a body is held in memory while it arrives",
     "policy": "`auto` instead of `cache_aware`; `cache_aware` follows what the workers' KV caches hold and needs `--tokenizer-path`, "
     "without it is as `least_load`; `manual` is not offered",
+    "dp_aware": "a worker with ranks stays one worker, and the rank is chosen behind it; told by the header `X-Data-Parallel-Rank`, or in "
+    "front of the body where the worker does not read that; `cache_aware` chooses ranks without the flag, too, see "
+    "`--disable-dp-steering`",
     "prefill": "without a port it is the one that the worker tells of itself, there it is none",
     "decode_policy": "without it one on the prefill worker's host, or the least loaded, instead of by `--policy`",
     "model_path": "only the tokenizer is taken from there",

@@ -26,6 +26,7 @@ from sglfast._counters import S_INFLIGHT, S_WAITING, RankTable, Totals
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig, to_json
+from sglfast.config.dp_steering import may_be_steered
 from sglfast.config.flags import SettingsParser, given_in
 from sglfast.config.sources import Loaded, load
 from sglfast.config.worker_urls import named_workers
@@ -51,7 +52,7 @@ from sglfast.errors import ConfigError
 from sglfast.log_file import LogFile
 from sglfast.log_sink import LineSink, descriptor_writer, loss_line
 from sglfast.logs import copy_logs_to, set_level, setup_logs
-from sglfast.shm import create, create_maps
+from sglfast.shm import WorkerView, create, create_maps
 from sglfast.tls import server_context, worker_context
 from sglfast.wire.kv_endpoint import parse_kv_settings
 
@@ -162,7 +163,12 @@ class Control:
         self._log = log
         self._keys = AdminKeys(config)
         self._workers = Workers(
-            WorkerTable(segment), config.max_ranks, log, key_route=config.key_route, kv_settings=parse_kv_settings(config.kv_endpoint)
+            WorkerTable(segment),
+            config.max_ranks,
+            log,
+            key_route=config.key_route,
+            kv_settings=parse_kv_settings(config.kv_endpoint),
+            dp_aware=config.dp_aware,
         )
         self._totals = WorkerTotals(segment)
         self._members: Membership | None = None
@@ -190,6 +196,7 @@ class Control:
         self._config = config
         set_level(config.log_level)
         self._keys.config = config
+        self._workers.dp_aware = config.dp_aware
         if self._members is not None:
             self._members.apply(config)
         if self._supervisor is not None:
@@ -216,7 +223,8 @@ class Control:
             supervisor = self._supervisor = Supervisor(self._segment, inheritance, self._listeners, self._commands, self._log)
             owned.push_async_callback(supervisor.stop)
             supervisor.start()
-            parity = asyncio.create_task(ParityWatch(self._segment, self._workers, self._log, self._totals).run())
+            watch_parity = ParityWatch(self._segment, self._workers, self._log, self._totals, self._may_be_steered)
+            parity = asyncio.create_task(watch_parity.run())
             owned.callback(parity.cancel)
             index_watch = asyncio.create_task(IndexWatch(self._segment, supervisor.kill_index, self._log).run())
             owned.callback(index_watch.cancel)
@@ -230,6 +238,7 @@ class Control:
             changes=members.changes,
             lost_lines=self._lost_lines,
             parity_cause=self._workers.parity_cause,
+            is_steered=self._may_be_steered,
         )
         admin = AdminServer(metrics.render, self._keys, self._log)
         owned.push_async_callback(admin.close)
@@ -239,6 +248,9 @@ class Control:
         admin.add(fanout.routes())
         await admin.start(self._config)
         return admin
+
+    def _may_be_steered(self, view: WorkerView) -> bool:
+        return may_be_steered(view, self._config)
 
     def _take_lines(self, lines: bytes) -> None:
         for sink in self._sinks:

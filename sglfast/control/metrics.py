@@ -98,6 +98,10 @@ _WORKER_GAUGES = {
     words.W_INFLIGHT_TOKENS: ("worker_inflight_tokens", "Uncached prompt tokens sent to the worker and not yet answered."),
     words.W_CONNECTIONS: ("worker_connections", "Open connections to the worker."),
 }
+_RANK_GAUGES = {
+    words.L_INFLIGHT_REQUESTS: ("rank_inflight_requests", "Requests that were steered to the rank and are not finished."),
+    words.L_INFLIGHT_TOKENS: ("rank_inflight_tokens", "Uncached prompt tokens steered to the rank and not yet answered."),
+}
 _RANK_COUNTERS = {
     words.R_BATCHES: ("kv_event_batches", "Batches of KV events applied."),
     words.R_EVENTS: ("kv_events", "KV events applied."),
@@ -125,7 +129,8 @@ class Metrics:
     """Renders. views: the workers as they are now; clock: seconds, for how long a text is served again.
 
     totals: the workers' counters since they got their slots; changes: how often workers came and went; lost_lines: of control's log;
-    parity_cause: why a worker's predictions are wrong, by its slot.
+    parity_cause: why a worker's predictions are wrong, by its slot; is_steered:
+    whether requests tell a worker which of its ranks they are for.
     """
 
     def __init__(
@@ -138,10 +143,11 @@ class Metrics:
         changes: WorkerChanges | None = None,
         lost_lines: Callable[[], int] = lambda: 0,
         parity_cause: Callable[[int], str] = lambda _: "",
+        is_steered: Callable[[WorkerView], bool] = lambda _: False,
     ) -> None:
         self._registry = CollectorRegistry(auto_describe=False)
         totals, changes = totals or WorkerTotals(segment), changes or WorkerChanges()
-        self._registry.register(RouterCollector(segment, views, totals, changes, lost_lines, parity_cause))
+        self._registry.register(RouterCollector(segment, views, totals, changes, lost_lines, parity_cause, is_steered))
         self._clock = clock
         self._text = b""
         self._good_until_s = float("-inf")
@@ -167,7 +173,9 @@ class RouterCollector(Collector):
         changes: WorkerChanges,
         lost_lines: Callable[[], int],
         parity_cause: Callable[[int], str],
+        is_steered: Callable[[WorkerView], bool],
     ) -> None:
+        self._is_steered = is_steered
         self._lost_lines = lost_lines
         self._parity_cause = parity_cause
         self._segment = segment
@@ -260,7 +268,9 @@ class RouterCollector(Collector):
         states: list[tuple[dict[str, str], float]] = []
         reasons: list[tuple[dict[str, str], float]] = []
         followed: list[tuple[dict[str, str], list[int]]] = []
+        loads: list[tuple[dict[str, str], list[int]]] = []
         for view in self._views():
+            is_steered = self._is_steered(view)
             for rank in rank_states(self._ranks, view, self._parity_cause(view.worker_idx)):
                 label = {"worker": view.record.url, "rank": str(rank.rank)}
                 states.append((label, rank.state))
@@ -268,6 +278,8 @@ class RouterCollector(Collector):
                     reasons.append(({**label, "reason": rank.reason}, 1))
                 if view.block_size:
                     followed.append((label, self._ranks.row(view.rank_base + rank.rank)))
+                if is_steered:
+                    loads.append((label, self._totals.rank(view.rank_base + rank.rank)))
         yield _gauge("kv_rank_state", "Trust in the KV index of a rank: 0 blind, 1 syncing, 2 exact, 3 degraded.", states)
         yield _gauge("kv_rank_reason", "Why the KV index of a rank is not exact; always 1.", reasons)
         yield _gauge(
@@ -277,6 +289,8 @@ class RouterCollector(Collector):
         yield _gauge("kv_missing_batches", "Batches of KV events that were published and are not applied yet: they are replayed.", missing)
         seen = [(label, row[words.R_LAST_EVENT_MS] / 1000) for label, row in followed]
         yield _gauge("kv_last_event_timestamp_seconds", "Unix time of the rank's last KV event, 0 = none yet.", seen)
+        for word, (name, text) in _RANK_GAUGES.items():
+            yield _gauge(name, text, [(label, max(0, row[word])) for label, row in loads])
         for word, (name, text) in _RANK_COUNTERS.items():
             yield _counter(name, text, [(label, row[word]) for label, row in followed])
 

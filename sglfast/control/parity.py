@@ -12,6 +12,7 @@ Runs in: control, some times a second. Theory: a prediction and the engine's own
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from sglfast import _counters as words
@@ -81,11 +82,13 @@ def _size(counts: Counts) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What index knows of a worker. reasons: of its ranks that are DEGRADED; has_stored: it has published blocks since the window began."""
+    """What index knows of a worker. reasons: of its ranks that are DEGRADED; has_stored: it has published blocks since the window began;
+    is_steered: requests tell it which of its ranks they are for."""
 
     reasons: tuple[str, ...] = ()
     n_ranks: int = 1
     has_stored: bool = True
+    is_steered: bool = False
 
 
 # Of the past: they explain for a while that too little is predicted, and stay until the rank is cleared.
@@ -97,6 +100,11 @@ def likely_cause(verdict: int, evidence: Evidence) -> str:
     told = "; ".join(evidence.reasons)  # index knows better than any guess
     if told and (verdict == PARITY_HIGH or not set(evidence.reasons).issubset(_PASSING)):
         return told
+    if verdict == PARITY_HIGH and evidence.is_steered:
+        return (
+            "the engine ignores X-Data-Parallel-Rank (in /generate the body's rank): requests are computed on other ranks than those "
+            "that hold the prompt; --disable-dp-steering leaves the choice to the worker"
+        )
     if verdict == PARITY_HIGH and evidence.n_ranks > 1:
         ranks = f"{evidence.n_ranks} data-parallel ranks"
         return f"the worker spreads requests over its {ranks} itself, also to ranks that do not hold the prompt"
@@ -114,9 +122,17 @@ def likely_cause(verdict: int, evidence: Evidence) -> str:
 
 
 class ParityWatch:
-    """Judges all workers. `run` until cancelled."""
+    """Judges all workers. `run` until cancelled. is_steered: whether requests tell a worker which of its ranks they are for."""
 
-    def __init__(self, segment: Segment, workers: Workers, log: logging.Logger, totals: WorkerTotals | None = None) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        workers: Workers,
+        log: logging.Logger,
+        totals: WorkerTotals | None = None,
+        is_steered: Callable[[WorkerView], bool] = lambda view: False,
+    ) -> None:
+        self._is_steered = is_steered
         self._totals = totals or WorkerTotals(segment)
         self._ranks = RankTable(segment)
         self._workers = workers
@@ -187,7 +203,7 @@ class ParityWatch:
     def _evidence(self, view: WorkerView, judge: ParityJudge) -> Evidence:
         states = rank_states(self._ranks, view)
         reasons = tuple(dict.fromkeys(rank.reason for rank in states if rank.state == RANK_DEGRADED and rank.reason))
-        return Evidence(reasons, view.dp_size, self._stored_by(view) > judge.stored_before)
+        return Evidence(reasons, view.dp_size, self._stored_by(view) > judge.stored_before, self._is_steered(view))
 
     def _stored_by(self, view: WorkerView) -> int:
         return sum(self._ranks.get(view.rank_base + rank, words.R_BLOCKS_STORED) for rank in range(view.dp_size))

@@ -73,10 +73,12 @@ class Workers:
         *,
         key_route: str = "auto",
         kv_settings: Sequence[KvSetting] = (),
+        dp_aware: bool = False,
     ) -> None:
         self._table = table
         self._key_route = key_route  # --key-route
         self._kv_settings = kv_settings
+        self.dp_aware = dp_aware  # --dp-aware: ranks are needed without KV events, too
         self._max_ranks = max_ranks
         self._ranks = RankRanges(max_ranks)
         self._log = log
@@ -330,6 +332,7 @@ class Workers:
                 tools=facts.tools,
                 template_kwargs=facts.template_kwargs,
                 takes_rid=facts.takes_rid,
+                rank_ways=facts.rank_ways if facts.dp_size > 1 else "",
                 role=found.role,
                 bootstrap_port=found.bootstrap_port,
             )
@@ -339,7 +342,8 @@ class Workers:
                 kv = None
                 self._log.warning("what the worker says of itself does not fit and is not used", extra={"fields": {"worker": url}})
         dp_size = facts.dp_size if facts else 1
-        rank_base = self._take_ranks(old, dp_size, must_have=kv is not None, is_told=was_unplaced)
+        must_have = kv is not None or (self.dp_aware and bool(record.rank_ways))
+        rank_base = self._take_ranks(old, dp_size, must_have=must_have, is_told=was_unplaced)
         if rank_base is None:
             dp_size = 0
             if kv is not None:
@@ -371,7 +375,7 @@ class Workers:
             rank_base = self._ranks.take(count)
         if rank_base is None and must_have and not is_told:
             self._log.warning(
-                f"worker is routed without KV awareness: it needs {count} contiguous ranks, --max-ranks {self._max_ranks} "
+                f"worker is routed as a whole, without KV awareness: it needs {count} contiguous ranks, --max-ranks {self._max_ranks} "
                 f"leaves {self._ranks.free}; raise --max-ranks (at most 1024)",
                 extra={"fields": {"worker": old.record.url}},
             )
@@ -380,7 +384,8 @@ class Workers:
     def _free_idle_ranks(self, except_idx: int) -> None:
         """Take the ranks of workers without KV events back: they serve nothing but display."""
         for view in self.views:
-            if view.worker_idx != except_idx and view.dp_size and not view.block_size:
+            is_idle = not view.block_size and not (self.dp_aware and view.record.rank_ways)
+            if view.worker_idx != except_idx and view.dp_size and is_idle:
                 self._ranks.give_back(view.rank_base, view.dp_size)
                 self._put(msgspec.structs.replace(view, rank_base=0, dp_size=0))
 

@@ -46,6 +46,12 @@ _DECODE_WHY = {
     _counters.S_AFFINITY_BREAKER: "is least loaded; the circuit of the one on the prefill worker's host is open",
     _counters.S_AFFINITY_LOAD: "is least loaded; the one on the prefill worker's host has more than twice the median load",
 }
+_RANK_WHY = {
+    _counters.RANK_HIT: "holds the longest part of the prompt, more than --cache-threshold of its blocks",
+    _counters.RANK_LEAST: "has the least work before the first token",
+    _counters.RANK_OVERLOADED: "has the least work before the first token; whoever holds the most is overloaded against its siblings",
+}
+_NOT_BETTER = "was not better than the choice"
 _NO_SECOND = "has no decode worker to go with it"
 
 
@@ -112,7 +118,7 @@ def _decode_side(shard: Shard, pool: Pool, position: int, known: list[WorkerView
     for view in known:
         if view.record.role == "decode":
             is_eligible = view.worker_idx in may_be_chosen
-            why = "was not better than the choice" if is_eligible else _NOT_READY[view.state]
+            why = _NOT_BETTER if is_eligible else _NOT_READY[view.state]
             row = {"worker": view.record.url, "load": {"requests": shard.loads.requests(view.worker_idx)}, "eligible": is_eligible}
             candidates.append(
                 row | {"why": (_DECODE_WHY.get(word) or f"is the choice of {decodes.policy.name}") if view.record.url == chosen else why}
@@ -137,24 +143,42 @@ def _candidate(
 ) -> dict[str, Any]:
     view = pool.workers[position]
     requests, tokens = shard.loads.requests(view.worker_idx), shard.loads.tokens(view.worker_idx)
-    overlap_blocks = pool.known_tokens(hit) // pool.block_tokens(position) if hit is not None else 0
     overlap_tokens = hit.overlap_tokens if hit is not None else 0
+    ranks: list[dict[str, Any]] = []
+    if pool.ranks is not None and position in pool.ranks.positions:
+        hit, why = pool.ranks.pick(view, position, prompt)
+        ranks = [_rank(shard, pool, position, prompt, rank) for rank in range(view.dp_size)]
+        ranks[hit.rank - view.rank_base]["why"] = _RANK_WHY[why]
     return {
         "worker": view.record.url,
         "rank": hit.rank - view.rank_base if hit is not None else 0,
-        "overlap_blocks": overlap_blocks,
+        "ranks": ranks,
+        "overlap_blocks": _known_blocks(pool, hit),
         "overlap_blocks_by_tier": {name: found.get(position, 0) for name, found in by_tier.items()},
         "load": {"requests": requests, "tokens": tokens},
         "score": pool.policy.score(requests, tokens + prompt.prompt_tokens - overlap_tokens),
         "eligible": True,
-        "why": "was not better than the choice",
+        "why": _NOT_BETTER,
     }
+
+
+def _known_blocks(pool: Pool, hit: Hit | None) -> int:
+    return pool.known_tokens(hit) // pool.block_tokens(hit.position) if hit is not None else 0
+
+
+def _rank(shard: Shard, pool: Pool, position: int, prompt: Prompt, rank: int) -> dict[str, Any]:
+    """A rank of a worker whose requests are steered."""
+    tree_rank = pool.workers[position].rank_base + rank
+    requests, tokens = shard.rank_loads.of(tree_rank)
+    overlap_blocks = _known_blocks(pool, (prompt.by_rank or {}).get(tree_rank))
+    return {"rank": rank, "overlap_blocks": overlap_blocks, "load": {"requests": requests, "tokens": tokens}, "why": _NOT_BETTER}
 
 
 def _unready(shard: Shard, view: WorkerView, has_second: bool) -> dict[str, Any]:
     return {
         "worker": view.record.url,
         "rank": 0,
+        "ranks": [],
         "overlap_blocks": 0,
         "overlap_blocks_by_tier": dict.fromkeys((*TIERS, "predicted"), 0),
         "load": {"requests": shard.loads.requests(view.worker_idx), "tokens": shard.loads.tokens(view.worker_idx)},

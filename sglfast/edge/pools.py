@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sglfast._counters import Loads
     from sglfast.config import ServeConfig
     from sglfast.edge.pairs import Decodes
+    from sglfast.edge.ranks import Ranks
     from sglfast.edge.upstream import Upstream
 
 
@@ -66,12 +67,14 @@ class Route:
 
 
 class Pool:
-    """The workers of one model that may take a request first. decodes: None when they are all regular."""
+    """The workers of one model that may take a request first. decodes: None when they are all regular; ranks: None when no worker of
+    them is told which of its ranks is to serve a request."""
 
     needs_prompt: bool
     variants: tuple[Variant, ...]
 
     __slots__ = (
+        "_ranked_routes",
         "by_rank",
         "decodes",
         "is_approximate",
@@ -81,6 +84,7 @@ class Pool:
         "plain_routes",
         "policy",
         "positions",
+        "ranks",
         "upstreams",
         "variants",
         "view",
@@ -88,19 +92,29 @@ class Pool:
     )
 
     def __init__(
-        self, model: str | None, workers: list[WorkerView], upstreams: list[Upstream], policy: Policy, decodes: Decodes | None = None
+        self,
+        model: str | None,
+        workers: list[WorkerView],
+        upstreams: list[Upstream],
+        policy: Policy,
+        decodes: Decodes | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model = model
         self.workers = workers
         self.upstreams = upstreams
         self.policy = policy
         self.decodes = decodes
+        self.ranks = ranks
         self.needs_prompt = policy.needs_prompt or (decodes is not None and decodes.needs_prompt)
         self.view = PoolView(array("i", [worker.worker_idx for worker in workers]))
         # Routes without a prompt are alike for every request of a policy: made once.
         self.plain_routes = [
             Route(self, upstream, policy.plain_decision, rank=worker.rank_base) for worker, upstream in zip(workers, upstreams, strict=True)
         ]
+        self._ranked_routes = (
+            {place: _routes_of_ranks(self, place) for place in ranks.positions} if ranks is not None and not self.needs_prompt else {}
+        )
         # How the workers cut prompts into blocks; one way in a pool of equals.
         variants = {worker.variant for worker in workers if worker.block_size}
         if decodes is not None and decodes.needs_prompt:
@@ -116,6 +130,13 @@ class Pool:
         self.positions = {worker.rank_base + rank: position for position, worker in enumerate(workers) for rank in range(worker.dp_size)}
         self.is_approximate = isinstance(policy, ApproximateCacheAware)
         self.is_silent = not all(worker.block_size for worker in workers)
+
+    def plain_route(self, position: int) -> Route:
+        """The route to a worker that was chosen without a prompt, to its idlest rank where ranks are chosen."""
+        routes = self._ranked_routes.get(position)
+        if routes is None or self.ranks is None:
+            return self.plain_routes[position]
+        return routes[self.ranks.idlest(self.workers[position])]
 
     def is_prefill(self, position: int) -> bool:
         """Whether the worker computes prompts only: another has to make the tokens behind them."""
@@ -143,6 +164,11 @@ class Pool:
     def known_tokens(self, hit: Hit) -> int:
         """Overlap as users and the parity loop are to see it: where there are events, nothing that they do not say."""
         return hit.overlap_tokens if self.is_approximate_at(hit.position) else hit.overlap_tokens - hit.guessed_tokens
+
+
+def _routes_of_ranks(pool: Pool, position: int) -> list[Route]:
+    worker, upstream, decision = pool.workers[position], pool.upstreams[position], pool.policy.plain_decision
+    return [Route(pool, upstream, decision, rank=worker.rank_base + rank, dp_rank=rank) for rank in range(worker.dp_size)]
 
 
 def _others(idxs: array[int], tried: tuple[int, ...]) -> array[int]:

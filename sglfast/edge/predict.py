@@ -10,7 +10,8 @@ Contract: a prompt is told by the raw text of its body (sglfast._predicted), so 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from sglfast._predicted import KEEP, SENT, SETTLED, Predictions, text_cut, text_keys
@@ -26,13 +27,14 @@ BYTES_PER_TOKEN = 4
 BLOCK_TOKENS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What is known of a body's prompt. keys: of its text; shares: position in the pool -> (rank, share of the text that it was sent)."""
+class Found(NamedTuple):
+    """What is known of a body's prompt. keys: of its text; shares: position in the pool -> (rank, share of the text that it was sent);
+    by_rank: rank -> (position, share), of workers whose ranks are chosen too; None = there are none."""
 
     keys: bytes = b""
     n_bytes: int = 0
-    shares: dict[int, tuple[int, float]] = field(default_factory=dict)
+    shares: Mapping[int, tuple[int, float]] = MappingProxyType({})
+    by_rank: Mapping[int, tuple[int, float]] | None = None
 
 
 class Prediction(NamedTuple):
@@ -59,17 +61,23 @@ class Predictor:
         if not keys:
             return NOTHING
         shares: dict[int, tuple[int, float]] = {}
+        ranks = pool.ranks
+        by_rank: dict[int, tuple[int, float]] | None = {} if ranks is not None else None
         if self._table.match(keys):
             for rank, n_keys in self._table.hits():
                 position = pool.positions.get(rank)
                 if position is not None:
                     share = text_cut(n_keys) / n_bytes
+                    if by_rank is not None and ranks is not None and rank in ranks.owned:
+                        by_rank[rank] = (position, share)
                     if position not in shares or share > shares[position][1]:
                         shares[position] = (rank, share)
-        return Found(keys, n_bytes, shares)
+        return Found(keys, n_bytes, shares, by_rank)
 
-    def is_in_flight(self, worker: WorkerView) -> bool:
-        """Whether what the worker was sent of the prompt looked up last still waits for its first token."""
+    def is_in_flight(self, worker: WorkerView, rank: int | None = None) -> bool:
+        """Whether what the worker, or that rank of it, was sent of the prompt looked up last still waits for its first token."""
+        if rank is not None:
+            return self._table.is_in_flight(rank)
         return any(self._table.is_in_flight(worker.rank_base + rank) for rank in range(worker.dp_size))
 
     def sent(self, worker: WorkerView, rank: int, keys: bytes, *, is_kept: bool) -> Prediction:
@@ -94,10 +102,27 @@ def with_guesses(prompt: Prompt, found: Found) -> Prompt:
     hits = {hit.position: hit for hit in prompt.hits}
     for position, (rank, share) in found.shares.items():
         known = hits.get(position)
+        tokens = _tokens_of(share, prompt)
         known_tokens = known.overlap_tokens if known is not None else 0
-        # An engine computes at least one token itself.
-        tokens = min(int(share * prompt.prompt_tokens), prompt.prompt_tokens - 1)
         if tokens > known_tokens:
             blocks = prompt.prompt_blocks * tokens // prompt.prompt_tokens
             hits[position] = Hit(position, known.rank if known is not None else rank, blocks, tokens, tokens - known_tokens)
-    return Prompt(prompt.prompt_tokens, prompt.prompt_blocks, tuple(hits.values()), True, prompt.is_estimated)
+    by_rank = _by_rank(prompt, found.by_rank) if found.by_rank is not None else None
+    return Prompt(prompt.prompt_tokens, prompt.prompt_blocks, tuple(hits.values()), True, prompt.is_estimated, by_rank)
+
+
+def _tokens_of(share: float, prompt: Prompt) -> int:
+    # An engine computes at least one token itself.
+    return min(int(share * prompt.prompt_tokens), prompt.prompt_tokens - 1)
+
+
+def _by_rank(prompt: Prompt, sent: Mapping[int, tuple[int, float]]) -> dict[int, Hit]:
+    """The same for single ranks. sent: see Found."""
+    hits = dict(prompt.by_rank or ())
+    for rank, (position, share) in sent.items():
+        known = hits.get(rank)
+        tokens = _tokens_of(share, prompt)
+        known_tokens = known.overlap_tokens if known is not None else 0
+        if tokens > known_tokens:
+            hits[rank] = Hit(position, rank, prompt.prompt_blocks * tokens // prompt.prompt_tokens, tokens, tokens - known_tokens)
+    return hits

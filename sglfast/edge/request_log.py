@@ -2,10 +2,10 @@
 
 Runs in: shards. Lines are made on the loop when a request ends (cext/relaylog.pxi) and written many at a time by threads (log_sink), past
     control: straight to standard error and to the file of --log-dir. The loop never waits for whoever reads them.
-Fields: request_id, path, model, worker (of a pair the prefill worker), decode_worker of a pair, decision (of the policy), overlap_blocks
-    and prompt_blocks where the prompt was looked up, status, bytes_in, bytes_out, ttft_ms (to the first body byte), latency_ms, tried
-    (workers that failed before), outcome: ok, client_error, busy, error, cancelled (the client left), cut (the worker ended it in the
-    middle), refused (by the router itself).
+Fields: request_id, path, model, worker (of a pair the prefill worker), decode_worker of a pair, rank (of the worker, where it was told
+    one), decision (of the policy), overlap_blocks and prompt_blocks where the prompt was looked up, status, bytes_in, bytes_out, ttft_ms
+    (to the first body byte), latency_ms, tried (workers that failed before), outcome: ok, client_error, busy, error, cancelled (the
+    client left), cut (the worker ended it in the middle), refused (by the router itself).
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class RequestLog(RequestLogBase):
             fields["worker"] = route.upstream.url
             if pair is not None:
                 fields["decode_worker"] = pair.decode.url
+            if exchange.dp_rank >= 0:
+                fields["rank"] = exchange.dp_rank
             fields["decision"] = DECISIONS[route.decision]
             if route.prompt_blocks:
                 fields |= {"overlap_blocks": route.overlap_blocks, "prompt_blocks": route.prompt_blocks}

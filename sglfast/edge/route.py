@@ -17,10 +17,12 @@ from sglfast._relay import RouterBase
 from sglfast.edge.bootstrap import address_of
 from sglfast.edge.failover import best_left, least_left, rows_left
 from sglfast.edge.mishap import report
+from sglfast.edge.overlap import look_up
 from sglfast.edge.pairs import Decodes, make_decodes, pair
 from sglfast.edge.policy import FAILOVER, NO_PROMPT, Hit, Prompt
 from sglfast.edge.pools import Pool, Route, policy_for, why_unserved
 from sglfast.edge.predict import NOTHING, Found, Predictor, with_guesses
+from sglfast.edge.ranks import ranks_of
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
 from sglfast.shm import PARITY_OK, RANK_STATES, Variant, WorkerView, read_workers
@@ -131,6 +133,7 @@ class Router(RouterBase):
         only = self.only = next(iter(self.pools.values())) if is_alone else None
         self.plain_routes = None
         if only is not None and only.decodes is None and not only.needs_prompt:
+            self.plain_rank = only.plain_route if only.ranks is not None else None
             self.plain_choose = only.policy.choose
             self.plain_arguments = (only.view, self._shard.loads, NO_PROMPT)
             self.plain_routes = only.plain_routes
@@ -154,7 +157,12 @@ class Router(RouterBase):
             upstreams = [self._upstream_of(worker) for worker in seconds]
             decodes = make_decodes(model, seconds, upstreams, shut_hosts, before, config, loads)
         policy = policy_for(name, firsts, before.policy if before is not None else None, config, loads)
-        return Pool(model, firsts, [self._upstream_of(worker) for worker in firsts], policy, decodes)
+        upstreams = [self._upstream_of(worker) for worker in firsts]
+        ranks = ranks_of(firsts, policy, config, self._shard.rank_loads)
+        for position, (worker, upstream) in enumerate(zip(firsts, upstreams, strict=True)):
+            is_steered = ranks is not None and position in ranks.positions
+            upstream.rank_ways = worker.record.rank_ways.encode() if is_steered else None
+        return Pool(model, firsts, upstreams, policy, decodes, ranks)
 
     def _count_ready(self) -> None:
         """Which workers can serve, breakers or not, and why there is no pool where there could be one."""
@@ -231,9 +239,9 @@ class Router(RouterBase):
             then(pool)
         elif not pool.needs_prompt:
             position, decision = pool.policy.choose(pool.view, self._shard.loads, NO_PROMPT)
-            route = pool.plain_routes[position]
+            route = pool.plain_route(position)
             if route.decision != decision:
-                route = Route(pool, pool.upstreams[position], decision)
+                route = replace(route, decision=decision)
             then(self._with_decode(pool, position, route))
         elif self.keyer is None or not pool.variants:
             then(self._choose_keyed(pool, Facts(0, {}, "no tokenizer, or no worker publishes KV events"), body))
@@ -293,17 +301,23 @@ class Router(RouterBase):
     ) -> Route:
         worker = pool.workers[position]
         upstream = pool.upstreams[position]
+        hit, steered_to = None, None
+        if pool.ranks is not None and position in pool.ranks.positions:
+            hit, _ = pool.ranks.pick(worker, position, prompt)
+            steered_to = hit.rank
         if not prompt.is_keyed:
-            return Route(pool, upstream, decision, rank=worker.rank_base)
+            rank = worker.rank_base if steered_to is None else steered_to
+            return Route(pool, upstream, decision, rank=rank, dp_rank=rank - worker.rank_base)
         column, predictor = self._shard.column, self._predictor
-        hit = next((hit for hit in prompt.hits if hit.position == position), None) or Hit(position, worker.rank_base, 0, 0)
+        if hit is None:
+            hit = next((hit for hit in prompt.hits if hit.position == position), None) or Hit(position, worker.rank_base, 0, 0)
         is_approximate, block_tokens, known_tokens = pool.is_approximate_at(position), pool.block_tokens(position), pool.known_tokens(hit)
         predicted_tokens = -1 if is_approximate else known_tokens
         prediction = None
         if hit.guessed_tokens and predictor is not None:
             column.add(_counters.S_PREDICTED)
             # Whether the worker has it in time is not known, so its report says nothing about what events said.
-            if predictor.is_in_flight(worker):
+            if predictor.is_in_flight(worker, steered_to):
                 predicted_tokens = -1
         if found.keys and predictor is not None:
             prediction = predictor.sent(worker, hit.rank, found.keys, is_kept=is_approximate)
@@ -340,7 +354,7 @@ class Router(RouterBase):
 
         The latter is left out where it could not matter: less than an eighth of the prompt is left to compute.
         """
-        prompt = self.look_up(pool, facts)
+        prompt = look_up(self._shard.tree, pool, facts)
         if self._predictor is None:
             return prompt, NOTHING
         if not (pool.is_silent or pool.is_approximate):
@@ -354,28 +368,6 @@ class Router(RouterBase):
         """The request's first token came, or it left its worker without one."""
         if self._predictor is not None and route.prediction is not None:
             self._predictor.settle(route.prediction)
-
-    def look_up(self, pool: Pool, facts: Facts) -> Prompt:
-        """Ask the KV index. Cost: one walk per way of cutting blocks, then the few ranks that hold something."""
-        if not facts.keys:
-            return NO_PROMPT
-        tree = self._shard.tree
-        best: dict[int, Hit] = {}
-        prompt_blocks = 0
-        for variant, keys in facts.keys.items():
-            block_size = variant.block_size
-            prompt_blocks = max(prompt_blocks, facts.prompt_tokens // block_size)
-            if not keys or not tree.match(keys):
-                continue
-            for rank, overlap_blocks in tree.hits():
-                owner = pool.by_rank.get(rank)
-                if owner is None or owner[1] != variant:
-                    continue
-                position = owner[0]
-                known = best.get(position)
-                if known is None or overlap_blocks > known.overlap_blocks:
-                    best[position] = Hit(position, rank, overlap_blocks, overlap_blocks * block_size)
-        return Prompt(facts.prompt_tokens, prompt_blocks, tuple(best.values()), True, facts.is_estimated)
 
     def next_choice(self, failed: Route, tried: tuple[int, ...]) -> Route | None:
         """A worker of the pool, or a pair, for one more attempt, or None when the pool is empty.

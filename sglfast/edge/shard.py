@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from sglfast import _counters, _segment
-from sglfast._counters import Column, Loads, RankTable
+from sglfast._counters import Column, Loads, RankLoads, RankTable
 from sglfast._hashtree import TreeReader
 from sglfast._relay import Clients, ShardBase
 from sglfast._workers import WorkerTable
@@ -61,6 +61,7 @@ class Shard(ShardBase):
         self.log = log
         self.column = Column(boot.segment, boot.shard)
         self.loads = Loads(boot.segment)
+        self.rank_loads = RankLoads(boot.segment, self.loads)
         self.ranks = RankTable(boot.segment)
         self.tree = TreeReader(boot.segment)
         self.table = WorkerTable(boot.segment)

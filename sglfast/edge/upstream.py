@@ -101,6 +101,7 @@ class Upstream(UpstreamBase):
         # Of pairs: what both are told of the prefill worker, and of the decode worker.
         self.bootstrap = (b"", b"null")
         self.dp_size = 1
+        self.rank_ways = None
         self.decode_url_line = b"x-sgl-decode-url: %b\r\n" % url.encode() if url.isascii() and url.isprintable() else b""
         self.log_label = b""
         self.idle: list[UpstreamConnection] = []  # oldest first; the newest is taken first

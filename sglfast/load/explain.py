@@ -118,7 +118,15 @@ def show(explanation: dict[str, Any], console: Console) -> None:
             score,
             style=None if row["eligible"] else "dim",
         )
+        for rank in row["ranks"]:
+            mark, load = "*" if rank["rank"] == row["rank"] else " ", rank["load"]
+            overlap = str(rank["overlap_blocks"])
+            table.add_row("", f"{mark} {rank['rank']}", overlap, "", str(load["requests"]), str(load["tokens"]), "", style="dim")
     console.print(table)
     for row in explanation["candidates"]:
         if row["worker"] == choice or not row["eligible"]:
             console.print(f"{row['worker']} {row['why']}", highlight=False, soft_wrap=True)
+        if row["worker"] == choice:
+            for rank in row["ranks"]:
+                if rank["rank"] == row["rank"]:
+                    console.print(f"its rank {rank['rank']} {rank['why']}", highlight=False, soft_wrap=True)

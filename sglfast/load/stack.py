@@ -45,6 +45,7 @@ class SimSettings:
     """What the simulated workers can do, each of them; None = the simulator's default. mode: null = regular workers."""
 
     workers: int = 4
+    dp_size: int | None = None
     cache_tokens: int | None = None
     page_tokens: int | None = None
     prefill_tokens_per_s: float | None = None
@@ -60,6 +61,7 @@ class SimSettings:
     def flags(self) -> list[str]:
         """The flags of `sglfast sim`, on free ports."""
         values = {
+            "--dp-size": self.dp_size,
             "--cache-tokens": self.cache_tokens,
             "--page-size": self.page_tokens,
             "--prefill-tokens-per-s": self.prefill_tokens_per_s,

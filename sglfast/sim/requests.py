@@ -106,7 +106,7 @@ def read(kind: RequestKind, body: dict[str, Any], rank_header: bytes, default_mo
         with_usage=wants_usage(body),
         max_tokens=0 if kind == RequestKind.EMBEDDINGS else max_tokens,
         ignores_eos=_flag(params, "ignore_eos"),
-        rank=_rank(body, rank_header),
+        rank=_rank(body, b"" if kind == RequestKind.GENERATE else rank_header),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 
 from sglfast.errors import ConfigError
-from sglfast.wire.server_info import KvEndpoint, WorkerFacts, host_of, is_wildcard_host, split_tcp
+from sglfast.wire.server_info import RANK_WAYS_OF_VLLM, KvEndpoint, WorkerFacts, host_of, is_wildcard_host, split_tcp
 
 _BLOCK_TOKENS = 16
 _NUMBER_MAX = 1 << 20
@@ -29,6 +29,7 @@ _UNKNOWN = WorkerFacts(
     page_size=None,
     key_route="tokens",
     adapters="models",
+    rank_ways=RANK_WAYS_OF_VLLM,
 )
 
 

@@ -26,6 +26,11 @@ _FIRST_CHAINED = (0, 5, 6)
 _FIRST_ADAPTERS, _FIRST_ADAPTERS_DYNAMO = (0, 5, 23), (0, 5, 22)
 # Tools of a request as the chat template gets them, see shm.ToolForm.
 _FIRST_WRAPPED, _FIRST_DEFERRABLE, _FIRST_KEPT = (0, 5, 9), (0, 5, 11), (0, 5, 23)
+# How requests of SGLang tell the data-parallel rank that they want, see shm.WorkerRecord.rank_ways: read in the releases 0.5.7, 0.5.9,
+# 0.5.10, 0.5.18, 0.5.20, 0.5.23 and PR #38729. The header came with PR #19832, never for /generate; with 0.5.20 for /v1/responses.
+# A client's header wins over its body there. vLLM (PR #24945) has the header, no field.
+_RANK_WAYS: tuple[tuple[tuple[int, ...], str], ...] = (((0, 5, 20), "hhr-h"), ((0, 5, 10), "hhr"), ((0, 5, 7), "ddd"))
+RANK_WAYS_OF_VLLM = "hh"
 _FIRST_RID = (0, 5, 0)  # of SGLang: one `rid` also names a batch, and chats take it
 
 T = TypeVar("T")
@@ -63,6 +68,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     adapters, tools: how LoRA adapters show in its events and how its chat template gets tools, see shm.Adapters and shm.ToolForm.
     template_kwargs: its default_chat_template_kwargs, a JSON object, "" when it has none.
     load_balance_method: how its data-parallel ranks get their requests.
+    rank_ways: how a request tells which of them it wants, see shm.WorkerRecord.
     """
 
     model: str | None
@@ -82,6 +88,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     takes_rid: bool = False
     tp_size: int | None = None
     load_balance_method: str | None = None
+    rank_ways: str = ""
 
 
 def zmq_endpoint(host: str, port: int) -> str | None:
@@ -133,7 +140,14 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         takes_rid=_numbers_of(sglang_version) >= _FIRST_RID,
         tp_size=_positive(fields, "tp_size"),
         load_balance_method=_take(fields, "load_balance_method", str) or None,
+        rank_ways=RANK_WAYS_OF_VLLM if "vllm_config" in fields else rank_ways_of(version),
     )
+
+
+def rank_ways_of(version: str | None) -> str:
+    """How requests tell this SGLang version the rank that they want, see shm.WorkerRecord. One that nobody knows counts as new."""
+    numbers = _numbers_of(version)
+    return next((ways for first, ways in _RANK_WAYS if numbers >= first or numbers <= (0, 0, 0)), "")
 
 
 def key_route_of(version: str | None, *, is_dynamo: bool = False) -> Literal["sha256", "tokens"]:

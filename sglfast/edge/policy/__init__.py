@@ -7,6 +7,7 @@ position in shm.DECISIONS.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -36,7 +37,8 @@ class Hit:
 class Prompt:
     """What the KV index says of one prompt. prompt_tokens: 0 = unknown, then `hits` is empty.
 
-    is_estimated: prompt_tokens and prompt_blocks count what lies behind every overlap by its characters.
+    is_estimated: prompt_tokens and prompt_blocks count what lies behind every overlap by its characters; by_rank: tree rank -> its own
+    hit, for workers whose ranks are chosen too (edge/ranks); None = nothing is known of such.
     """
 
     prompt_tokens: int = 0
@@ -44,6 +46,7 @@ class Prompt:
     hits: tuple[Hit, ...] = ()
     is_keyed: bool = False
     is_estimated: bool = False
+    by_rank: Mapping[int, Hit] | None = None
 
 
 NO_PROMPT = Prompt()

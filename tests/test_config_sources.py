@@ -10,7 +10,7 @@ from sglfast.config.fields import FIELDS
 from sglfast.config.flags import add_flags, given_in
 from sglfast.config.idle import DEFAULT
 from sglfast.config.sglang_router import FOREIGN
-from sglfast.config.sources import OTHER_VARIABLES, Loaded, load, without_settings
+from sglfast.config.sources import OTHER_VARIABLES, PREFIX, Loaded, load, without_settings
 from sglfast.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -105,7 +105,7 @@ def test_variables_that_are_no_settings() -> None:
 
 
 def test_all_variables_that_the_tree_reads_are_known() -> None:
-    """The build, the tests and the compiled modules have a few; a new one would end every start."""
+    """The build, the tests and the compiled modules have a few, commands read settings of the router; a new one would end every start."""
     sources = [path for folder in ("sglfast", "cext", "tests", "bench") for path in (ROOT / folder).rglob("*.*") if path.suffix in SUFFIXES]
     read = {
         name
@@ -113,7 +113,7 @@ def test_all_variables_that_the_tree_reads_are_known() -> None:
         for name in re.findall(r"(?:environ\.get|getenv)\(\"(SGLFAST_\w+)\"", path.read_text())
     }
     assert len(read) >= 4
-    assert read <= OTHER_VARIABLES
+    assert read <= OTHER_VARIABLES | {PREFIX + name.upper() for name in FIELDS}
 
 
 def test_what_kubernetes_sets_beside_a_service_of_our_name() -> None:

@@ -15,7 +15,8 @@ from sglfast._blockhash import page_keys
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.index.stream import Outcome, RankStream
+from sglfast.index.sink import Outcome
+from sglfast.index.stream import RankStream
 from sglfast.shm import KeyRoute
 from sglfast.wire import kv_events
 from sglfast.wire.frames import live_frames, parse_live

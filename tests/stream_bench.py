@@ -4,7 +4,8 @@ import struct
 from dataclasses import dataclass, field
 
 from sglfast.index.held import Limits
-from sglfast.index.stream import Outcome, RankStream
+from sglfast.index.sink import Outcome
+from sglfast.index.stream import RankStream
 
 LIMITS = Limits(replay_timeout_s=1.0, max_tries=3, max_held_batches=100, max_held_bytes=10_000)
 

@@ -13,7 +13,8 @@ from sglfast._blockhash import chain_seed, page_keys, token_keys
 from sglfast._counters import RANK_EXACT
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.index.stream import Outcome, RankStream
+from sglfast.index.sink import Outcome
+from sglfast.index.stream import RankStream
 from sglfast.shm import KeyRoute
 from sglfast.wire.frames import parse_live
 

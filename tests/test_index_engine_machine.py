@@ -30,7 +30,8 @@ from sglfast.index.key_maps import KeyMaps
 from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.rank_note import RankNote, noted
-from sglfast.index.stream import Outcome, RankStream
+from sglfast.index.sink import Outcome
+from sglfast.index.stream import RankStream
 from sglfast.shm import KeyRoute
 
 P = 2

@@ -20,7 +20,8 @@ from sglfast._segment import Segment, segment_bytes
 from sglfast.index.key_maps import KeyMaps
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.rank_note import Noted, RankNote, noted
-from sglfast.index.stream import Outcome, RankStream, Resume
+from sglfast.index.sink import Outcome, Resume
+from sglfast.index.stream import RankStream
 from sglfast.shm import KeyRoute
 
 LOG = logging.getLogger("test.killed")

@@ -26,7 +26,8 @@ from sglfast.index import subscriber as subscriber_module
 from sglfast.index.held import Limits
 from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.index.stream import LOST, Outcome
+from sglfast.index.sink import Outcome
+from sglfast.index.stream import LOST
 from sglfast.index.subscriber import Endpoints, Subscriber
 from sglfast.shm import KeyRoute
 from sglfast.wire.frames import live_frames, parse_live

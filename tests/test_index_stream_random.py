@@ -12,7 +12,8 @@ from conftest import SeededRandom
 
 from sglfast._counters import RANK_EXACT
 from sglfast.index.held import Limits
-from sglfast.index.stream import Outcome, RankStream
+from sglfast.index.sink import Outcome
+from sglfast.index.stream import RankStream
 
 
 class Engine:

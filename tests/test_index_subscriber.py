@@ -19,7 +19,8 @@ from sglfast._segment import Segment, segment_bytes
 from sglfast.index.held import Limits
 from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.index.stream import DISCONNECTED, LOST, UNKNOWN_HISTORY, Outcome
+from sglfast.index.sink import Outcome
+from sglfast.index.stream import DISCONNECTED, LOST, UNKNOWN_HISTORY
 from sglfast.index.subscriber import Endpoints, Subscriber, connect
 from sglfast.shm import RANK_REASONS
 

@@ -17,7 +17,7 @@ from sglfast._keymap import KeyMap
 from sglfast._kvdecode import CLEAR
 from sglfast._segment import Segment, segment_bytes
 from sglfast.index.rank import RankIndex, TreeLock
-from sglfast.index.stream import Outcome
+from sglfast.index.sink import Outcome
 from sglfast.shm import KeyRoute
 
 GOLDEN = Path(__file__).parent / "golden" / "kv_events"

@@ -22,7 +22,8 @@ from sglfast._kvdecode import CLEAR, STORE, runs, runs_of_batches
 from sglfast.errors import KvEventError
 from sglfast.index.key_check import disagreement
 from sglfast.index.live import Run
-from sglfast.index.stream import HASH_MISMATCH, Outcome
+from sglfast.index.sink import Outcome
+from sglfast.index.stream import HASH_MISMATCH
 from sglfast.index.token_route import TokenRoute
 from sglfast.shm import REASON_PAIRS, REASON_SINGLES, KeyRoute
 from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, tier_mask

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sglfast import _counters as words
 from sglfast._counters import RankTable
 from sglfast.index.rank import RankIndex
-from sglfast.index.stream import Resume
+from sglfast.index.sink import Resume
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,11 +32,11 @@ Source: spec/kv_events.md 1.6, 6.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
 
 from sglfast._blockhash import xxh3
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
 from sglfast.index.held import HeldBatches, Limits
+from sglfast.index.sink import Counters, Outcome, Resume, Sink
 
 # Positions in sglfast.shm.RANK_REASONS.
 NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY, LOST, HASH_MISMATCH, DISCONNECTED = 2, 3, 4, 5, 6, 7
@@ -53,48 +53,6 @@ _REPLAYED_MEMORY_BATCHES = 1024
 def print_of(payload: bytes) -> int:
     """Enough of a batch to know it again, as 64 bits: its length, its head (with the time of publishing) and its tail. Never 0."""
     return xxh3(payload[:32] + payload[-32:], len(payload)) or 1
-
-
-class Sink(Protocol):
-    """Who does what the stream decides."""
-
-    def apply(self, payload: bytes) -> "Outcome":
-        """Apply one batch to the rank's blocks."""
-
-    def clear(self, why: str) -> None:
-        """Forget all blocks of the rank."""
-
-    def ask_replay(self, start_seq: int) -> None:
-        """Ask for all batches from `start_seq` on; answers to earlier requests must not be handed in any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a batch did to the certainty about the rank: it emptied the rank, or a part of it could not be read."""
-
-    is_cleared: bool = False
-    is_lossy: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Resume:
-    """Where a former index process was in this stream. last_print: `print_of` batch next_seq - 1; loss: as `RankStream.loss`."""
-
-    next_seq: int
-    last_print: int
-    loss: int
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the stream began. batches: applied; replays: requests sent."""
-
-    batches: int = 0
-    gaps: int = 0
-    duplicates: int = 0
-    restarts: int = 0
-    replays: int = 0
-    give_ups: int = 0
 
 
 @dataclass(slots=True)

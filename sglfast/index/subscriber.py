@@ -26,7 +26,8 @@ from sglfast.index.held import Limits
 from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex
 from sglfast.index.rank_note import RankNote
-from sglfast.index.stream import Outcome, RankStream, Resume
+from sglfast.index.sink import Outcome, Resume
+from sglfast.index.stream import RankStream
 from sglfast.wire.frames import parse_live, parse_replay, replay_request
 
 _ROUND_MESSAGES = 1000

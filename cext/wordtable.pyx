@@ -1,8 +1,9 @@
 """Texts to token ids word by word: known words cost a look-up, new ones a walk over their merges, all else goes to the tokenizer in as
 few runs as can be.
 
-Runs in: shards (the loop and the tokenizer's thread; the GIL is held, so a WordTable may be used from any thread). Bounded memory, all of
-    it taken at construction (cext/sf_words.h, cext/sf_bpe.h).
+Runs in: shards (the loop and the tokenizer's thread; the GIL is held, so a WordTable may be used from any thread, and offered to others
+    every TURN_BYTES, so that no text keeps the loop waiting). Bounded memory, all of it taken at construction (cext/sf_words.h,
+    cext/sf_bpe.h).
 Contract: `encode` gives what the tokenizer gives for the text, provided that the ids of a text are those of its words one after another;
     prompt/pieces.py finds out whether a tokenizer is so, and says why it should be.
 """
@@ -14,6 +15,7 @@ from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
+from posix.unistd cimport usleep
 
 import array
 from bisect import bisect_right
@@ -23,6 +25,10 @@ cdef extern from "Python.h":
     bint PyUnicode_IS_ASCII(str)
     void *PyUnicode_DATA(str)
     Py_ssize_t PyUnicode_GET_LENGTH(str)
+    ctypedef struct PyThreadState:
+        pass
+    PyThreadState *PyEval_SaveThread() noexcept nogil
+    void PyEval_RestoreThread(PyThreadState *) noexcept nogil
 
 cdef extern from "sf_bpe.h" nogil:
     enum:
@@ -100,6 +106,7 @@ cdef struct plan_t:
     size_t n_ids, ids_room
     gap_t *gaps
     size_t n_gaps, gaps_room
+    const char *turn  # where other threads get the GIL
 
 
 cdef int _add_ids(plan_t *plan, const uint32_t *ids, size_t n) noexcept nogil:
@@ -126,6 +133,23 @@ cdef int _add_gap(plan_t *plan, const char *start, const char *end, bint is_word
     plan.gaps[plan.n_gaps] = gap_t(<uint32_t> plan.n_ids, is_word, start, end)
     plan.n_gaps += 1
     return 0
+
+
+# So much text takes a millisecond when each word is new.
+cdef enum:
+    TURN_BYTES = 32768
+    TURN_US = 50
+
+
+cdef void _give_way(plan_t *plan, const char *p) noexcept nogil:
+    """Let another thread have the GIL. Others may change the table here: no pointer into it is kept over this.
+
+    With a pause, or nobody would get it: who waits is woken by the release, and finds it taken again.
+    """
+    cdef PyThreadState *state = PyEval_SaveThread()
+    usleep(TURN_US)
+    PyEval_RestoreThread(state)
+    plan.turn = p + TURN_BYTES
 
 
 # Bits of the hashes of words that are left to the tokenizer; some few others share theirs.
@@ -176,6 +200,8 @@ cdef int _make_plan(lexicon_t *lexicon, const char *p, const char *end, plan_t *
             last = p
             p = stretch
         while p < stretch:
+            if p >= plan.turn:
+                _give_way(plan, p)
             stop = sf_pretoken_end(lexicon.kind, p, stretch)
             n_ids = 0
             ids = NULL
@@ -307,6 +333,7 @@ cdef class WordTable:
         plan.ids = NULL
         plan.gaps = NULL
         plan.n_ids = plan.ids_room = plan.n_gaps = plan.gaps_room = 0
+        plan.turn = base + TURN_BYTES
         try:
             if _make_whole_plan(&self.lexicon, &self.tokens, base, base + size, &plan):
                 raise MemoryError

@@ -303,10 +303,10 @@ class OrderedReader(SlowReader):
         super().__init__()
         self.seen: list[str] = []
 
-    def text_of(self, kind: RequestKind, body: object, head_chars: int) -> PromptText:
+    def text_of(self, kind: RequestKind, body: object, head_chars: int, dialect: Dialect) -> PromptText:
         assert isinstance(body, str)
         self.seen.append(body[0])
-        return super().text_of(kind, body, head_chars)
+        return super().text_of(kind, body, head_chars, dialect)
 
 
 def test_short_prompts_do_not_wait_for_long_ones_and_nobody_for_those_who_left() -> None:

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, t
 from tokenizers import Tokenizer as RustTokenizer
 
 from sglfast.errors import PromptError
+from sglfast.prompt import pieces as pieces_module
 from sglfast.prompt.pieces import PIECE_CHARS, PieceCache, PieceTokenizer, clean_tokens
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer, single_token_words
 
@@ -204,3 +205,12 @@ def test_the_cache_is_bounded_and_drops_the_least_recently_used() -> None:
     assert cache.get(f"{99:0100d}") is not None
     cache.put("x" * 10_000, array("I"))  # larger than all: not kept, nothing breaks
     assert cache.size_bytes <= 3000
+
+
+def test_a_cut_is_found_wherever_stretches_of_the_search_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces_module, "_STRETCH_CHARS", 4)
+    for at in range(1, 12):
+        text = "1" * at + "a b" + "2" * 9
+        assert pieces_module._next_cut(text, 0, len(text)) == at + 1
+        assert pieces_module._next_cut(text, 0, at + 2) == at + 2, "the letter behind it is not in reach"
+        assert pieces_module._next_cut(text, at + 2, len(text)) == len(text)

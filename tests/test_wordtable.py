@@ -1,5 +1,7 @@
 """sglfast._wordtable: words against the patterns themselves, ids against a tokenizer, whatever was seen before; bounded memory."""
 
+import threading
+import time
 from array import array
 from pathlib import Path
 
@@ -284,3 +286,15 @@ def test_other_models_have_no_merges(tmp_path: Path) -> None:
 def _folder(parent: Path, name: str) -> Path:
     (parent / name).mkdir()
     return parent / name
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded() -> None:
+    pieces = PieceTokenizer(load_tokenizer(DEMO_TOKENIZER_PATH), 8 << 20)
+    text = " ".join(str(number * 7919 % 100_003) for number in range(800_000))  # no place to cut, no word that goes to the tokenizer
+    encoding = threading.Thread(target=pieces.encode_piece, args=(text,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 5, "the GIL was held from the first word to the last"

@@ -41,7 +41,18 @@ _CACHED_CHARS = 128  # shorter pieces are as cheap by words as by a look-up
 _STATISTICS_CHARS = 1 << 22  # what was learned longer ago counts half
 # Without a place to cut for this long, the piece goes on: correctness before size.
 _CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+_STRETCH_CHARS = 1 << 16
 _SPANNING_TRIED = 256  # entries of the vocabulary
+
+
+def _next_cut(text: str, start: int, stop: int) -> int:
+    """The first space between letters in text[start:stop], `stop` when there is none. In stretches: a search holds the GIL to its end."""
+    while start < stop:
+        space = _CUT.search(text, start, min(start + _STRETCH_CHARS, stop))
+        if space is not None:
+            return space.start()
+        start += _STRETCH_CHARS - 1  # the letter behind a space must be seen, too
+    return stop
 
 
 class PieceCache:
@@ -188,8 +199,7 @@ class PieceTokenizer:
             end = border
             if border - start > piece_chars + piece_chars // 2:
                 # No message border in reach: a space between letters, looked for before the border only.
-                space = _CUT.search(text, start + piece_chars, border)
-                end = space.start() if space is not None else border
+                end = _next_cut(text, start + piece_chars, border)
             yield end
             start = end
 

@@ -132,7 +132,7 @@ build/.flags: FORCE
 	@mkdir -p build
 	@echo '$(BUILD_FLAGS)' | cmp -s - $@ || echo '$(BUILD_FLAGS)' > $@
 
-build/.built: $(wildcard cext/*) setup.py build/.flags $(VENV)/.installed-run $(if $(MISSING),FORCE)
+build/.built: $(wildcard cext/* sglfast/*.pxd) setup.py build/.flags $(VENV)/.installed-run $(if $(MISSING),FORCE)
 	@echo 'Compiling $(words $(MODULES)) modules, or those of them that changed'
 	@$(if $(filter build/.flags setup.py,$?),rm -rf build/cython)
 	$(PY) setup.py build_ext --inplace -j2 $(if $(filter build/.flags setup.py,$?),--force)
@@ -150,6 +150,6 @@ $(VENV)/.editable: pyproject.toml setup.py $(VENV)/.installed-run | build/.built
 	@touch $@
 
 # Hints do not fail a build and are printed only when a file is translated: so translate all, apart, and keep the text.
-build/hints.log: $(wildcard cext/*) setup.py $(VENV)/.installed-run
-	@rm -rf build/hints && mkdir -p build/hints && cp -Rp setup.py cext build/hints/
+build/hints.log: $(wildcard cext/* sglfast/*.pxd) setup.py $(VENV)/.installed-run
+	@rm -rf build/hints && mkdir -p build/hints/sglfast && cp -Rp setup.py cext build/hints/ && cp -p sglfast/__init__.py sglfast/*.pxd build/hints/sglfast/
 	cd build/hints && $(abspath $(PY)) setup.py --name > ../hints.log 2>&1 || { cat ../hints.log; exit 1; }

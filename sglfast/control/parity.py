@@ -183,7 +183,7 @@ class ParityWatch:
             if reason in (REASON_PAIRS, REASON_SINGLES) and self._ranks.get(rank, words.R_GENERATION) == view.generation:
                 if self._workers.set_pairs(view.worker_idx, reason == REASON_PAIRS):
                     units = "pairs of tokens" if reason == REASON_PAIRS else "single tokens"
-                    self._log.info(
+                    self._log.warning(
                         f"its blocks are keyed by {units}, other than it says: so they are looked up",
                         extra={"fields": {"worker": view.record.url}},
                     )

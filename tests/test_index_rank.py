@@ -2,6 +2,7 @@
 
 import logging
 import mmap
+import struct
 from typing import Any
 
 import msgspec
@@ -12,6 +13,7 @@ from sglfast._blockhash import page_keys
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast._segment import Segment, segment_bytes
 from sglfast.index import rank as rank_module
+from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.wire import kv_events
 from sglfast.wire.kv_events import EventOut
@@ -236,20 +238,32 @@ class CountingLock:
     def __exit__(self, *_: object) -> None: ...
 
 
-def test_a_large_batch_is_written_in_turns_and_means_the_same(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_live", [False, True])
+def test_a_large_batch_is_written_in_turns_and_means_the_same(house: House, monkeypatch: pytest.MonkeyPatch, is_live: bool) -> None:
     """Other ranks' streams write between the turns."""
+
+    def apply(payload: bytes) -> int:
+        lock = CountingLock()
+        monkeypatch.setattr(house.tree, "lock", lock)
+        if is_live:
+            assert house.index.apply_run(Run(0, payload, struct.pack("Q", len(payload))), 0)[0] == 1
+        else:
+            house.index.apply(payload)
+        return lock.times
+
     house.index.apply(batch(root()))
     assert house.index.has_agreed
     tokens = list(range(1000, 1000 + 100 * P))
-    events = [root(tokens), kv_events.removed(block_hashes=u64s(page_keys(tokens, P))[90:]), kv_events.removed(block_hashes=[])]
+    keys = u64s(page_keys(tokens, P))
+    events = [root(tokens), kv_events.removed(block_hashes=keys[90:]), kv_events.removed(block_hashes=[])]
     payload = batch(*events)
     monkeypatch.setattr(rank_module, "_TURN_KEYS", 8)
-    monkeypatch.setattr(rank_module, "_TURN_BYTES", 1000)
-    assert len(payload) > 1000
-    lock = CountingLock()
-    monkeypatch.setattr(house.tree, "lock", lock)
-    house.index.apply(payload)
-    assert lock.times >= 100 // 8 + 2
+    monkeypatch.setattr(rank_module, "_TURN_BYTES", 300)
+    assert len(payload) > 300
+    assert apply(payload) == 110 // 8 + 2
     assert house.overlap(page_keys(tokens, P)) == 90
+    small = [event for key in keys[70:90] for event in (kv_events.removed(block_hashes=[key]), root())]
+    assert apply(batch(*small)) < len(small), "what is small goes together"
+    assert house.overlap(page_keys(tokens, P)) == 70
     house.index.apply(batch(root(tokens), kv_events.cleared(), root()))
     assert house.index.owned_blocks == len(TOKENS) // P

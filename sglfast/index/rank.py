@@ -39,10 +39,23 @@ _GIVE_WAY_S = 0.0001
 
 
 def _turns(found: Iterable[tuple[int, int, bytes]]) -> Iterator[list[tuple[int, int, bytes]]]:
-    """Runs of keys cut so that none has more than a turn's."""
+    """Runs of keys in turns of so many keys at most; small ones go together, since a turn costs a pause."""
+    turn: list[tuple[int, int, bytes]] = []
+    room = _TURN_KEYS
     for kind, tiers, keys in found:
-        for at in range(0, max(len(keys), 1), 8 * _TURN_KEYS):
-            yield [(kind, tiers, keys[at : at + 8 * _TURN_KEYS])]
+        at = 0
+        while True:
+            part = keys[8 * at : 8 * (at + room)]
+            turn.append((kind, tiers, part))
+            at += room
+            room -= len(part) // 8
+            if not room:
+                yield turn
+                turn, room = [], _TURN_KEYS
+            if 8 * at >= len(keys):
+                break
+    if turn:
+        yield turn
 
 
 @dataclass(slots=True)
@@ -136,6 +149,7 @@ class RankIndex:
         outcome = _PLAIN
         undecoded, orphans = batch.undecoded, self._by_tokens.orphans
         stored_in: BlockStored | None = None
+        removed: list[bytes] = []
         with self._tree.lock:
             if self._is_retired:
                 return _PLAIN
@@ -150,11 +164,12 @@ class RankIndex:
                         if event.parent_block_hash is None:
                             stored_in = event
                     case BlockRemoved():
-                        self._removed += self._remove(writer, event)
+                        removed.append(self._remove(writer, event))
                     case AllBlocksCleared():
                         self.counters.blocks_removed += writer.clear(self.rank)
                         self._by_tokens.clear()
                         outcome, orphans = _CLEARED, self._by_tokens.orphans
+        self._removed += b"".join(removed)
         self.counters.events += len(batch.events)
         self.last_event_ms = time.time_ns() // 1_000_000
         if stored_in is not None and not self.has_agreed:
@@ -175,19 +190,26 @@ class RankIndex:
             return 0, _PLAIN
         if not self._is_by_tokens:
             n_batches, n_events, found = runs_of_batches(run.payloads, run.ends, first)
-            return n_batches, self._write(n_events, found) if n_batches else _PLAIN
+            return n_batches, self._write_fairly(len(run.payloads), n_events, found) if n_batches else _PLAIN
         try:
             n_batches, placed = self._by_tokens.place_batches(run.payloads, run.ends, first)
         except MemoryError:  # perhaps not for one alone
             return 0, _PLAIN
-        return n_batches, self._write(*placed) if placed is not None else _PLAIN
+        return n_batches, self._write_fairly(len(run.payloads), *placed) if placed is not None else _PLAIN
 
     def _apply_usual(self, payload: bytes) -> Outcome | None:
         """The same in one pass; None, and nothing has changed, when something in the batch is not usual."""
         usual = self._by_tokens.place_all(payload) if self._is_by_tokens else runs(payload)
         if usual is None:
             return None
-        return self._write(*usual) if len(payload) <= _TURN_BYTES else self._write_in_turns(*usual)
+        return self._write_fairly(len(payload), *usual)
+
+    def _write_fairly(
+        self, n_bytes: int, n_events: int, found: list[tuple[int, int, bytes]], removed: bytes = b"", is_lossy: bool = False
+    ) -> Outcome:
+        """As _write, in turns if `n_bytes` of events, a batch or a run with a large one, hold more keys than one turn's."""
+        is_large = n_bytes > _TURN_BYTES and sum(len(keys) for _, _, keys in found) > 8 * _TURN_KEYS
+        return (self._write_in_turns if is_large else self._write)(n_events, found, removed, is_lossy)
 
     def _write_in_turns(self, n_events: int, found: list[tuple[int, int, bytes]], removed: bytes = b"", is_lossy: bool = False) -> Outcome:
         """As _write, of a batch so large that other ranks are to write in between."""

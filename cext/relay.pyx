@@ -145,13 +145,17 @@ cdef class ExchangeBase:
             self.on_connected(connection)
 
     cdef steer(self, route, UpstreamBase upstream):
-        # Ask for the route's rank and count the load there, unless the client asks for one itself, or the worker cannot be told.
+        # Ask for the route's rank and count the load there, unless the client asks for one itself, or the worker cannot be told. One that
+        # has failed this request is asked again without: a rank that is ill is idle, and would be chosen each time.
         cdef bytes ways = upstream.rank_ways
         cdef Py_ssize_t kind = self.endpoint.kind
         cdef const char *body = PyBytes_AS_STRING(self.body)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(self.body)
         cdef char way = PyBytes_AS_STRING(ways)[kind] if kind < PyBytes_GET_SIZE(ways) else c"-"
-        if way == c"-" or self.head.names_rank or (way != c"h" and sf_front_place(body, size) < 0) or sf_names_rank(body, size):
+        if (
+            way == c"-" or self.head.names_rank or (way != c"h" and sf_front_place(body, size) < 0) or sf_names_rank(body, size)
+            or (self.failed_attempts is not None and self.failed_attempts.has_tried(route))
+        ):
             self.predicted_tokens = -1  # nobody knows which rank gets it
             return
         self.rank_way = way

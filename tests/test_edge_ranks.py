@@ -163,6 +163,7 @@ def test_hits_of_single_ranks_are_kept_for_steered_workers_only() -> None:
             ({"block_size": 0}, {"dp_aware": True, "policy": policy}, True)
             for policy in ("round_robin", "random", "power_of_two", "least_load")
         ),
+        ({}, {"tokenizer_path": None}, False),
         ({"roles": ("regular", "prefill", "decode")}, {}, True),
         ({"roles": ("decode", "prefill", "decode")}, {"dp_aware": True}, False),
     ],
@@ -195,6 +196,19 @@ def test_a_change_of_settings_or_table_is_followed() -> None:
         assert route_of(router).upstream.rank_ways == b"hh"
 
     keyed(memory, FACTS, test)
+
+
+def test_a_role_that_changes_in_place_is_followed() -> None:
+    memory = memory_of(2, roles=("regular", "prefill"))
+
+    def test(router: Router, shard: Shard) -> None:
+        assert places(router) >= {(0, 0)}
+        memory.put_record(0, role="decode")
+        pair = route_of(router)
+        assert pair.prefill is not None
+        assert (pair.upstream.worker_idx, pair.upstream.rank_ways) == (0, None)
+
+    keyed(memory, FACTS, test, dp_aware=True)
 
 
 # ---- policies that know of no cache ----

@@ -248,7 +248,7 @@ class Workers:
             facts = with_setting(findings.facts, old.record.url, self._kv_settings)
             was_unplaced = self._unplaced.pop(worker_idx, None) is not None
             new = self._place(old, model, facts, found, was_unplaced=was_unplaced)
-            if facts is not None and facts.kv is not None and not new.dp_size:
+            if facts is not None and not new.dp_size and (facts.kv is not None or (self.dp_aware and new.record.rank_ways)):
                 self._unplaced[worker_idx] = findings
             new = self._with_adapters(new, findings.adapters)
             self._note_traits(new, findings.facts)

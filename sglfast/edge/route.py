@@ -96,6 +96,7 @@ class Router(RouterBase):
             upstream.key_line = self._shard.key_line(view.record.api_key)
             upstream.bootstrap = address_of(upstream.host, view.record)
             upstream.dp_size = view.dp_size
+            upstream.rank_ways = None  # a role may change in place; _make_pool says so of those that are steered
             if self._shard.request_log is not None:
                 upstream.log_label = self._shard.request_log.label(view.record.model, view.record.url, view.record.role)
         for upstream in old.values():

@@ -137,6 +137,10 @@ def test_harmony_is_written_by_the_engine(tmp_path: Path) -> None:
         ({"input": [{"role": "wizard", "content": "a"}]}, "malformed"),
         ({"input": ["text"]}, "media"),
         ({"input": 5}, "malformed"),
+        ({"input": [{"type": "function_call_output", "output": [{"text": None}]}]}, "malformed"),
+        ({"input": [{"type": "reasoning", "summary": [{"text": 5}]}]}, "malformed"),
+        ({"input": "x", "instructions": ["a"]}, "malformed"),
+        ({"input": "x", "instructions": [{"x": 1}]}, "malformed"),
         ({}, "malformed"),
     ],
 )

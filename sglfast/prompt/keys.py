@@ -160,7 +160,11 @@ class PromptReader:
         template = self._tokenizer.chat if self._tokenizer is not None else None
         if template is not None and HARMONY_WORD in template.source:
             raise UnkeyableError("template", "the engine writes this prompt without the chat template (harmony)")
-        return self._chat(as_chat(body, lambda: template is not None and template.takes_inline_system), head_chars, dialect)
+        try:
+            chat = as_chat(body, lambda: template is not None and template.takes_inline_system)
+        except (TypeError, KeyError) as error:
+            raise UnkeyableError("malformed", "a field of the input has another type than it may") from error
+        return self._chat(chat, head_chars, dialect)
 
     def _generate(self, body: Mapping[str, Any]) -> PromptText:
         if any(body.get(field) for field in ("image_data", "video_data", "audio_data", "input_embeds")):

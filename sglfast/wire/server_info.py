@@ -161,7 +161,7 @@ def key_route_of(version: str | None, *, is_dynamo: bool = False) -> Literal["sh
 
 def _numbers_of(version: str | None) -> tuple[int, ...]:
     """The three numbers of a version, () when there are none."""
-    found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", version or "", re.ASCII)
+    found = re.match(r"v?(\d{1,9})\.(\d{1,9})\.(\d{1,9})", version or "", re.ASCII)
     return () if found is None else tuple(map(int, found.groups()))
 
 
@@ -253,7 +253,7 @@ def _object_text(fields: dict[str, msgspec.Raw], name: str) -> str:
 
 def _positive(fields: dict[str, msgspec.Raw], name: str) -> int | None:
     value = _take(fields, name, int)
-    return value if value is not None and value > 0 else None
+    return value if value is not None and 0 < value < 1 << 31 else None  # what is larger is no count of anything here
 
 
 def _port(fields: dict[str, msgspec.Raw], name: str) -> int | None:

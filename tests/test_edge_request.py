@@ -357,3 +357,31 @@ def test_close_forgets_what_waits(caplog: pytest.LogCaptureFixture) -> None:
 
     run(test())
     assert not caplog.records
+
+
+def test_those_who_left_take_no_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_module, "_MAX_WAITING", 3)
+
+    async def test() -> None:
+        reader = SlowReader()
+        with Keyed(reader) as keyed:
+            body = b'"' + b"x" * 70_000 + b'"'
+            found: list[str | None] = []
+            has_left = False
+
+            def ask() -> None:
+                keyed.keyer.key(0, body, (Variant(64),), lambda facts: found.append(facts.why_unkeyed), is_wanted=lambda: not has_left)
+
+            keyed.keyer.key(0, body, (Variant(64),), lambda facts: found.append(facts.why_unkeyed))  # the thread has this one
+            ask()
+            ask()
+            ask()
+            assert found == ["too many prompts wait for the tokenizer"]
+            has_left = True
+            here = asyncio.ensure_future(keyed.later(0, body))
+            await asyncio.sleep(0)
+            assert found[1:] == ["the tokenizer failed"] * 2, "nobody reads that"
+            reader.may_go_on.set()
+            assert (await here).why_unkeyed == "slow"
+
+    run(test())

@@ -25,7 +25,7 @@ from sglfast._hashtree import TreeWriter
 from sglfast._workers import WorkerTable
 from sglfast.config import ServeConfig, check, to_json
 from sglfast.errors import REASON_INDEX
-from sglfast.prompt.keys import PromptReader, PromptText
+from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 from sglfast.shm import WorkerRecord, WorkerView, put_worker
 
@@ -168,6 +168,19 @@ def test_a_chat_body_is_its_prompt(shard: ShardProcess) -> None:
     ids = TOKENIZER.encode(TOKENIZER.chat.render(messages), False)
     body = {"model": "demo", "messages": messages, "temperature": 0.5}
     assert shard.json("/v1/tokenize", body) == {"model": "demo", "tokens": ids, "count": len(ids)}
+
+
+def test_a_chat_is_tokenized_as_the_workers_of_its_model_do(shard: ShardProcess) -> None:
+    old = WorkerRecord(url="http://127.0.0.1:9", model="old", tools="flat")
+    put_worker(WorkerTable(shard.segment), WorkerView(3, 0, _workers.READY, 3, 1, 64, False, old), is_new=True)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    body = {"messages": [{"role": "user", "content": "hello"}], "tools": [tool]}
+    found = [shard.json("/v1/tokenize", body | {"model": model})["tokens"] for model in ("demo", "old")]
+    reader = PromptReader(TOKENIZER)
+    texts = [reader.text_of(RequestKind.CHAT, body, 0, dialect) for dialect in (shm.Dialect(), shm.Dialect(tools="flat"))]
+    assert found == [list(reader.tokens_of(text)) for text in texts]
+    assert found[0] != found[1]
+    WorkerTable(shard.segment).remove(3)
 
 
 @pytest.mark.parametrize(

@@ -205,9 +205,12 @@ class PromptKeyer:
         if not waits:
             then(Facts(0, {}, "too many prompts wait for the tokenizer"))
 
-    def chat_tokens(self, body: bytes) -> list[int] | array[int]:
-        """Token ids of a chat body's prompt. For the thread: takes as long as it takes. Raises PromptError, JSONDecodeError."""
-        return self._reader.tokens_of(self._reader.text_of(self._kinds(0), orjson.loads(body)))
+    def chat_tokens(self, body: bytes, variants: tuple[Variant, ...]) -> list[int] | array[int]:
+        """Token ids of a chat body's prompt, as the workers with these variants make it.
+
+        For the thread: takes as long as it takes. Raises PromptError, JSONDecodeError.
+        """
+        return self._reader.tokens_of(self._reader.text_of(self._kinds(0), orjson.loads(body), 0, dialect_of(variants)))
 
     def submit(
         self, work: Callable[[], T], then: Callable[[T | None], None], *, n_bytes: int, is_wanted: Callable[[], bool] | None = None
@@ -217,7 +220,9 @@ class PromptKeyer:
         n_bytes: how much there is to tokenize; is_wanted: False when it is to be left out, then `then` gets None.
         """
         if len(self._waiting) + self._is_busy >= _MAX_WAITING:
-            return False
+            self._leave_out_unwanted()
+            if len(self._waiting) + self._is_busy >= _MAX_WAITING:
+                return False
 
         def begin() -> None:
             self._threads.submit(work).add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._landed, done, then))
@@ -227,6 +232,16 @@ class PromptKeyer:
         if not self._is_busy:
             self._begin_next()
         return True
+
+    def _leave_out_unwanted(self) -> None:
+        """Give their places to others. Cost: a look at each of _MAX_WAITING at most."""
+        left = [entry for entry in self._waiting if (is_wanted := entry[2].is_wanted) is not None and not is_wanted()]
+        if left:
+            numbers = {number for _, number, _ in left}
+            self._waiting = [entry for entry in self._waiting if entry[1] not in numbers]
+            heapq.heapify(self._waiting)
+            for _, _, waiting in left:
+                waiting.leave_out()
 
     def _begin_next(self) -> None:
         """Give the thread its next work. It has one at a time, so that what comes meanwhile finds its place in the line."""

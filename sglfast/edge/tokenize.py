@@ -20,7 +20,9 @@ from sglfast.edge.request import PromptKeyer
 
 if TYPE_CHECKING:
     from sglfast._httphead import RequestHead
+    from sglfast.edge.route import Router
     from sglfast.edge.shard import Shard
+    from sglfast.shm import Variant
 
 # A JSON body, or a refusal with its text.
 Answer = bytes | tuple[errors.Reason, str | None]
@@ -61,7 +63,25 @@ def detokenize(shard: Shard, head: RequestHead, body: bytes, then: Callable[[Ans
     _answer(shard, head, body, then, _detokenized)
 
 
-Work = Callable[[PromptKeyer, bytes, Callable[[str], bool]], Answer]
+class _Models:
+    """What the router knows of models now. Made on the loop, asked in the thread: a router's pools are replaced, never changed."""
+
+    def __init__(self, router: Router) -> None:
+        router.refresh()
+        self._pools = router.pools
+        self._names = frozenset(router.models)
+
+    def has(self, name: str) -> bool:
+        """Whether requests for this model are served; a worker whose model is not known takes any."""
+        return name in self._names or None in self._pools or not self._names
+
+    def variants(self, name: str) -> tuple[Variant, ...]:
+        """How the model's workers make prompts and cut them into blocks."""
+        pool = self._pools.get(name) or self._pools.get(None)
+        return pool.variants if pool is not None else ()
+
+
+Work = Callable[[PromptKeyer, bytes, _Models], Answer]
 
 
 def _answer(shard: Shard, head: RequestHead, body: bytes, then: Callable[[Answer], None], work: Work) -> None:
@@ -75,22 +95,17 @@ def _answer(shard: Shard, head: RequestHead, body: bytes, then: Callable[[Answer
     elif keyer is None:
         then((errors.MODEL_NOT_FOUND, "no tokenizer is configured: the router needs --tokenizer-path for this"))
     else:
-        shard.router.refresh()
-        models, takes_any = frozenset(shard.router.models), None in shard.router.pools or not shard.router.models
-
-        def is_ours(model: str) -> bool:
-            return takes_any or model in models
-
+        models = _Models(shard.router)
         taken = keyer.submit(
-            lambda: _guarded(work, keyer, body, is_ours), lambda answer: then(answer or (errors.INTERNAL_ERROR, None)), n_bytes=len(body)
+            lambda: _guarded(work, keyer, body, models), lambda answer: then(answer or (errors.INTERNAL_ERROR, None)), n_bytes=len(body)
         )
         if not taken:
             then((errors.SERVICE_OVERLOADED, None))
 
 
-def _guarded(work: Work, keyer: PromptKeyer, body: bytes, is_ours: Callable[[str], bool]) -> Answer:
+def _guarded(work: Work, keyer: PromptKeyer, body: bytes, models: _Models) -> Answer:
     try:
-        return work(keyer, body, is_ours)
+        return work(keyer, body, models)
     except msgspec.ValidationError as error:
         return errors.UNPROCESSABLE, f"the body does not have the fields of this path: {error}"
     except (msgspec.DecodeError, orjson.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -99,14 +114,14 @@ def _guarded(work: Work, keyer: PromptKeyer, body: bytes, is_ours: Callable[[str
         return errors.BAD_REQUEST, str(error)
 
 
-def _tokenized(keyer: PromptKeyer, body: bytes, is_ours: Callable[[str], bool]) -> Answer:
+def _tokenized(keyer: PromptKeyer, body: bytes, models: _Models) -> Answer:
     peek = _decode_peek(body)
     is_chat = peek.messages is not msgspec.UNSET and peek.prompt is msgspec.UNSET
     text = None if is_chat else _decode_text(body).prompt
-    if not is_ours(peek.model):
+    if not models.has(peek.model):
         return errors.MODEL_NOT_FOUND, f"model not found: {peek.model}"
     if text is None:
-        tokens: Any = keyer.chat_tokens(body)
+        tokens: Any = keyer.chat_tokens(body, models.variants(peek.model))
     else:
         try:
             tokens = keyer.tokenizer.encode(text, True)
@@ -115,8 +130,8 @@ def _tokenized(keyer: PromptKeyer, body: bytes, is_ours: Callable[[str], bool]) 
     return orjson.dumps({"model": peek.model, "tokens": tokens, "count": len(tokens)})
 
 
-def _detokenized(keyer: PromptKeyer, body: bytes, is_ours: Callable[[str], bool]) -> Answer:
+def _detokenized(keyer: PromptKeyer, body: bytes, models: _Models) -> Answer:
     given = _decode_ids(body)
-    if not is_ours(given.model):
+    if not models.has(given.model):
         return errors.MODEL_NOT_FOUND, f"model not found: {given.model}"
     return orjson.dumps({"model": given.model, "text": keyer.tokenizer.decode(given.tokens, given.skip_special_tokens)})

@@ -24,11 +24,11 @@ from sglfast.control.workers import Workers
 from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON_PAIRS, REASON_SINGLES, WorkerView
 
 WINDOW_SAMPLES = 50
-WINDOW_LOOKS = 5  # at least, so that a moment of many requests is not all there is to judge by
+WINDOW_LOOKS = 20  # at least, so that a moment of many requests is not all there is to judge by
 LEAST_SAMPLES = 8  # so that 50 requests over a small pool are enough
 _DISTRUST_SHARE, _TRUST_SHARE = 0.6, 0.2
 # So that a fault is named within some 50 requests also at 100 and more a second; many workers are looked at more seldom.
-_LEAST_PERIOD_S, _PERIOD_A_WORKER_S, _MOST_PERIOD_S = 0.2, 0.002, 1.0
+_LEAST_PERIOD_S, _PERIOD_A_WORKER_S, _MOST_PERIOD_S = 0.05, 0.002, 1.0
 
 
 @dataclass(slots=True)

@@ -133,7 +133,7 @@ static inline void _sf_word_put(sf_words_t *w, uint64_t hash, const char *word, 
     fresh->hash = hash;
     fresh->n_bytes = (uint32_t)n;
     fresh->n_ids = n_ids;
-    memcpy(fresh->data, ids, 4 * n_ids);
+    if (n_ids) memcpy(fresh->data, ids, 4 * n_ids);
     memcpy(fresh->data + n_ids, word, n);
     g->used += units;
     g->n_words++;

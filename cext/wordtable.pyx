@@ -122,6 +122,11 @@ cdef int _add_ids(plan_t *plan, const uint32_t *ids, size_t n) noexcept nogil:
     return 0
 
 
+cdef inline void _copy_ids(uint32_t *to, const uint32_t *ids, size_t n) noexcept nogil:
+    if n:  # an array without items has no memory, which memcpy does not take even for nothing
+        memcpy(to, ids, n * sizeof(uint32_t))
+
+
 cdef int _add_gap(plan_t *plan, const char *start, const char *end, bint is_word) noexcept nogil:
     cdef void *grown
     if plan.n_gaps == plan.gaps_room:
@@ -359,15 +364,15 @@ cdef class WordTable:
         out = array.clone(_ZERO, total, zero=False)
         for i in range(plan.n_gaps):
             gap = &plan.gaps[i]
-            memcpy(out.data.as_uints + at, plan.ids + taken, (gap.n_ids - taken) * sizeof(uint32_t))
+            _copy_ids(out.data.as_uints + at, plan.ids + taken, gap.n_ids - taken)
             at += gap.n_ids - taken
             taken = gap.n_ids
             ids = <array.array> filled[i]
-            memcpy(out.data.as_uints + at, ids.data.as_uints, len(ids) * sizeof(uint32_t))
+            _copy_ids(out.data.as_uints + at, ids.data.as_uints, len(ids))
             at += len(ids)
             if gap.is_word:
                 sf_words_put(&self.lexicon.words, gap.start, gap.end - gap.start, ids.data.as_uints, len(ids))
-        memcpy(out.data.as_uints + at, plan.ids + taken, (plan.n_ids - taken) * sizeof(uint32_t))
+        _copy_ids(out.data.as_uints + at, plan.ids + taken, plan.n_ids - taken)
         return out
 
 

@@ -31,7 +31,7 @@ from sglfast.index.stream import RankStream
 from sglfast.wire.frames import parse_live, parse_replay, replay_request
 
 _ROUND_MESSAGES = 1000
-# What one hold of the tree's lock may take: some hundreds of blocks, or one message.
+# How much is read before it is applied, or one message; what holds many blocks is written in turns (RankIndex.apply_run).
 _RUN_BYTES = 256 << 10
 # A wake-up costs as much as 50 messages: where many come, we sleep until there are some. One that comes alone is never kept waiting.
 _NAP_S, _BUSY_BELOW_S = 0.0005, 0.00025

@@ -192,4 +192,4 @@ def test_a_wrong_chat_template_is_named_within_50_requests(tmp_path: Path, promp
         for body in bodies:
             post(f"{stack.url}/v1/chat/completions", body)
         wait_until(lambda: metric(stack, "sglfast_worker_kv_predictions_total", result="too_low") >= 20, "samples are counted")
-        wait_until(lambda: "template" in stack.children[-1].log_tail(), "the log names the template")
+        wait_until(lambda: "template" in stack.children[-1].output(), "the log names the template")

@@ -9,7 +9,7 @@ from sglfast import _counters as words
 from sglfast._counters import Column, RankTable
 from sglfast._workers import READY, WorkerTable
 from sglfast.control.introspect import Findings
-from sglfast.control.parity import WINDOW_LOOKS, Counts, Evidence, ParityJudge, ParityWatch, likely_cause
+from sglfast.control.parity import WINDOW_LOOKS, Counts, Evidence, ParityJudge, ParityWatch, judge_pool, likely_cause
 from sglfast.control.workers import Workers
 from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON_PAIRS, REASON_SINGLES, WorkerView, create, read_workers
 from sglfast.wire.server_info import parse_server_info
@@ -42,6 +42,64 @@ def test_trust_comes_back_with_good_samples_and_not_before() -> None:
     for n in range(40, 400, 20):
         judge.feed(Counts(high=60, exact=n))
     assert judge.verdict == PARITY_OK
+
+
+def pool_of(*windows: Counts) -> list[ParityJudge]:
+    judges = [ParityJudge() for _ in windows]
+    for judge, counts in zip(judges, windows, strict=True):
+        judge.feed(counts)
+    judge_pool(judges)
+    return judges
+
+
+def verdicts(*windows: Counts) -> list[int]:
+    return [judge.verdict for judge in pool_of(*windows)]
+
+
+def test_many_workers_with_few_samples_are_judged_together() -> None:
+    assert verdicts(*[Counts(low=4)] * 3) == [PARITY_LOW] * 3
+    assert verdicts(*[Counts(high=2)] * 6) == [PARITY_HIGH] * 6
+    assert verdicts(*[Counts(low=4)] * 2) == [PARITY_OK] * 2, "of so few, nothing can be said"
+    assert verdicts(Counts(), Counts(low=1), Counts(low=5), Counts(low=6)) == [PARITY_OK, PARITY_OK, PARITY_LOW, PARITY_LOW]
+    assert verdicts(Counts(low=7), Counts(low=7), Counts(exact=5, low=1)) == [PARITY_LOW, PARITY_LOW, PARITY_OK]
+
+
+def test_what_one_worker_has_long_shown_says_little_of_the_others() -> None:
+    assert verdicts(Counts(high=60), Counts(exact=60), Counts(high=2, exact=1)) == [PARITY_HIGH, PARITY_OK, PARITY_OK]
+    assert verdicts(Counts(low=60), Counts(low=5)) == [PARITY_LOW, PARITY_LOW]
+    assert verdicts(Counts(exact=400), Counts(low=7)) == [PARITY_OK, PARITY_OK]
+
+
+def test_who_was_judged_by_the_pool_is_trusted_with_it_again_and_by_its_own_samples() -> None:
+    judges = pool_of(*[Counts(low=4)] * 4)
+    assert judges[0].feed(Counts(low=4, exact=16)) == PARITY_OK
+    for judge in judges[1:3]:
+        judge.feed(Counts(low=4, exact=400))
+    judge_pool(judges)
+    assert [judge.verdict for judge in judges] == [PARITY_OK, PARITY_OK, PARITY_OK, PARITY_LOW]
+    judges[3].feed(Counts(low=4, exact=3))
+    judge_pool(judges)
+    assert judges[3].verdict == PARITY_OK
+
+
+def test_workers_of_other_models_are_no_evidence(caplog: pytest.LogCaptureFixture) -> None:
+    _, segment = create(max_workers=4, max_ranks=64, max_shards=1, capacity_blocks=1024)
+    workers = Workers(WorkerTable(segment), 64, logging.getLogger("control"))
+    for number in range(4):
+        url = f"http://127.0.0.1:{9 + number}"
+        workers.register(url)
+        model = "m" if number < 2 else "n"
+        workers.learn(number, Findings(model=model, facts=parse_server_info(INFO, url), has_spoken=True, problem=""))
+    watch = ParityWatch(segment, workers, logging.getLogger("control"))
+    column = Column(segment, 0)
+    for number in range(4):
+        column.add_worker(number, words.W_PARITY_LOW, 5)
+    watch.look()
+    assert caplog.records == []
+    for number in range(2):
+        column.add_worker(number, words.W_PARITY_LOW, 2)
+    watch.look()
+    assert sorted(record.__dict__["fields"]["worker"] for record in caplog.records) == ["http://127.0.0.1:10", "http://127.0.0.1:9"]
 
 
 @pytest.mark.parametrize(

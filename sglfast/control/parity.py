@@ -2,7 +2,9 @@
 
 Runs in: control, some times a second. Theory: a prediction and the engine's own `cached_tokens` differ for a moment when requests overtake
     events or wait while others change the cache (edge/route: is_overtaken), and always when the router's picture is wrong. So a worker
-    is distrusted when most of its last samples differ, and trusted again when few do. Contract: `ParityJudge` is pure; a change of verdict
+    is distrusted when most of its last samples differ, and trusted again when few do. A fault of the router itself (a wrong template)
+    shows at all of a model's workers at once: those with too few samples for a verdict of their own are judged together (`judge_pool`).
+    Contract: `ParityJudge` and `judge_pool` are pure; a change of verdict
     is written into the worker table (shards say DEGRADED in `x-sglfast-kv`) and logged once, with its likeliest cause, which is also the
     reason in metrics and /workers (control/kv_state). Where index has a reason of its own for its doubts, that is the cause.
     Where blocks show that a worker keys single tokens although it speculates with EAGLE (hybrid models do), or the other way, its blocks
@@ -12,7 +14,7 @@ Runs in: control, some times a second. Theory: a prediction and the engine's own
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sglfast import _counters as words
@@ -25,7 +27,11 @@ from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON
 
 WINDOW_SAMPLES = 50
 WINDOW_LOOKS = 20  # at least, so that a moment of many requests is not all there is to judge by
-LEAST_SAMPLES = 8  # so that 50 requests over a small pool are enough
+LEAST_SAMPLES = 8  # of one worker
+LEAST_POOL_SAMPLES = (
+    12  # of several together, so that 50 requests are enough also over many workers; none counts for more than LEAST_SAMPLES
+)
+_LEAST_OWN_SAMPLES = 2  # before a worker is judged by its pool
 _DISTRUST_SHARE, _TRUST_SHARE = 0.6, 0.2
 # So that a fault is named within some 50 requests also at 100 and more a second; many workers are looked at more seldom.
 _LEAST_PERIOD_S, _PERIOD_A_WORKER_S, _MOST_PERIOD_S = 0.05, 0.002, 1.0
@@ -55,6 +61,11 @@ class ParityJudge:
         """Blocks that the worker had published when the window began."""
         return self._window[0][1] if self._window else 0
 
+    @property
+    def counts(self) -> Counts:
+        """Sums of the window."""
+        return Counts(*(sum(getattr(counts, name) for counts, _ in self._window) for name in ("exact", "high", "low")))
+
     def feed(self, totals: Counts, stored: int = 0) -> int:
         """Take the counters as they are now, and how many blocks the worker has published; returns the verdict, one of shm.PARITY_*."""
         delta = Counts(totals.exact - self._seen.exact, totals.high - self._seen.high, totals.low - self._seen.low)
@@ -65,15 +76,36 @@ class ParityJudge:
         samples = sum(_size(counts) for counts, _ in self._window)
         while len(self._window) > WINDOW_LOOKS and samples - _size(self._window[0][0]) >= WINDOW_SAMPLES:
             samples -= _size(self._window.popleft()[0])
-        high = sum(counts.high for counts, _ in self._window)
-        low = sum(counts.low for counts, _ in self._window)
-        if samples < LEAST_SAMPLES:
-            return self.verdict
-        if high + low >= _DISTRUST_SHARE * samples:
-            self.verdict = PARITY_HIGH if high > low else PARITY_LOW
-        elif high + low <= _TRUST_SHARE * samples:
-            self.verdict = PARITY_OK
+        if samples >= LEAST_SAMPLES:
+            counts = self.counts
+            self.verdict = _judged(counts.high, counts.low, samples, self.verdict)
         return self.verdict
+
+
+def judge_pool(judges: Sequence[ParityJudge]) -> None:
+    """Give those judges of one model's workers a verdict that have too few samples of their own, by what all of them have seen."""
+    windows = [judge.counts for judge in judges]
+    samples = high = low = 0.0
+    for counts in windows:
+        # What one worker has long shown says little of the others.
+        weight = LEAST_SAMPLES / max(_size(counts), LEAST_SAMPLES)
+        samples += weight * _size(counts)
+        high += weight * counts.high
+        low += weight * counts.low
+    if samples < LEAST_POOL_SAMPLES:
+        return
+    for judge, counts in zip(judges, windows, strict=True):
+        if not _LEAST_OWN_SAMPLES <= _size(counts) < LEAST_SAMPLES:
+            continue
+        verdict = _judged(high, low, samples, judge.verdict)
+        # One that is right where the others are wrong is no case of theirs.
+        judge.verdict = verdict if verdict == PARITY_OK else _judged(counts.high, counts.low, _size(counts), judge.verdict)
+
+
+def _judged(high: float, low: float, samples: float, before: int) -> int:
+    if high + low >= _DISTRUST_SHARE * samples:
+        return PARITY_HIGH if high > low else PARITY_LOW
+    return PARITY_OK if high + low <= _TRUST_SHARE * samples else before
 
 
 def _size(counts: Counts) -> int:
@@ -148,6 +180,7 @@ class ParityWatch:
     def look(self) -> None:
         """Judge every worker that publishes events, and tell what changed."""
         judges, self._judges = self._judges, {}
+        pools: dict[str | None, list[tuple[WorkerView, ParityJudge]]] = {}
         for view in self._workers.views:
             key = (view.worker_idx, view.generation)
             judge = self._judges[key] = judges.get(key) or ParityJudge()
@@ -156,25 +189,33 @@ class ParityWatch:
             self._look_at_pairs(view)
             totals = self._totals.of(view.worker_idx)
             self._tell_unreported(view, judge, totals)
-            verdict = judge.feed(
+            judge.feed(
                 # A block that has come since, under the key that shards make, shows as well as a right number that keys agree.
                 Counts(totals[words.W_PARITY_EXACT] + totals[words.W_PARITY_CAME], totals[words.W_PARITY_HIGH], totals[words.W_PARITY_LOW]),
                 self._stored_by(view),
             )
-            if verdict == view.parity:
-                continue
-            fields = {"worker": view.record.url}
-            if verdict == PARITY_OK:
-                self._workers.set_parity(view.worker_idx, verdict)
-                self._log.info("KV predictions agree with the worker again", extra={"fields": fields})
-                continue
-            cause = likely_cause(verdict, self._evidence(view, judge))
-            self._workers.set_parity(view.worker_idx, verdict, cause)
-            how = "more" if verdict == PARITY_HIGH else "less"
-            self._log.warning(
-                f"KV predictions do not agree with the worker: {how} was predicted than it reports as cached",
-                extra={"fields": fields | {"cause": cause}},
-            )
+            pools.setdefault(view.record.model, []).append((view, judge))
+        for pool in pools.values():
+            judge_pool([judge for _, judge in pool])
+            for view, judge in pool:
+                self._tell_verdict(view, judge)
+
+    def _tell_verdict(self, view: WorkerView, judge: ParityJudge) -> None:
+        """Write a verdict that has changed into the worker table and the log."""
+        if judge.verdict == view.parity:
+            return
+        fields = {"worker": view.record.url}
+        if judge.verdict == PARITY_OK:
+            self._workers.set_parity(view.worker_idx, judge.verdict)
+            self._log.info("KV predictions agree with the worker again", extra={"fields": fields})
+            return
+        cause = likely_cause(judge.verdict, self._evidence(view, judge))
+        self._workers.set_parity(view.worker_idx, judge.verdict, cause)
+        how = "more" if judge.verdict == PARITY_HIGH else "less"
+        self._log.warning(
+            f"KV predictions do not agree with the worker: {how} was predicted than it reports as cached",
+            extra={"fields": fields | {"cause": cause}},
+        )
 
     def _look_at_pairs(self, view: WorkerView) -> None:
         """Correct what the worker says of pairs of tokens by what index found in its blocks."""

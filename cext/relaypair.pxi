@@ -1,5 +1,10 @@
 # The prefill half of a request that two workers serve: see sglfast/edge/prefill_leg.py. Part of relay.pyx.
 
+cdef extern from "sf_splice.h" nogil:
+    int64_t sf_splice_place(const char *text, size_t length, int *is_empty) noexcept
+    int sf_may_be_batch(const char *text, size_t length, int kind) noexcept
+
+
 cdef class PrefillLegBase(ExchangeBase):
     """What a connection to a prefill worker tells of its answer; the exchange has the decode worker's.
 

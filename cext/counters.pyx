@@ -242,45 +242,33 @@ cdef class Totals:
         self.segment = segment
         self.base = <void *><uintptr_t>segment.address
 
-    def shard(self):
-        """The shard words, summed: a list of SF_SHARD_WORDS integers."""
+    cdef list sums(self, uint64_t *words, uint64_t count):
+        # Of so many words over all columns. words: where they begin in the first column; in the others they lie at the same place.
         cdef uint64_t columns = sf_header(self.base).max_shards + 1
-        cdef uint64_t column, word
-        sums = []
-        for word in range(SF_SHARD_WORDS):
+        cdef uint64_t column, word, place = words - sf_column(self.base, 0)
+        made = []
+        for word in range(place, place + count):
             total = 0
             for column in range(columns):
                 total += <int64_t>_sf_load(sf_column(self.base, column) + word)
-            sums.append(total)
-        return sums
+            made.append(total)
+        return made
+
+    def shard(self):
+        """The shard words, summed: a list of SF_SHARD_WORDS integers."""
+        return self.sums(sf_column(self.base, 0), SF_SHARD_WORDS)
 
     def worker(self, unsigned int worker_idx):
         """The words of one worker, summed: a list of SF_WORKER_WORDS integers."""
-        cdef uint64_t columns = sf_header(self.base).max_shards + 1
-        cdef uint64_t column, word
         if worker_idx >= self.segment.max_workers:
             raise IndexError(f"worker {worker_idx} is outside 0..{self.segment.max_workers - 1}")
-        sums = []
-        for word in range(SF_WORKER_WORDS):
-            total = 0
-            for column in range(columns):
-                total += <int64_t>_sf_load(sf_column_worker(sf_column(self.base, column), worker_idx) + word)
-            sums.append(total)
-        return sums
+        return self.sums(sf_column_worker(sf_column(self.base, 0), worker_idx), SF_WORKER_WORDS)
 
     def rank(self, unsigned int rank):
         """[requests, tokens] in flight of a rank of the tree, as far as they were steered, summed."""
-        cdef uint64_t columns = sf_header(self.base).max_shards + 1
-        cdef uint64_t column, word
         if rank >= self.segment.max_ranks:
             raise IndexError(f"rank {rank} is outside 0..{self.segment.max_ranks - 1}")
-        sums = []
-        for word in range(SF_LOAD_WORDS):
-            total = 0
-            for column in range(columns):
-                total += <int64_t>_sf_load(sf_column_rank(sf_column(self.base, column), self.segment.max_workers, rank) + word)
-            sums.append(total)
-        return sums
+        return self.sums(sf_column_rank(sf_column(self.base, 0), self.segment.max_workers, rank), SF_LOAD_WORDS)
 
     def retire(self, unsigned int shard):
         """Fold the column of a shard that is dead: its gauges vanish, its totals stay. Only while no process has the slot."""

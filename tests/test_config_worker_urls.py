@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sglfast.config import ServeConfig, check
 from sglfast.config.flags import add_flags, given_in
 from sglfast.config.sources import Loaded, load
 from sglfast.config.worker_urls import NamedWorker, named_workers, prefill_text, read_prefill
@@ -152,3 +153,54 @@ def test_cache_settings_count_for_each_policy() -> None:
     flags = ["--prefill", P, "--decode", D, "--policy", "round_robin", "--cache-threshold", "0.4"]
     assert start(*flags).notes == ("--cache-threshold changes nothing: --policy round_robin does not look at caches",)
     assert start(*flags, "--prefill-policy", "cache_aware").notes == ()
+
+
+# ---- a URL ----
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("http://10.0.0.5:30000", "http://10.0.0.5:30000"),
+        (" http://10.0.0.5:30000/ ", "http://10.0.0.5:30000"),
+        ("http://worker", "http://worker"),
+        ("HTTP://Worker-1.Pool:8000", "http://worker-1.pool:8000"),
+        ("http://[::1]:30000", "http://[::1]:30000"),
+        ("http://[fe80::1]", "http://[fe80::1]"),
+    ],
+)
+def test_worker_urls(text: str, url: str) -> None:
+    assert check(ServeConfig(worker_urls=(text,))).worker_urls == (url,)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("w:30000", "must look like http://host:port"),
+        ("10.0.0.5:30000", "must look like http://host:port"),
+        ("grpc://w:1", "must look like http://host:port"),
+        ("", "must look like http://host:port"),
+        ("http://", "must look like http://host:port"),
+        ("http://:30000", "must look like http://host:port"),
+        ("http://w:70000", "Port out of range 0-65535"),
+        ("http://w:http", "Port could not be cast"),
+        ("http://w:0", "port 0 is no port that a worker can listen on"),
+        ("http://[::1", "Invalid IPv6 URL"),
+        ("http://w:1/v1", "give only scheme, host and port, such as http://w:1"),
+        ("http://w:1?x=1", "give only scheme, host and port, such as http://w:1"),
+        ("http://w:1?", "give only scheme, host and port, such as http://w:1"),
+        ("http://w#", "give only scheme, host and port, such as http://w:80"),
+        ("http://user:secret@w:1", "give only scheme, host and port, such as http://w:1"),
+        ("http://:secret@w:1", "give only scheme, host and port, such as http://w:1"),
+        ("http://@w:1", "give only scheme, host and port, such as http://w:1"),
+        ("http://w:", "give only scheme, host and port, such as http://w:80"),
+        ("http://w w:1", "give only scheme, host and port"),
+        ("http://w\n.x:1", "give only scheme, host and port"),
+    ],
+)
+def test_wrong_worker_urls_are_refused(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check(ServeConfig(worker_urls=("http://ok", text)))
+    message = str(caught.value)
+    assert message.startswith("--worker-urls ")
+    assert problem in message

@@ -23,7 +23,7 @@ FLOORS: dict[str, int] = {
     "__main__": 6, "cli": 5, "cli_sim": 4, "cli_weights": 4,
     "edge": 3, "index": 3, "control": 3, "sim": 3, "load": 3, "modelexpress": 3,
     "prompt": 2,
-    "tls": 1, "wire": 1, "config": 1, "errors": 1, "shm": 1, "logs": 1, "log_file": 1, "log_sink": 1, "boot": 1,
+    "tls": 1, "wire": 1, "config": 1, "errors": 1, "shm": 1, "logs": 1, "log_file": 1, "log_sink": 1, "boot": 1, "open_files": 1,
 }  # fmt: skip
 COMPILED_FLOOR = 0
 

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import os
-import resource
 import signal
 import socket
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import uvloop
 
-from sglfast import _segment
+from sglfast import _segment, open_files
 from sglfast._counters import S_INFLIGHT, S_WAITING, RankTable, Totals
 from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
@@ -109,7 +108,7 @@ def run(loaded: Loaded, read_again: Callable[[], Loaded], commands: Commands | N
     Raises ConfigError before it runs.
     """
     config = loaded.config
-    _raise_file_limit()
+    open_files.raise_limit()
     with contextlib.ExitStack() as owned:
         log_fd = _standard_error()
         owned.callback(os.close, log_fd)
@@ -382,13 +381,6 @@ def _open_log(owned: contextlib.ExitStack, config: ServeConfig, log_fd: int) -> 
     for sink in sinks:
         owned.callback(sink.close)
     return sinks
-
-
-def _raise_file_limit() -> None:
-    """A thousand workers are checked and asked at once at the start."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import resource
 import signal
 import socket
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Callable
 
 import uvloop
 
+from sglfast import open_files
 from sglfast._hashtree import TreeReader
 from sglfast.boot import UNUSABLE_SETTINGS, Boot, boot_child, hear
 from sglfast.config import ServeConfig
@@ -103,8 +103,7 @@ def main(argv: list[str]) -> int:
     """Entry of the process; returns its exit code."""
     boot = boot_child(argv)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # draining is control's word, said in shared memory
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    open_files.raise_limit()
     try:
         uvloop.run(serve(boot))
     except ConfigError as error:

@@ -11,7 +11,6 @@ Contract: when there was an index before it, it takes over that one's tree and s
 import contextlib
 import logging
 import os
-import resource
 import select
 import signal
 import sys
@@ -21,6 +20,7 @@ from urllib.parse import urlsplit
 import zmq
 
 from sglfast import _counters as words
+from sglfast import open_files
 from sglfast._blockhash import xxh3
 from sglfast._counters import RANK_BLIND, RankTable
 from sglfast._hashtree import TreeReader, TreeWriter
@@ -345,8 +345,7 @@ def main(argv: list[str]) -> int:
     """Entry of the process; returns its exit code."""
     boot = boot_child(argv)
     log = setup_logs("index", boot.config.log_level, boot.config.log_format)
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    open_files.raise_limit()
     with boot.control:
         serve(boot, log)
     return 0

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import gc
 import os
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 import orjson
 import uvloop
 
+from sglfast import open_files
 from sglfast.errors import ConfigError, SglfastError
 from sglfast.logs import setup_logs
 from sglfast.sim.settings import SimSettings
@@ -141,7 +141,7 @@ def main(argv: list[str], open_directory: Callable[[SimSettings], WeightDirector
     arguments = vars(build_parser().parse_args(argv))
     max_seconds, file, descriptor = (arguments.pop(name) for name in ("max_seconds", "announce", "announce_fd"))
     setup_logs("sim", "info", "text")
-    _raise_file_limit()
+    open_files.raise_limit()
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_run(SimSettings(**arguments), open_directory, max_seconds, file, descriptor))
@@ -223,13 +223,6 @@ def _summary(simulator: Simulator) -> str:
         f"{settings.decode_tokens_per_s_per_request:g} tokens/s a request, cache {settings.cache_tokens} tokens"
     )
     return f"sglfast sim: {len(urls)} worker{'s'[: len(urls) > 1]} of {settings.model} at {where}; {speed}. Ctrl-C ends it."
-
-
-def _raise_file_limit() -> None:
-    """Have as many descriptors as we may: a thousand workers with clients need more than the usual 1024."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

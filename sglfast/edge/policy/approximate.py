@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, IMBALANCED, UNKEYED, PoolView, Prompt
+from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, PoolView, Prompt
 from sglfast.edge.policy.cache_aware import CacheAware, lightest
 
 if TYPE_CHECKING:
@@ -26,11 +26,9 @@ class ApproximateCacheAware(CacheAware):
         return requests
 
     def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
-        low, high = loads.span(pool.worker_idxs)
-        if high - low > self._balance_abs_threshold and high > low * self._balance_rel_threshold:
-            return loads.least(pool.worker_idxs)[0], IMBALANCED
-        if not prompt.is_keyed:
-            return loads.least(pool.worker_idxs)[0], UNKEYED
+        why = self.least_loaded_because(pool, loads, prompt)
+        if why is not None:
+            return loads.least(pool.worker_idxs)[0], why
         best_tokens = max((hit.overlap_tokens for hit in prompt.hits), default=0)
         if best_tokens > self._cache_threshold * prompt.prompt_tokens:
             owners = [hit for hit in prompt.hits if hit.overlap_tokens == best_tokens]

@@ -34,12 +34,17 @@ class CacheAware:
     def score(self, requests: int, work_tokens: int) -> float | None:
         return work_tokens
 
-    def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
+    def least_loaded_because(self, pool: PoolView, loads: Loads, prompt: Prompt) -> int | None:
+        """The decision for the least loaded worker where caches have no say: step 1, or a prompt of which nothing is known."""
         low, high = loads.span(pool.worker_idxs)
         if high - low > self._balance_abs_threshold and high > low * self._balance_rel_threshold:
-            return loads.least(pool.worker_idxs)[0], IMBALANCED
-        if not prompt.is_keyed:
-            return loads.least(pool.worker_idxs)[0], UNKEYED
+            return IMBALANCED
+        return None if prompt.is_keyed else UNKEYED
+
+    def choose(self, pool: PoolView, loads: Loads, prompt: Prompt) -> tuple[int, int]:
+        why = self.least_loaded_because(pool, loads, prompt)
+        if why is not None:
+            return loads.least(pool.worker_idxs)[0], why
         hits = prompt.hits
         if not hits:
             return loads.least(pool.worker_idxs, _counters.W_INFLIGHT_TOKENS)[0], CACHE_MISS

@@ -176,5 +176,5 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert problem(tmp_path / "none.yaml") == "cannot be read (No such file or directory)"
     assert problem(tmp_path / "broken.toml").startswith("is no TOML: Invalid value (at line 1")
     assert problem(tmp_path / "twice.toml").startswith("is no TOML: Cannot overwrite a value")
-    assert problem(tmp_path / "latin.yaml") == "is not UTF-8 text"
+    assert problem(tmp_path / "latin.yaml") == "must be UTF-8 text"
     assert problem(tmp_path / "large.yaml") == "is larger than 1048576 bytes"

@@ -13,6 +13,7 @@ from typing import Any
 
 from sglfast.config.fields import BY_ANY_NAME, FIELDS, from_file
 from sglfast.config.sglang_router import FOREIGN, note_foreign
+from sglfast.config.text_file import read_text
 from sglfast.errors import ConfigError
 
 _LIMIT_BYTES = 1 << 20
@@ -103,16 +104,7 @@ def _parse(path: str) -> Mapping[str, Any]:
     suffix = Path(path).suffix.lower()
     if suffix not in (".yaml", ".yml", ".toml"):
         raise ConfigError(f"--config {path}: the name must end in .yaml, .yml or .toml")
-    try:
-        with open(path, "rb") as file:
-            data = file.read(_LIMIT_BYTES + 1)
-        text = data.decode()
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--config {path}: is not UTF-8 text") from None
-    if len(data) > _LIMIT_BYTES:
-        raise ConfigError(f"--config {path}: is larger than {_LIMIT_BYTES} bytes")
+    text = read_text("--config", path, _LIMIT_BYTES)
     tree = _from_toml(path, text) if suffix == ".toml" else _from_yaml(path, text)
     if not isinstance(tree, Mapping) or not all(isinstance(name, str) for name in tree):
         raise ConfigError(f"--config {path}: must hold `name: value` pairs")

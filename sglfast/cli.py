@@ -38,7 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sglfast {__version__}")
         return 0
     if args[0] not in COMMANDS:
-        print(f"sglfast: there is no command {args[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        if args[0].startswith("-"):
+            print(f"sglfast: {args[0]}: flags follow a command, such as `sglfast serve {args[0]}`", file=sys.stderr)
+        else:
+            print(f"sglfast: there is no command {args[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     module = importlib.import_module(COMMANDS[args[0]][0])
     try:

@@ -35,12 +35,17 @@ def test_version(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == (f"sglfast {__version__}\n", "")
 
 
-@pytest.mark.parametrize("name", ["server", "--serve", "", "sglfast.cli"])
+@pytest.mark.parametrize("name", ["server", "", "sglfast.cli"])
 def test_unknown_commands(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([name, "--port", "1"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"sglfast: there is no command {name!r}; there are: {', '.join(cli.COMMANDS)}\n"
+
+
+def test_flags_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--port", "1"]) == 2
+    assert capsys.readouterr() == ("", "sglfast: --port: flags follow a command, such as `sglfast serve --port`\n")
 
 
 @pytest.fixture

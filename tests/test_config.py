@@ -18,6 +18,7 @@ from sglfast.config import fields as meanings
 from sglfast.config.flags import add_flags, given_in
 from sglfast.config.sources import load
 from sglfast.errors import ConfigError
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 
 URL = "http://10.0.0.5:30000"
 FIELDS = {field.name: field for field in dataclasses.fields(ServeConfig)}
@@ -47,7 +48,8 @@ def with_setting(name: str, value: Any) -> ServeConfig:
     return dataclasses.replace(ServeConfig(worker_urls=(URL,)), **{name: value})
 
 
-FOLDER = os.path.dirname(__file__)
+FOLDER = DEMO_TOKENIZER_PATH
+TESTS = os.path.dirname(__file__)
 SPECIAL: dict[str, tuple[list[str], Any]] = {
     "worker_urls": ([URL], (URL,)),
     "prefill": (["http://p:1", "9000"], ("http://p:1 9000",)),
@@ -235,7 +237,7 @@ def test_numbers_have_limits(name: str) -> None:
 def test_choices(name: str) -> None:
     choices = FIELDS[name].metadata["choices"]
     for choice in choices:
-        config = ServeConfig(worker_urls=(URL,), tokenizer_path=os.path.dirname(__file__))
+        config = ServeConfig(worker_urls=(URL,), tokenizer_path=FOLDER)
         assert getattr(check(dataclasses.replace(config, **{name: choice})), name) == choice
     for wrong in ("", "Info", "nonsense"):
         with pytest.raises(ConfigError, match=f"^{flag_of(name)} {wrong}: must be one of {', '.join(choices)}$"):
@@ -268,8 +270,11 @@ def test_the_policies_of_the_design_are_there() -> None:
             {"client_key_path": __file__},
             "--client-key-path needs --client-cert-path: a certificate and its private key work only together",
         ),
-        ({"ca_cert_paths": (__file__, "/no/ca.pem")}, "--ca-cert-paths /no/ca.pem: cannot be read"),
-        ({"api_key_file": "/no/keys"}, "--api-key-file /no/keys: cannot be read"),
+        ({"ca_cert_paths": (__file__, "/no/ca.pem")}, "--ca-cert-paths /no/ca.pem: cannot be read (No such file or directory)"),
+        ({"api_key_file": "/no/keys"}, "--api-key-file /no/keys: cannot be read (No such file or directory)"),
+        ({"ca_cert_paths": (TESTS,)}, f"--ca-cert-paths {TESTS}: is a folder, not a file"),
+        ({"tokenizer_path": TESTS}, f"--tokenizer-path {TESTS}: there is no tokenizer.json in this folder"),
+        ({"model_path": TESTS}, f"--model-path {TESTS}: there is no tokenizer.json in this folder; or name it with --tokenizer-path"),
         ({"log_dir": __file__}, f"--log-dir {__file__}: is no folder"),
         ({"request_id_headers": ("x id",)}, "--request-id-headers x id: is no name of a header"),
         ({"priority_header": "x:y"}, "--priority-header x:y: is no name of a header"),
@@ -383,5 +388,5 @@ def test_settings_cannot_be_changed() -> None:
 def test_tokenizer_path_may_be_a_folder_or_a_file(tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
     file.write_text("{}")
-    for path in (tmp_path, file):
+    for path in (tmp_path, file):  # what is in it is seen when it is loaded
         assert serve("--policy", "cache_aware", "--tokenizer-path", str(path)).tokenizer_path == str(path)

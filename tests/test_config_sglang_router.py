@@ -14,6 +14,7 @@ from sglfast.config.flags import add_flags, given_in
 from sglfast.config.sglang_router import DIFFERS, FOREIGN, OTHER_POLICIES
 from sglfast.config.sources import Loaded, load
 from sglfast.errors import ConfigError
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -34,8 +35,8 @@ ROWS = {row["flag"]: row for row in REFERENCE.flags_of_sglang_router()}
 WORDS: dict[str, list[str]] = {
     "--worker-urls": ["http://worker1:8000", "http://[::1]:8000"],
     "--host": ["::"],
-    "--tokenizer-path": [str(ROOT / "tests")],
-    "--model-path": [str(ROOT / "tests")],
+    "--tokenizer-path": [DEMO_TOKENIZER_PATH],
+    "--model-path": [DEMO_TOKENIZER_PATH],
     "--chat-template": [__file__],
     "--prefill": ["http://prefill1:8000", "9000"],
     "--decode": ["http://decode1:8001"],
@@ -51,7 +52,7 @@ WORDS: dict[str, list[str]] = {
     **{flag: [__file__] for flag in ("--client-cert-path", "--client-key-path", "--tls-cert-path", "--tls-key-path")},
 }
 NEEDS = {
-    "--chat-template": ["--tokenizer-path", str(ROOT / "tests")],
+    "--chat-template": ["--tokenizer-path", DEMO_TOKENIZER_PATH],
     "--client-cert-path": ["--client-key-path", __file__],
     "--client-key-path": ["--client-cert-path", __file__],
     "--tls-cert-path": ["--tls-key-path", __file__],

@@ -12,6 +12,7 @@ from sglfast.config.idle import DEFAULT
 from sglfast.config.sglang_router import FOREIGN
 from sglfast.config.sources import OTHER_VARIABLES, PREFIX, Loaded, load, without_settings
 from sglfast.errors import ConfigError
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 
 ROOT = Path(__file__).parent.parent
 STEERING = "--policy cache_aware (or auto) with --tokenizer-path: nothing else chooses a rank"
@@ -181,7 +182,7 @@ def test_a_secret_on_the_command_line_is_noted_and_not_shown() -> None:
             for args in (
                 ["--disable-dp-steering"],
                 ["--disable-dp-steering", "--policy", "cache_aware"],
-                ["--disable-dp-steering", "--policy", "random", "--tokenizer-path", "."],
+                ["--disable-dp-steering", "--policy", "random", "--tokenizer-path", DEMO_TOKENIZER_PATH],
             )
         ),
         (["--tenant-fairness"], f"--tenant-fairness needs one of {LIMITS}: without a limit nobody waits"),
@@ -193,9 +194,13 @@ def test_a_flag_that_needs_another(args: list[str], text: str) -> None:
 
 def test_who_chooses_a_rank_is_said_once() -> None:
     text = "--dp-aware and --disable-dp-steering: choose the data-parallel rank, or leave it to the workers, not both"
-    assert refusal("--dp-aware", "--disable-dp-steering", "--tokenizer-path", ".") == text
-    assert refusal("--disable-dp-steering", "--tokenizer-path", ".", SGLFAST_DP_AWARE="true") == text
-    for args in (["--dp-aware"], ["--dp-aware", "--policy", "round_robin"], ["--disable-dp-steering", "--tokenizer-path", "."]):
+    assert refusal("--dp-aware", "--disable-dp-steering", "--tokenizer-path", DEMO_TOKENIZER_PATH) == text
+    assert refusal("--disable-dp-steering", "--tokenizer-path", DEMO_TOKENIZER_PATH, SGLFAST_DP_AWARE="true") == text
+    for args in (
+        ["--dp-aware"],
+        ["--dp-aware", "--policy", "round_robin"],
+        ["--disable-dp-steering", "--tokenizer-path", DEMO_TOKENIZER_PATH],
+    ):
         assert loaded(*args).notes == ()
 
 

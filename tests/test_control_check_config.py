@@ -63,7 +63,8 @@ def test_secrets_are_stars(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--port", "70000"], "--port 70000: must be at most 65535"),
         (["--service-discovery"], "--service-discovery: service discovery is not offered; "),
-        (["--tokenizer-path", "{folder}"], "tokenizer path "),
+        (["--tokenizer-path", "{folder}"], "--tokenizer-path {folder}: there is no tokenizer.json in this folder"),
+        (["--tokenizer-path", "{folder}/broken.jinja"], "tokenizer file {folder}/broken.jinja: not a tokenizer.json"),
         (["--tokenizer-path", DEMO_TOKENIZER_PATH, "--chat-template", "{folder}/broken.jinja"], ""),
     ],
 )
@@ -72,7 +73,7 @@ def test_what_cannot_work_ends_with_2(tmp_path: Path, args: list[str], text: str
     assert cli.main(["check-config", *(arg.replace("{folder}", str(tmp_path)) for arg in args)]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"sglfast check-config: {text}")
+    assert err.startswith(f"sglfast check-config: {text.replace('{folder}', str(tmp_path))}")
     assert err.count("\n") == 1
 
 

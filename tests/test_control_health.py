@@ -95,6 +95,6 @@ def test_only_2xx_is_healthy() -> None:
             return [await check(fetcher, worker.url + "/health", 0.3) for _ in range(6)]
 
     problems = asyncio.run(run())
-    assert problems[:4] == ["", "", "status 503", "status 302"]
+    assert problems[:4] == ["", "", "/health: status 503", "/health: status 302"]
     assert problems[4].startswith("no valid HTTP answer")
     assert problems[5] == "no answer within 0.3 s"

@@ -76,7 +76,12 @@ def test_all_ipv6_addresses_means_ipv4_too() -> None:
 
 @pytest.mark.parametrize(
     ("host", "text"),
-    [("192.0.2.1", "no address of this machine"), ("no-such-host.invalid", "cannot be resolved"), ("a" * 300, "cannot be resolved")],
+    [
+        ("192.0.2.1", "no address of this machine"),
+        ("no-such-host.invalid", "cannot be resolved"),
+        ("a" * 300, "cannot be resolved"),
+        ("127.0.0.1:30000", "give the port with --port"),
+    ],
 )
 def test_a_host_that_cannot_be_had_is_named(host: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = socket.getaddrinfo

@@ -108,10 +108,12 @@ def test_a_crash_loop_ends_it_with_the_childs_last_words(tmp_path: Path) -> None
 
 def test_settings_that_a_child_finds_out_to_be_wrong_end_it_at_once(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "sglfast", "serve"]
+    (tmp_path / "tokenizer.json").write_text("{}")
     with running(tmp_path, argv, "--shards", "2", "--tokenizer-path", str(tmp_path)) as router:
         assert router.end() == 2
         (said,) = (line for line in router.err.splitlines() if "ERROR" in line)
-        assert said.endswith("give a folder that holds tokenizer.json, or that file; the router ends")
+        assert f"tokenizer file {tmp_path}/tokenizer.json: not a tokenizer.json of Hugging Face" in said
+        assert said.endswith("; the router ends")
         assert "Traceback" not in router.err
         assert "started again" not in router.err
 

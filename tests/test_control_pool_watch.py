@@ -169,7 +169,7 @@ def test_out_and_in_again_as_another_engine() -> None:
             assert pool.view().record.model == "m2"
             said = [line.split(" {")[0] for line in pool.seen.lines]
             assert said == ["INFO worker is ready", "WARNING worker is unhealthy", "INFO worker is ready"]
-            assert "'problem': 'status 503'" in pool.seen.text
+            assert "'problem': '/health: status 503'" in pool.seen.text
 
     asyncio.run(run())
 

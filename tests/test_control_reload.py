@@ -21,6 +21,7 @@ from sglfast.config.fields import FIELDS
 from sglfast.config.sources import Loaded, load
 from sglfast.control.reload import Reloader
 from sglfast.errors import ConfigError
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 
 
 def loaded(**settings: object) -> Loaded:
@@ -82,7 +83,7 @@ def test_settings_that_cannot_work_change_nothing() -> None:
 
 def test_what_a_live_setting_needs_may_be_missing_in_the_running_program() -> None:
     """--policy cache_aware is live, the tokenizer that comes with it is not: it goes on, and says what is missing."""
-    folder = os.path.dirname(__file__)
+    folder = DEMO_TOKENIZER_PATH
     program = Program()
     lines = program.reload(policy="cache_aware", tokenizer_path=folder)
     assert program.applied[0].policy == "cache_aware"

@@ -35,7 +35,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "newer") as db:
         db.execute("PRAGMA user_version = 99")
     db.close()
-    for name, text in {"none/db": "No such file", "text": "not a database", "newer": "version 99"}.items():
+    for name, text in {"none/db": "there is no folder", "text": "not a database", "newer": "version 99"}.items():
         with pytest.raises(StorageError, match=text) as caught:
             asyncio.run(opened(tmp_path / name))
         assert str(tmp_path / name) in str(caught.value)

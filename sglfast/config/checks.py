@@ -4,6 +4,7 @@ Runs in: control, at start and at SIGHUP. Contract: a refusal names the flag and
 """
 
 import dataclasses
+import errno
 import os
 from urllib.parse import urlsplit
 
@@ -83,12 +84,20 @@ def _check_model(config: ServeConfig) -> str | None:
     """Where the tokenizer is, None without one."""
     if config.tokenizer_path is not None and not os.path.exists(config.tokenizer_path):
         raise ConfigError(f"--tokenizer-path {config.tokenizer_path}: no such file or folder")
+    if config.tokenizer_path is not None and os.path.isdir(config.tokenizer_path) and not _has_tokenizer(config.tokenizer_path):
+        raise ConfigError(f"--tokenizer-path {config.tokenizer_path}: there is no tokenizer.json in this folder")
     if config.model_path is not None and not os.path.isdir(config.model_path):
         raise ConfigError(f"--model-path {config.model_path}: no such folder; give the folder that holds the model's tokenizer.json")
+    if config.tokenizer_path is None and config.model_path is not None and not _has_tokenizer(config.model_path):
+        raise ConfigError(f"--model-path {config.model_path}: there is no tokenizer.json in this folder; or name it with --tokenizer-path")
     where = config.tokenizer_path or config.model_path
     if where is None and config.chat_template is not None:
         raise ConfigError("--chat-template needs --tokenizer-path: without a tokenizer no prompt is rendered")
     return where
+
+
+def _has_tokenizer(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, "tokenizer.json"))
 
 
 def _check_addresses(config: ServeConfig) -> None:
@@ -110,7 +119,10 @@ def _check_files(config: ServeConfig) -> None:
         value = getattr(config, name)
         for path in value if isinstance(value, tuple) else (value,):
             if path is not None and not os.access(path, os.R_OK):
-                raise ConfigError(f"{flag_of(name)} {path}: cannot be read")
+                reason = os.strerror(errno.EACCES if os.path.exists(path) else errno.ENOENT)
+                raise ConfigError(f"{flag_of(name)} {path}: cannot be read ({reason})")
+            if path is not None and os.path.isdir(path):
+                raise ConfigError(f"{flag_of(name)} {path}: is a folder, not a file")
     if config.log_dir is not None and os.path.exists(config.log_dir) and not os.path.isdir(config.log_dir):
         raise ConfigError(f"--log-dir {config.log_dir}: is no folder")
 

@@ -58,11 +58,14 @@ def prefill_text(worker: NamedWorker) -> str:
 def worker_url(text: str, name: str = "--worker-urls") -> str:
     """A worker's URL as it is kept: scheme, host and port, lower case. name: what the message names. Raises ConfigError."""
     text = text.strip().rstrip("/")
+    if text.count("://") > 1:
+        raise ConfigError(f"{name} {text}: is more than one URL; give each as a word of its own, with a blank between them")
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError as error:
-        raise ConfigError(f"{name} {text}: {error}") from None
+        reason = "the port must be a number" if "cast to integer" in str(error) else error
+        raise ConfigError(f"{name} {text}: {reason}") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"{name} {text}: must look like http://host:port or https://host:port")
     if port == 0:

@@ -9,6 +9,7 @@ Runs in: control, one HealthMachine a worker, fed by pool_watch.
 
 import enum
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from sglfast._workers import JOINING, READY, UNHEALTHY
 from sglfast.config import ServeConfig
@@ -107,9 +108,9 @@ def pause_s(state: int, age_s: float, rules: HealthRules, pool_size: int) -> flo
 
 
 async def check(fetcher: Fetcher, url: str, timeout_s: float, api_key: str | None = None) -> str:
-    """Ask a health endpoint; returns what is wrong, the empty string for a 2xx."""
+    """Ask a health endpoint; returns what is wrong, with the path where the worker does answer, the empty string for a 2xx."""
     try:
         answer = await fetcher.get(url, timeout_s, api_key=api_key)
     except FetchError as error:
         return str(error)
-    return "" if answer.is_good else f"status {answer.status}"
+    return "" if answer.is_good else f"{urlsplit(url).path}: status {answer.status}"

@@ -46,7 +46,8 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, tuple[str, int
         found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no host name"
-        raise ConfigError(f"--host {host}: cannot be resolved ({reason}); give an address of this machine, such as 0.0.0.0") from None
+        advice = "give the port with --port" if host.count(":") == 1 else "give an address of this machine, such as 0.0.0.0"
+        raise ConfigError(f"--host {host}: cannot be resolved ({reason}); {advice}") from None
     found.sort(key=lambda row: row[0] != socket.AF_INET)
     family, _, _, _, address = found[0]
     return family, (str(address[0]), int(address[1]), *(int(part) for part in address[2:]))

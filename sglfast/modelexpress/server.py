@@ -74,9 +74,11 @@ class Server:
             place = f"[{settings.host}]" if ":" in settings.host else settings.host
             try:
                 self.port = self._server.add_insecure_port(f"{place}:{settings.port}")
-            except RuntimeError as error:
+            except RuntimeError:  # whose text advises to debug gRPC; the cause stands on standard error, by gRPC itself
                 await self._server.stop(None)
-                raise ConfigError(f"--port {settings.port}: cannot listen on {place}:{settings.port}: {error}") from None
+                raise ConfigError(
+                    f"--port {settings.port}: cannot listen on {place}:{settings.port}; is it in use, or no address of this machine?"
+                ) from None
             await self._server.start()
             self._stack = stack.pop_all()
 

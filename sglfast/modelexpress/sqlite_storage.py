@@ -214,6 +214,8 @@ class SqliteStorage:
             task.done.set_result(results[i])
 
     def _take_lock(self) -> TextIO:
+        if not self._path.parent.is_dir():
+            raise StorageError(f"{self._path}: there is no folder {self._path.parent}")
         lock = self._path.with_name(self._path.name + ".lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -87,8 +87,8 @@ DIFFERS: Mapping[str, str] = {
     "worker_startup_timeout_secs": "afterwards the log calls the worker failed; it is asked on",
     "worker_startup_check_interval": "5 s instead of 30, and five times a second at first",
     "max_payload_size": "64 MiB instead of 512: a body is held in memory while it arrives",
-    "policy": "`auto` instead of `cache_aware`; `cache_aware` follows what the workers' KV caches hold and needs `--tokenizer-path`, "
-    "without it is as `least_load`; `manual` is not offered",
+    "policy": "`auto` instead of `cache_aware`; `cache_aware` follows what the workers' KV caches hold where they publish events and "
+    "`--tokenizer-path` is given, else the text that each was sent, as there; `manual` is not offered",
     "dp_aware": "a worker with ranks stays one worker, and the rank is chosen behind it; told by the header `X-Data-Parallel-Rank`, or in "
     "front of the body where the worker does not read that; `cache_aware` chooses ranks without the flag, too, see "
     "`--disable-dp-steering`",

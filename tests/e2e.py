@@ -76,6 +76,29 @@ def wait_until(is_true: Callable[[], bool], what: str, timeout_s: float = TIMEOU
         time.sleep(0.05)
 
 
+def wait_events(stack: Stack, names: Sequence[str] = ()) -> None:
+    """Until the index has applied all KV events that the workers have published by now; they publish before they answer.
+
+    names: what the router calls the workers, in their order, where it reaches them by other URLs. Only while no index was killed: its
+    successor counts anew.
+    """
+    published: dict[tuple[str, str], int] = {}
+    for url, name in zip(stack.worker_urls, names or stack.worker_urls, strict=True):
+        for rank, row in enumerate(orjson.loads(get(f"{url}/sim/stats"))["ranks"]):
+            published[name, str(rank)] = row["next_sequence"]
+
+    def are_applied() -> bool:
+        applied: dict[tuple[str, str], float] = {}
+        text = get(f"{stack.url}/metrics").decode()
+        for labels, count in re.findall(r"^sglfast_kv_event_batches_total\{(.*)\} (\S+)$", text, re.MULTILINE):
+            found = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            applied[found["worker"], found["rank"]] = float(count)
+        # Decode workers publish for nobody: the router does not follow them.
+        return bool(applied) and all(published[place] <= count for place, count in applied.items())
+
+    wait_until(are_applied, "the index has applied all events")
+
+
 class Prompts:
     """Prompts of an exact number of tokens, the same for the same seed."""
 

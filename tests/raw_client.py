@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import httptools
 
-WAIT_S = 8.0  # bound of every wait; only a failing test spends it
+WAIT_S = 20.0  # bound of every wait; only a failing test spends it
 
 Headers = list[tuple[bytes, bytes]]
 

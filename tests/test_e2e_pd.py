@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 import pytest
-from e2e import TIMEOUT_S, Prompts, completion, explained, get, metric, send_all, wait_until
+from e2e import TIMEOUT_S, Prompts, completion, explained, get, metric, send_all, wait_events, wait_until
 
 from sglfast.load.stack import SimSettings, Stack
 
@@ -124,7 +124,7 @@ def test_prefixes_stay_with_their_prefill_worker(stack: Stack, prompts: Prompts)
     texts = [prompts.text(seed, 1000) for seed in range(100, 112)]
     send_all(stack.url, texts, connections=2)
     wait_until(lambda: explained(stack, "/v1/completions", {"model": "demo-model", "prompt": texts[-1]}) is not None, "explained")
-    time.sleep(0.3)  # the last events are on their way
+    wait_events(stack)
     again = send_all(stack.url, texts, connections=2)
     assert [answer.usage.cached_tokens for answer in again] == [15 * 64] * 12
 

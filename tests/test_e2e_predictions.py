@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import pytest
-from e2e import Prompts, completion, explained, metric, process_of, send_all, small_stack, wait_until
+from e2e import Prompts, completion, explained, metric, process_of, send_all, small_stack, wait_events, wait_until
 
 from sglfast.load.client import Answer, LoadClient
 from sglfast.load.stack import SimSettings, Stack
@@ -66,6 +66,7 @@ def test_siblings_land_together_before_the_first_event(prompts: Prompts, predict
         assert metric(stack, "sglfast_worker_kv_predictions_total", result="too_low") == 0
         assert metric(stack, "sglfast_worker_kv_predictions_total", result="too_high") == 0
         # When all is over, events alone are left.
+        wait_events(stack)
         row = max(explained(stack, "/v1/completions", {"prompt": texts[0]})["candidates"], key=lambda row: row["overlap_blocks"])
         assert row["overlap_blocks"] == row["overlap_blocks_by_tier"]["device"] == (COMMON_TOKENS + 49) // 64
 

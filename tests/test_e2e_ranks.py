@@ -8,7 +8,21 @@ from collections.abc import Callable, Iterator
 
 import orjson
 import pytest
-from e2e import Prompts, completion, explained, get, metric, overlap_of, post, process_of, samples, send_all, small_stack, wait_until
+from e2e import (
+    Prompts,
+    completion,
+    explained,
+    get,
+    metric,
+    overlap_of,
+    post,
+    process_of,
+    samples,
+    send_all,
+    small_stack,
+    wait_events,
+    wait_until,
+)
 
 from sglfast.load.client import Answer, LoadClient
 from sglfast.load.stack import Stack
@@ -48,11 +62,11 @@ def generate(prompt: str, host: str) -> bytes:
     return head.encode() + b"content-length: %d\r\n\r\n%b" % (len(data), data)
 
 
-def converse(url: str, prompts: Prompts, request: Callable[[str, str], bytes] = completion) -> list[list[Answer]]:
-    """Conversations at once, each of which sends a turn when it has had the last one's answer for a moment."""
+def converse(stack: Stack, prompts: Prompts, request: Callable[[str, str], bytes] = completion) -> list[list[Answer]]:
+    """Conversations at once, each of which sends a turn when the index knows what the last one has left in the cache."""
 
     async def run() -> list[list[Answer]]:
-        client = LoadClient(url)
+        client = LoadClient(stack.url)
 
         async def one(number: int) -> list[Answer]:
             answers = []
@@ -60,7 +74,7 @@ def converse(url: str, prompts: Prompts, request: Callable[[str, str], bytes] = 
             for turn in range(TURNS):
                 answers.append(await client.send(request(text, client.host), timeout_s=TIMEOUT_S, is_stream=request is completion))
                 text += prompts.text(1000 + 100 * number + turn, TURN_TOKENS)
-                await asyncio.sleep(0.2)
+                await asyncio.to_thread(wait_events, stack)
             return answers
 
         found = await asyncio.gather(*map(one, range(CONVERSATIONS)))
@@ -95,7 +109,7 @@ def verdicts(stack: Stack, result: str) -> float:
 
 @pytest.mark.parametrize("request_of", [completion, generate])
 def test_conversations_return_to_their_rank(stack: Stack, prompts: Prompts, request_of: Callable[[str, str], bytes]) -> None:
-    found = converse(stack.url, prompts, request_of)
+    found = converse(stack, prompts, request_of)
     assert all(len(set(map(place_of, conversation))) == 1 for conversation in found)
     assert len({place_of(conversation[0]) for conversation in found}) > WORKERS, "more than one rank of a worker has conversations"
     known = [0, *((FIRST_TOKENS + turn * TURN_TOKENS) // 64 for turn in range(TURNS - 1))]
@@ -113,7 +127,7 @@ def test_conversations_return_to_their_rank(stack: Stack, prompts: Prompts, requ
 def test_without_steering_the_worker_s_turns_miss_the_cache(prompts: Prompts) -> None:
     with ranked("--disable-dp-steering") as stack:
         wait_exact(stack)
-        found = converse(stack.url, prompts)
+        found = converse(stack, prompts)
         later = [answer for conversation in found for answer in conversation[1:]]
         assert sum(overlap_of(answer)[0] > overlap_of(answer)[1] for answer in later) > len(later) / 3
         assert verdicts(stack, "too_high") > len(later) / 3
@@ -158,7 +172,7 @@ def test_a_client_s_own_rank_wins(stack: Stack, prompts: Prompts) -> None:
 def test_the_explanation_names_the_rank(stack: Stack, prompts: Prompts) -> None:
     text = prompts.text(77, 1000)
     (answer,) = send_all(stack.url, [text], connections=1)
-    time.sleep(0.3)
+    wait_events(stack)
     found = explained(stack, "/v1/completions", {"model": "demo-model", "prompt": text + prompts.text(78, 50)})
     worker, rank = place_of(answer).removeprefix("worker=").split("; rank=")
     assert (found["choice"]["worker"], found["choice"]["rank"]) == (worker, int(rank))

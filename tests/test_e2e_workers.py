@@ -255,9 +255,9 @@ def test_hammered_from_all_sides_while_requests_flow(stack: Stack, prompts: Prom
     assert sorted(row["state"] for row in call(stack, "GET", "/workers")[1]["workers"]) == ["ready"] * 4
     wait_until(lambda: len(samples(stack, "sglfast_kv_rank_state")) == 4, "four ranks")
     assert metric(stack, INFLIGHT) == metric(stack, "sglfast_worker_inflight_tokens") == metric(stack, "sglfast_inflight_requests") == 0
-    time.sleep(4.0)  # idle connections to workers live for three seconds
-    after = [open_files(pid) for pid in pids]
-    assert all(now <= then + 3 for then, now in zip(before, after, strict=True)), (before, after)
+    wait_until(  # idle connections to workers live for three seconds
+        lambda: all(open_files(pid) <= then + 3 for pid, then in zip(pids, before, strict=True)), f"files are open as before: {before}"
+    )
     stack.check_alive()
     assert "unforeseen" not in stack.children[-1].output()
 

@@ -46,9 +46,9 @@ def test_client_leaves(how: str, moment: str, edge: Edge, worker: Worker) -> Non
             assert client.has_ended()
         elif how == "reset":
             client.reset()
-    wait_until(lambda: took_s, "the worker's connection is closed", 2.0)
-    assert took_s[0] < 1.0
-    wait_until(lambda: not edge.gauges(), "no counter is left", 1.0)
+    wait_until(lambda: took_s, "the worker's connection is closed")
+    assert took_s[0] < 5.0, "at once, on a machine with other things to do"
+    wait_until(lambda: not edge.gauges(), "no counter is left")
     assert (edge.word(c.S_CLIENT_GONE), edge.worker_word(0, c.W_CANCELLED)) == (gone[0] + 1, gone[1] + 1)
     assert len(worker.calls) == 1
 
@@ -104,6 +104,7 @@ def test_a_client_that_does_not_read_stops_the_reading_of_its_worker(edge: Edge,
         client.send(post())
         [call] = worker.wait_calls(1)
         client.read_head()
+        wait_until(lambda: call.sent_bytes > 0, "the worker has begun")
         sent = -1
         while sent != call.sent_bytes:  # stands still
             sent = call.sent_bytes

@@ -8,7 +8,7 @@ import time
 import orjson
 import pytest
 from edge_harness import Edge, settled, wait_until
-from raw_client import chunk, post, request
+from raw_client import WAIT_S, chunk, post, request
 from scripted_worker import SSE_HEAD, Call, Worker, answer, late
 
 from sglfast import _counters as c
@@ -25,7 +25,7 @@ def test_says_who_it_is_and_that_it_lives(worker: Worker) -> None:
         info = edge.segment.process_info(1)
         assert edge.process.pid in info
         assert edge.is_ready
-        wait_until(lambda: edge.segment.process_info(1) != info, "the heart beats", 3.0)
+        wait_until(lambda: edge.segment.process_info(1) != info, "the heart beats")
         assert edge.rss_bytes() < 60 * MB
 
 
@@ -50,7 +50,7 @@ def test_stops(word: bytes, worker: Worker) -> None:
             edge.control.send(word)
         else:
             edge.control.close()
-        assert edge.process.wait(5) == 0
+        assert edge.process.wait(WAIT_S) == 0
         assert idle.has_ended()
         assert busy.has_ended()
         assert edge.log() == ""
@@ -122,7 +122,7 @@ def test_health_does_not_wait_for_the_tokenizer(worker: Worker) -> None:
         while reading.is_alive():
             start = time.monotonic()
             assert edge.ask(request("GET", "/health")).status == 200
-            assert time.monotonic() - start < 1.0
+            assert time.monotonic() - start < 5.0
             asked += 1
         reading.join()
         assert asked > 10

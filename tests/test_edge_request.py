@@ -288,7 +288,7 @@ def test_waiting_prompts_are_bounded_and_the_loop_goes_on(monkeypatch: pytest.Mo
             start = time.monotonic()
             assert [facts.why_unkeyed for facts in keyed.now(0, body)] == ["too many prompts wait for the tokenizer"]
             await asyncio.sleep(0.05)
-            assert time.monotonic() - start < 1.0, "the loop was blocked"
+            assert time.monotonic() - start < 4.0, "the loop was blocked"  # which would be for 5 s
             reader.may_go_on.set()
             assert [facts.why_unkeyed for facts in await asyncio.gather(*waiting)] == ["slow"] * 3
             assert (await keyed.later(0, body)).why_unkeyed == "slow", "there is room again"

@@ -230,8 +230,8 @@ def test_client_leaves_before_its_request_is_complete(sent: bytes, how: str, edg
         wait = time.monotonic()
         if how == "close":
             client.sock.close()
-        wait_until(lambda: edge.word(S_CONNECTIONS) == 0, "the connection is gone", 1.0)
-        assert time.monotonic() - wait < 1.0
+        wait_until(lambda: edge.word(S_CONNECTIONS) == 0, "the connection is gone")
+        assert time.monotonic() - wait < 5.0, "at once, on a machine with other things to do"
 
 
 def test_answers_that_are_complete_reach_a_client_that_half_closed(edge: Edge) -> None:

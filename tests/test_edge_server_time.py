@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from edge_harness import Edge, StubTransport, in_process, settled, wait_until
-from raw_client import Client, chunk, many, post, request
+from raw_client import WAIT_S, Client, chunk, many, post, request
 from scripted_worker import Worker, answer, says
 
 from sglfast._counters import S_CONNECTIONS
@@ -24,7 +24,7 @@ def edge(worker: Worker) -> Iterator[Edge]:
 
 @pytest.fixture(scope="module")
 def impatient_shard(worker: Worker) -> Iterator[Edge]:
-    with Edge([worker], header_timeout_secs=0.4, body_timeout_secs=0.4, idle_timeout_secs=1.0, send_timeout_secs=1.0) as edge:
+    with Edge([worker], header_timeout_secs=0.4, body_timeout_secs=0.4, idle_timeout_secs=2.0, send_timeout_secs=1.0) as edge:
         yield edge
 
 
@@ -60,7 +60,7 @@ def test_a_byte_now_and_then_is_no_progress_of_a_head(impatient: Edge) -> None:
             while client.is_silent(0.05):
                 for each in clients:
                     each.send_what_fits(b"a")
-                assert time.monotonic() - start < 3.0, "a slow head was never cut"
+                assert time.monotonic() - start < WAIT_S / 2, "a slow head was never cut"
             assert client.read_answer().code == "request_timeout"
 
 
@@ -77,17 +77,20 @@ def test_bodies_that_stop(impatient: Edge, worker: Worker) -> None:
 
 
 def trickle(clients: list[Client], body: bytes, piece_bytes: int) -> None:
-    """Send bodies of three kinds a piece at a time, 0.1 s apart, as long as the router takes them."""
+    """Send bodies of three kinds, a piece for each 0.1 s that has passed, as long as the router takes them."""
     chunks = b"".join(chunk(body[at : at + piece_bytes]) for at in range(0, len(body), piece_bytes)) + chunk(b"")
     opening = b"POST /generate HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
     sent = [post(body, target="/generate"), opening + chunks, post(body, target="http://a/generate")]
     for client, data in zip(clients, sent, strict=True):
         client.send(data[: data.index(b"\r\n\r\n") + 4])
     bodies = [data[data.index(b"\r\n\r\n") + 4 :] for data in sent]
-    for at in range(0, max(map(len, bodies)), piece_bytes):
+    start, sent_bytes = time.monotonic(), 0
+    while sent_bytes < max(map(len, bodies)):
         time.sleep(0.1)
+        due_bytes = int((time.monotonic() - start) / 0.1) * piece_bytes  # whoever wakes up late sends what is missing
         for client, data in zip(clients, bodies, strict=True):
-            client.send_what_fits(data[at : at + piece_bytes])
+            client.send_what_fits(data[sent_bytes:due_bytes])
+        sent_bytes = due_bytes
 
 
 def test_bodies_that_go_on_slowly_are_read(impatient: Edge) -> None:
@@ -131,14 +134,15 @@ def test_idle_connection_is_closed_without_an_answer(impatient: Edge) -> None:
         start = time.monotonic()
         assert fresh.has_ended()
         assert used.has_ended()
-        assert 0.5 < time.monotonic() - start < 4.0
+        assert 1.0 < time.monotonic() - start < WAIT_S / 2
 
 
 def test_requests_keep_a_connection_alive_past_the_idle_limit(impatient: Edge) -> None:
     with impatient.client() as client:
-        for _ in range(3):
-            time.sleep(0.45)
+        start = time.monotonic()
+        while time.monotonic() - start < 3.0:
             assert client.ask(HEALTH).status == 200
+            time.sleep(0.3)
 
 
 def test_a_refused_client_that_stays_is_cut(edge: Edge) -> None:
@@ -147,7 +151,7 @@ def test_a_refused_client_that_stays_is_cut(edge: Edge) -> None:
         assert client.ask(b"BAD\r\n\r\n").status == 400
         assert client.has_ended()
         client.send(b"more")
-        wait_until(lambda: edge.word(S_CONNECTIONS) == 0, "the shard does not wait for the client's end for ever", 5.0)
+        wait_until(lambda: edge.word(S_CONNECTIONS) == 0, "the shard does not wait for the client's end for ever")
 
 
 def test_the_time_to_send_begins_at_the_end() -> None:
@@ -172,4 +176,4 @@ def test_a_client_that_reads_nothing_is_cut(impatient: Edge, worker: Worker) -> 
     with impatient.client(rcvbuf_bytes=4096) as client:
         client.send(post())
         worker.wait_calls(1)
-        wait_until(lambda: impatient.word(S_CONNECTIONS) == 0, "the client is cut", 5.0)
+        wait_until(lambda: impatient.word(S_CONNECTIONS) == 0, "the client is cut")

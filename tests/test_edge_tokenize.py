@@ -30,7 +30,7 @@ from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 from sglfast.shm import WorkerRecord, WorkerView, put_worker
 
 ROOT = Path(__file__).parent.parent
-WAIT_S = 10.0
+WAIT_S = 20.0
 TOKENIZER = load_tokenizer(DEMO_TOKENIZER_PATH)
 JSON = {"content-type": "application/json"}
 BLOCK_SIZES = (64, 16)

@@ -41,12 +41,12 @@ def test_a_removed_worker_loses_its_connections(workers: list[Worker]) -> None:
         position = workers.index(busy)
         edge.table.set_state(position, _workers.FREE)
         edge.table.set_state(1 - position, _workers.FREE)
-        wait_until(lambda: workers[1 - position].open_connections == 0, "the idle connection is closed", 2.0)
+        wait_until(lambda: workers[1 - position].open_connections == 0, "the idle connection is closed")
         assert clients[1].ask(post()).code == "no_healthy_workers"
         body = clients[0].read_answer().body
         assert body.startswith(b"data: 1\n\n")
         assert b'"code":"upstream_body_incomplete"' in body, "a stream that is cut says so"
-        wait_until(lambda: busy.open_connections == 0, "the busy one is closed too", 2.0)
+        wait_until(lambda: busy.open_connections == 0, "the busy one is closed too")
         assert edge.word(c.S_STREAMS_CUT) == 1
 
 

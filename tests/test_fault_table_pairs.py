@@ -5,7 +5,7 @@ import urllib.error
 from collections.abc import Iterator
 
 import pytest
-from e2e import Prompts, completion, metric, samples, send_all, wait_until
+from e2e import Prompts, completion, metric, samples, send_all, wait_events, wait_until
 from e2e import post as ask
 from test_fault_table import ProxiedStack, nothing_left, outcomes, streamed, texts
 
@@ -150,7 +150,7 @@ def test_prefill_workers_stay_trusted(stack: PairStack, prompts: Prompts) -> Non
     """What a pair's cache held is what its prefill worker says of its own half."""
     asked = texts(prompts, 10, 500)
     send_all(stack.url, asked, connections=1)
-    time.sleep(0.5)
+    wait_events(stack, [proxy.url for proxy in stack.proxies])
     send_all(stack.url, asked * 3, connections=1)
     wait_until(lambda: metric(stack, "sglfast_worker_kv_predictions_total", result="exact") >= 10, "answers are compared")
     assert metric(stack, "sglfast_worker_kv_predictions_total", result="too_high") == 0

@@ -9,7 +9,7 @@ import pytest
 
 from sglfast.sim.http import Connection, Request, chunk
 
-WAIT_S = 10
+WAIT_S = 20
 POST = b"POST /a/b?x=1&y HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\nX-Data-Parallel-Rank: 4\r\n"
 
 

@@ -18,7 +18,7 @@ from sglfast.sim.settings import SimSettings
 from sglfast.wire.frames import parse_live, parse_replay, replay_request
 from sglfast.wire.kv_events import AllBlocksCleared, BlockStored, decode_batch
 
-WAIT_S = 10
+WAIT_S = 20
 TOKENS = list(range(8))
 
 

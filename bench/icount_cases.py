@@ -177,7 +177,7 @@ def choice_for_a_32_kb_chat_that_nobody_owns_with_predictions() -> Call:
     pool, facts, body = router.pools["m"], Facts(8000, {Variant(64): bytes(range(8))}, is_estimated=True), chat_of_32_kb()
 
     def choose() -> None:
-        router._choose_keyed(pool, facts, body)
+        router.note(router._choose_keyed(pool, facts, body))
         writer.drain(1000)
 
     return choose

@@ -70,7 +70,7 @@ cdef class ExchangeBase:
     cdef public int probe  # of edge/breaker.py
     cdef public int rank     # of the tree, to which it was steered and where it counts as load; -1 = to none
     cdef public int dp_rank  # the same as the worker counts it; stays when the request has left
-    cdef char rank_way       # how the worker is told: one of shm.WorkerRecord.rank_ways
+    cdef char rank_way       # how the worker is told: one of shm.WorkerRecord.rank_ways; "-" = by the client, or not
     cdef public bytes rid  # by which the engine knows this attempt; None when it does not
     cdef public long long bytes_out
     cdef public long long predicted_tokens  # of the prompt, in the worker's cache; -1 = nobody looked
@@ -119,13 +119,18 @@ cdef class ExchangeBase:
         cdef UpstreamBase upstream = route.upstream
         if upstream.needs_probe and not self.may_probe(route):
             return
-        self.route = route
-        self.tokens = route.uncached_tokens
         self.predicted_tokens = route.predicted_tokens
-        self.shard.column.begin(upstream.worker_idx, self.tokens, route.decision, PyBytes_GET_SIZE(self.body))
         self.dp_rank = -1
         if upstream.rank_ways is not None:
-            self.steer(route, upstream)
+            route = self.steer(route, upstream)
+        self.route = route
+        self.tokens = route.uncached_tokens
+        self.shard.column.begin(upstream.worker_idx, self.tokens, route.decision, PyBytes_GET_SIZE(self.body))
+        if self.rank >= 0:
+            self.shard.column.begin_rank(self.rank, self.tokens)
+        # Without a prompt there are no tokens; a decode worker has none, either.
+        if (self.tokens or self.pair is not None) and route.prediction is not None:
+            self.shard.router.note(route)
         self.deadline_s = self.started_s + self.shard.request_timeout_secs
         connection = upstream.take_idle()
         if connection is None:
@@ -133,24 +138,26 @@ cdef class ExchangeBase:
         else:
             self.on_connected(connection)
 
-    cdef steer(self, route, UpstreamBase upstream):
-        # Ask for the route's rank and count the load there, unless the client asks for one itself, or the worker cannot be told. One that
-        # has failed this request is asked again without: a rank that is ill is idle, and would be chosen each time.
+    cdef object steer(self, route, UpstreamBase upstream):
+        # Ask for the route's rank, unless the client asks for one itself, or the worker cannot be told. One that has failed this request
+        # is asked again without: a rank that is ill is idle, and would be chosen each time.
         cdef bytes ways = upstream.rank_ways
         cdef Py_ssize_t kind = self.endpoint.kind
         cdef const char *body = PyBytes_AS_STRING(self.body)
         cdef Py_ssize_t size = PyBytes_GET_SIZE(self.body)
         cdef char way = PyBytes_AS_STRING(ways)[kind] if kind < PyBytes_GET_SIZE(ways) else c"-"
-        if (
-            way == c"-" or self.head.names_rank or (way != c"h" and sf_front_place(body, size) < 0) or sf_names_rank(body, size)
-            or (self.failed_attempts is not None and self.failed_attempts.has_tried(route))
-        ):
+        self.rank_way = c"-"
+        if way == c"-" or (way != c"h" and sf_front_place(body, size) < 0):
             self.predicted_tokens = -1  # nobody knows which rank gets it
-            return
-        self.rank_way = way
-        self.dp_rank = route.dp_rank
-        self.rank = route.rank
-        self.shard.column.begin_rank(self.rank, self.tokens)
+        elif self.head.names_rank or sf_names_rank(body, size):
+            self.predicted_tokens = -1
+        elif self.failed_attempts is not None and self.failed_attempts.has_tried(route):
+            self.predicted_tokens = -1
+        else:
+            self.rank_way = way
+            self.dp_rank = route.dp_rank
+            self.rank = route.rank
+        return route
 
     cpdef on_connected(self, WorkerConnectionBase connection):
         """A connection to the chosen worker is ready: send."""
@@ -173,7 +180,7 @@ cdef class ExchangeBase:
             else:
                 self.rid = self.new_rid()
                 rid_bytes = 10 + PyBytes_GET_SIZE(self.rid)  # {"rid":"...",
-        if self.rank >= 0:
+        if self.rank >= 0 and self.rank_way != c"-":
             if self.rank_way == c"h":
                 made += b"x-data-parallel-rank: %d\r\n" % self.dp_rank
             else:

@@ -40,9 +40,11 @@ def words(seed: int, n_bytes: int) -> str:
 
 
 def route_of(router: Router, data: bytes) -> Route:
+    """The choice for a request, which is sent there."""
     found: list[Any] = []
     router.choose(CHAT, data, found.append)
     assert isinstance(found[0], Route), found
+    router.note(found[0])
     return found[0]
 
 

@@ -11,7 +11,7 @@ from sglfast import _counters as c
 from sglfast._hashtree import TreeWriter
 from sglfast._predicted import GRACE_MS, KEYS_MAX, text_cut, text_keys
 from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, UNKEYED, Hit, Prompt
-from sglfast.edge.predict import Found, with_guesses
+from sglfast.edge.predict import Found, predicted, with_guesses
 from sglfast.edge.request import Facts
 from sglfast.edge.shard import Shard
 from sglfast.shm import Variant
@@ -117,8 +117,8 @@ def test_events_and_predictions_add_up_per_worker() -> None:
         text, n_bytes = text_keys(data)
         half = 40
         assert router._predictor is not None
-        router._predictor.sent(pool.workers[1], 1, text, is_kept=False)
-        router._predictor.sent(pool.workers[2], 2, text[: 8 * half], is_kept=False)
+        router._predictor.note(predicted(pool.workers[1], 1, text, is_kept=False))
+        router._predictor.note(predicted(pool.workers[2], 2, text[: 8 * half], is_kept=False))
         index.drain()
         prompt, found = router.compare(pool, ColdKeyer(Facts(4000, {Variant(64): keys})).facts, data)
         share = text_cut(len(text) // 8) / n_bytes
@@ -170,6 +170,8 @@ def test_failover_takes_the_prediction_along() -> None:
         second = shard.router.next_choice(first, (first.upstream.worker_idx,))
         assert second is not None
         assert second.prediction is not None
+        assert index.drain() == 2, "a choice alone notes nothing"
+        shard.router.note(second)
         index.drain()
         assert second.prediction.rank == second.rank != first.rank
         index.writer.wait(2 * GRACE_MS)
@@ -208,6 +210,30 @@ def test_an_exchange_settles_at_its_first_byte_or_at_its_end() -> None:
         assert settled(shard, index), "the client left before a byte came"
 
     shards(memory, test, keyer=ColdKeyer(), **EXACT)
+
+
+def test_an_attempt_that_is_never_made_notes_nothing() -> None:
+    """The first worker fails; the client leaves in the pause before the second is asked."""
+    memory = memory_of(n_workers=2)
+    request = body(words(1, 16_000))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(request)
+
+    async def inside() -> None:
+        settings = {"disable_retries": False, "retry_initial_backoff_ms": 60_000, "retry_max_backoff_ms": 60_000}
+        shard, index = shard_in_loop(memory, ColdKeyer(), **EXACT | settings), Index(memory)
+        client, _ = stub_client(shard)
+        wires = [stub_upstream(shard, worker_idx) for worker_idx in range(2)]
+        client.data_received(head + request)
+        failed = client.exchange.route
+        assert index.drain() == 1
+        wires[failed.upstream.worker_idx][0].data_received(b"HTTP/1.1 500 No\r\ncontent-length: 2\r\n\r\nno")
+        assert not client.exchange.is_over, "another attempt is to come"
+        assert client.exchange.attempts().has_other(failed, failed.upstream)
+        assert index.drain() == 1, "settled"
+        client.connection_lost(None)
+        assert index.drain() == 0
+
+    run(inside())
 
 
 def test_explain_shows_predictions_apart_and_makes_none() -> None:

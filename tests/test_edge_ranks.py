@@ -234,6 +234,7 @@ def test_approximate_knowledge_is_of_ranks_too() -> None:
 
     def test(router: Router, shard: Shard) -> None:
         first = route_of(router, body)
+        router.note(first)
         for _ in range(20):
             again = route_of(router, body[:-2] + b' and more"}')
             assert (again.upstream.worker_idx, again.rank) == (first.upstream.worker_idx, first.rank)
@@ -250,6 +251,7 @@ def test_siblings_go_to_the_rank_of_the_first() -> None:
 
     def test(router: Router, shard: Shard) -> None:
         first = route_of(router, body)
+        router.note(first)
         shard.column.begin_rank(first.rank, 100)
         for _ in range(20):
             again = route_of(router, body)

@@ -275,7 +275,14 @@ def test_a_decode_side_without_events_goes_by_what_it_was_sent() -> None:
     body = orjson.dumps({"prompt": "x" * 4000})
 
     def test(router: Router, shard: Shard) -> None:
-        rows = {route_of(router, body).rows for _ in range(20)}
+        def sent() -> tuple[int, ...]:
+            route = route_of(router, body)
+            assert route.prefill is not None
+            router.note(route)
+            router.note(route.prefill)
+            return route.rows
+
+        rows = {sent() for _ in range(20)}
         assert len(rows) == 1, "the same pair for the same prompt"
         ((first, second),) = rows
         assert first in (0, 1)

@@ -35,7 +35,7 @@ class Route:
     """A choice: the worker's connections, what its cache holds of the prompt, and why it was chosen.
 
     is_estimated: prompt_blocks and uncached_tokens count a part of the prompt by its characters; is_approximate: overlap_blocks tells
-    what the worker was sent before, not what its events say; prediction: what was noted of this choice, to be settled at its first token;
+    what the worker was sent before, not what its events say; prediction: what is noted when the request goes there, until its first token;
     prefill: of a pair the policy's choice, of which all these are true; the route itself is then the decode worker's, without load.
     """
 

@@ -2,7 +2,8 @@
 
 Runs in: shards, event loop. Of workers with events a prediction tells what is on its way into their cache, from the choice to the first
     token: of siblings that come together all but the first find it. Of workers without events it is all that is known of their cache.
-Contract: a prompt is told by the raw text of its body (sglfast._predicted), so neither template nor tokenizer is needed, and a beginning
+Contract: a choice says what there is to note, an attempt that is made notes it, and settles it; a choice that leads to none does neither.
+    A prompt is told by the raw text of its body (sglfast._predicted), so neither template nor tokenizer is needed, and a beginning
     is found whatever its length: block keys of tokens are made no further than somebody owns the blocks, and those of a new prompt
     would say nothing of what two siblings share. What is found is a share of the prompt, not blocks; counted as tokens of the prompt it is
     marked as guessed. Only what events say counts as overlap towards users and in the parity loop.
@@ -38,7 +39,7 @@ class Found(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A prompt that was sent to a rank. op: SENT or KEEP; generation: of the rank's worker."""
+    """A prompt that goes to a rank. op: SENT or KEEP; generation: of the rank's worker."""
 
     op: int
     rank: int
@@ -47,6 +48,11 @@ class Prediction(NamedTuple):
 
 
 NOTHING = Found()
+
+
+def predicted(worker: WorkerView, rank: int, keys: bytes, *, is_kept: bool) -> Prediction:
+    """What there will be to note when a prompt goes to a worker. is_kept: no event will tell what became of it."""
+    return Prediction(KEEP if is_kept else SENT, rank, worker.generation, keys)
 
 
 class Predictor:
@@ -80,11 +86,9 @@ class Predictor:
             return self._table.is_in_flight(rank)
         return any(self._table.is_in_flight(worker.rank_base + rank) for rank in range(worker.dp_size))
 
-    def sent(self, worker: WorkerView, rank: int, keys: bytes, *, is_kept: bool) -> Prediction:
-        """A prompt goes to a worker. is_kept: no event will tell what became of it."""
-        prediction = Prediction(KEEP if is_kept else SENT, rank, worker.generation, keys)
+    def note(self, prediction: Prediction) -> None:
+        """The prompt goes to that rank now."""
         self._table.put(*prediction)
-        return prediction
 
     def settle(self, prediction: Prediction) -> None:
         """The prompt's first token is there, or will never be: from here on events tell."""

@@ -54,6 +54,8 @@ class PrefillLeg(PrefillLegBase, Leg):
         upstream = route.upstream
         self.tokens = route.uncached_tokens
         self.shard.column.begin(upstream.worker_idx, self.tokens, route.decision)
+        if route.prediction is not None:
+            self.shard.router.note(route)
         self.shard.prefill_legs.add(self)
         connection = upstream.take_idle()
         if connection is None:

@@ -21,7 +21,7 @@ from sglfast.edge.overlap import look_up
 from sglfast.edge.pairs import Decodes, make_decodes, pair
 from sglfast.edge.policy import FAILOVER, NO_PROMPT, Hit, Prompt
 from sglfast.edge.pools import Pool, Route, policy_for, why_unserved
-from sglfast.edge.predict import NOTHING, Found, Predictor, with_guesses
+from sglfast.edge.predict import NOTHING, Found, Predictor, predicted, with_guesses
 from sglfast.edge.ranks import ranks_of
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
@@ -294,7 +294,7 @@ class Router(RouterBase):
         if found.keys and self._predictor is not None:
             worker = decodes.workers[second]
             rank = next((hit.rank for hit in prompt.hits if hit.position == second), worker.rank_base)
-            prediction = self._predictor.sent(worker, rank, found.keys, is_kept=decodes.is_approximate_at(second))
+            prediction = predicted(worker, rank, found.keys, is_kept=decodes.is_approximate_at(second))
         return pair(decodes, second, first, prediction)
 
     def _route(
@@ -321,7 +321,7 @@ class Router(RouterBase):
             if predictor.is_in_flight(worker, steered_to):
                 predicted_tokens = -1
         if found.keys and predictor is not None:
-            prediction = predictor.sent(worker, hit.rank, found.keys, is_kept=is_approximate)
+            prediction = predicted(worker, hit.rank, found.keys, is_kept=is_approximate)
         overlap_blocks = known_tokens // block_tokens
         basis = _NO_BASIS
         if predicted_tokens >= 0 and keys:
@@ -365,6 +365,11 @@ class Router(RouterBase):
         found = self._predictor.look_up(pool, body)
         return (with_guesses(prompt, found) if found.keys else prompt), found
 
+    def note(self, route: Route) -> None:
+        """The request goes to the route's worker now."""
+        if self._predictor is not None and route.prediction is not None:
+            self._predictor.note(route.prediction)
+
     def settle(self, route: Route) -> None:
         """The request's first token came, or it left its worker without one."""
         if self._predictor is not None and route.prediction is not None:
@@ -387,11 +392,7 @@ class Router(RouterBase):
         has_second = decodes is not None and any(idx not in tried for idx in decodes.view.worker_idxs)
         if has_second and first.upstream.worker_idx not in tried and first.upstream in pool.upstreams and failed.prefill is not None:
             position = pool.upstreams.index(first.upstream)
-            prediction = first.prediction
-            if prediction is not None and self._predictor is not None:
-                is_kept = pool.is_approximate_at(position)
-                prediction = self._predictor.sent(pool.workers[position], prediction.rank, prediction.keys, is_kept=is_kept)
-            again = replace(first, pool=pool, decision=FAILOVER, predicted_tokens=-1, prediction=prediction)
+            again = replace(first, pool=pool, decision=FAILOVER, predicted_tokens=-1)
         else:
             # Where every decode worker has failed, those that need none go first.
             alone = array("i", [idx for place, idx in enumerate(idxs) if not pool.is_prefill(place) and idx not in tried])

@@ -140,7 +140,8 @@ cdef class ExchangeBase:
 
     cdef object steer(self, route, UpstreamBase upstream):
         # Ask for the route's rank, unless the client asks for one itself, or the worker cannot be told. One that has failed this request
-        # is asked again without: a rank that is ill is idle, and would be chosen each time.
+        # is asked again without: a rank that is ill is idle, and would be chosen each time. Returns the route as it is then: at the
+        # rank that the client asks for.
         cdef bytes ways = upstream.rank_ways
         cdef Py_ssize_t kind = self.endpoint.kind
         cdef const char *body = PyBytes_AS_STRING(self.body)
@@ -150,7 +151,7 @@ cdef class ExchangeBase:
         if way == c"-" or (way != c"h" and sf_front_place(body, size) < 0):
             self.predicted_tokens = -1  # nobody knows which rank gets it
         elif self.head.names_rank or sf_names_rank(body, size):
-            self.predicted_tokens = -1
+            return self.at_named_rank(route)
         elif self.failed_attempts is not None and self.failed_attempts.has_tried(route):
             self.predicted_tokens = -1
         else:

@@ -12,6 +12,7 @@ Runs in: shards, event loop. States: choosing -> connecting -> sent -> relaying 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sglfast import _counters, errors
@@ -20,6 +21,7 @@ from sglfast.edge.answers import error_event
 from sglfast.edge.breaker import NO_PROBE
 from sglfast.edge.header_lines import without
 from sglfast.edge.leg import Leg
+from sglfast.edge.named_rank import at_rank, named_rank
 from sglfast.edge.prefill_leg import PrefillLeg, send_pair
 from sglfast.edge.retry import RETRYABLE, Attempts
 
@@ -107,6 +109,16 @@ class Exchange(Leg):
             return False
         self.probe = probe
         return True
+
+    def at_named_rank(self, route: Route) -> Route:
+        """The route at the rank that the client asks for itself, where it counts. One that the worker has not will be refused there."""
+        dp_rank = named_rank(self.kept, self.body, route.upstream.rank_ways or b"", self.endpoint.kind)
+        found = at_rank(route, dp_rank) if dp_rank is not None else None
+        if found is None:
+            self.predicted_tokens = -1
+            return route if dp_rank is None else replace(route, prediction=None)
+        self.rank, self.dp_rank, self.predicted_tokens = found.rank, found.dp_rank, found.predicted_tokens
+        return found
 
     def on_unreachable(self, error: BaseException) -> None:
         """The worker took no connection: nothing was sent."""

@@ -113,6 +113,11 @@ cdef class ExchangeBase:
 
     # ---- towards the worker ----
 
+    @property
+    def is_told_rank(self):
+        """Whether the worker is told a rank of our choice."""
+        return self.rank >= 0 and self.rank_way != c"-"
+
     cpdef dispatch(self, route):
         """Take a route: count the load, and send on an idle connection or open one."""
         cdef WorkerConnectionBase connection

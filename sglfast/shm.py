@@ -107,6 +107,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     adapter_models: names of LoRA adapters that requests give as their model.
     rank_ways: how a request tells which data-parallel rank is to serve it, a letter for each prompt.keys.RequestKind: h = by the header
         x-data-parallel-rank, r = by `routed_dp_rank` in the body, d = by `data_parallel_rank` there, - = not at all (as beyond the last).
+    ranks_asked: how often its ranks have been asked for again, because it had refused one; until then shards name none.
     api_key: what the router shows the worker. No secret that the worker tells of itself is ever here.
     """
 
@@ -128,6 +129,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     takes_rid: bool = False  # requests may carry a `rid` by which /abort_request ends them
     role: Role = "regular"
     rank_ways: str = ""
+    ranks_asked: int = 0
     bootstrap_port: int | None = None  # where a prefill worker meets its decode workers; None = it has told none
 
     def __repr__(self) -> str:

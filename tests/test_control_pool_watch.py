@@ -188,6 +188,26 @@ def test_one_failed_check_is_reason_to_look_again() -> None:
     asyncio.run(run())
 
 
+def test_a_worker_in_doubt_is_asked_at_once_and_its_answer_is_marked() -> None:
+    async def run() -> None:
+        kv = {"publisher": "zmq", "endpoint_host": "*", "endpoint_port_base": 5557, "topic": "kv", "block_size": 64}
+        infos = [server_info(kv_events=kv | {"dp_size": ranks}) for ranks in (4, 2, 2)]
+        scripts = {"/health": [GOOD], "/server_info": [infos[0], infos[1], HANG, HANG, HANG, infos[2]]}
+        async with ScriptedWorker(scripts) as worker, watched(worker.url, health_check_interval_secs=60.0) as pool:
+            await pool.until_state(READY)
+            assert (pool.view().dp_size, pool.view().record.ranks_asked) == (4, 0)
+            pool.watch.ask_again(0)
+            await until(lambda: pool.view().record.ranks_asked == 1, "it has been asked")
+            assert pool.view().dp_size == 2
+            pool.watch.ask_again(0)
+            await asyncio.sleep(0.1)
+            pool.watch.ask_again(0)  # while it is asked: what it says after that counts
+            await until(lambda: pool.view().record.ranks_asked > 1, "it has been asked until it told")
+            assert worker.hits["/server_info"] == 6
+
+    asyncio.run(run())
+
+
 def test_a_slow_server_info_costs_a_returning_worker_no_facts() -> None:
     async def run() -> None:
         scripts = {"/health": [GOOD, BAD, BAD, BAD, GOOD], "/server_info": [server_info(), HANG]}

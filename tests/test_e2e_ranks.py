@@ -214,3 +214,26 @@ def test_workers_that_fail_and_come_back_leave_no_load_on_a_rank(stack: Stack, p
     wait_until(lambda: metric(stack, "sglfast_inflight_requests") == 0, "in flight is back at 0")
     assert not any(rank_loads(stack))
     assert metric(stack, "sglfast_worker_inflight_tokens") == 0
+
+
+@pytest.mark.parametrize(("policy", "flags"), [("cache_aware", ()), ("round_robin", ("--dp-aware",))])
+def test_a_worker_that_comes_back_with_fewer_ranks_fails_no_request(policy: str, flags: tuple[str, ...], prompts: Prompts) -> None:
+    """No health check sees it: the refusal of a rank is what tells."""
+    with ranked("--health-check-interval-secs", "3600", *flags, policy=policy) as stack:
+        wait_exact(stack)
+        for url in stack.worker_urls:
+            post(f"{url}/sim/restart", {"dp_size": 2})
+        answers = send_all(stack.url, [prompts.text(seed, 300) for seed in range(200)], connections=24)
+        assert [(answer.status, answer.error) for answer in answers] == [(200, "")] * 200
+        assert metric(stack, "sglfast_worker_rank_refusals_total") >= WORKERS, "it is by refusals that they were told apart"
+        wait_until(lambda: len(samples(stack, "sglfast_kv_rank_state")) == WORKERS * 2, "the workers have been asked again", 5.0)
+        wait_until(lambda: samples(stack, "sglfast_kv_rank_state") == [RANK_EXACT] * WORKERS * 2, "their streams are followed")
+        refused = metric(stack, "sglfast_worker_rank_refusals_total")
+        time.sleep(0.3)  # shards act by the new table
+        before = tokens_by_rank(stack)
+        answers = send_all(stack.url, [prompts.text(1000 + seed, 300) for seed in range(100)], connections=24)
+        assert [answer.status for answer in answers] == [200] * 100
+        assert all(now > then for now, then in zip(tokens_by_rank(stack), before, strict=True)), "they are told ranks again"
+        assert metric(stack, "sglfast_worker_rank_refusals_total") == refused
+        wait_until(lambda: metric(stack, "sglfast_inflight_requests") == 0, "all have left")
+        assert not any(samples(stack, "sglfast_rank_inflight_requests"))

@@ -184,6 +184,24 @@ def test_slow_headers_are_slow() -> None:
     run(test())
 
 
+def test_a_restart_may_bring_fewer_ranks() -> None:
+    async def test() -> None:
+        async with running(dp_size=3) as worker:
+            assert "error" in await worker.ask("/sim/restart", {"dp_size": 4}, 400)
+            assert "error" in await worker.ask("/sim/restart", {"dp_size": 0}, 400)
+            before = await worker.get("/server_info")
+            for ranks in (2, 3, 1):
+                await worker.ask("/sim/restart", {"dp_size": ranks})
+                info = await worker.get("/server_info")
+                assert (info["dp_size"], info["kv_events"]) == (ranks, before["kv_events"] | {"dp_size": ranks})
+                assert len((await worker.stats())["ranks"]) == ranks
+                await worker.ask("/generate", {"input_ids": [1, 2], "routed_dp_rank": ranks - 1})
+                refused = await worker.ask("/generate", {"input_ids": [1, 2], "routed_dp_rank": ranks}, 400)
+                assert f"routed_dp_rank={ranks} out of range [0, {ranks})" in str(refused)
+
+    asyncio.run(test())
+
+
 def test_a_restart_loses_everything_but_the_ports() -> None:
     async def test() -> None:
         async with running(**SLOW) as worker, following(worker.worker) as follower:

@@ -42,6 +42,7 @@ from sglfast.control.membership import Membership
 from sglfast.control.metrics import Metrics
 from sglfast.control.parity import ParityWatch
 from sglfast.control.pool_watch import PoolWatch
+from sglfast.control.rank_watch import RankWatch
 from sglfast.control.reload import Reloader
 from sglfast.control.supervisor import Commands, Supervisor
 from sglfast.control.worker_spec import spec_of
@@ -225,6 +226,8 @@ class Control:
             watch_parity = ParityWatch(self._segment, self._workers, self._log, self._totals, self._may_be_steered)
             parity = asyncio.create_task(watch_parity.run())
             owned.callback(parity.cancel)
+            rank_watch = asyncio.create_task(RankWatch(self._segment, self._workers, watch.ask_again, self._log).run())
+            owned.callback(rank_watch.cancel)
             index_watch = asyncio.create_task(IndexWatch(self._segment, supervisor.kill_index, self._log).run())
             owned.callback(index_watch.cancel)
             return await self._serve(supervisor)

@@ -9,6 +9,7 @@ Runs in: control, one task per worker and at most one introspection beside it. C
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import random
@@ -84,6 +85,12 @@ class PoolWatch:
         for watch in self._watches.values():
             watch.config = config
 
+    def ask_again(self, worker_idx: int) -> None:
+        """Ask a worker what it is, now: it refuses what it should have. Returns at once; `Workers.confirm_ranks` when it has told."""
+        watch = self._watches.get(worker_idx)
+        if watch is not None:  # else it is on its way out
+            watch.ask_again()
+
     def progress(self, worker_idx: int) -> Progress:
         """How far a worker is."""
         return self._watches[worker_idx].progress
@@ -123,6 +130,8 @@ class _Watch:
         self._joined_s = 0.0
         self._has_told_port_missing = False
         self._introspection: asyncio.Task[None] | None = None
+        self._doubts = self._answered_doubts = 0  # times that it was to be asked at once, and those before its last answer
+        self._doubted = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self.progress = Progress()
 
@@ -173,10 +182,16 @@ class _Watch:
 
     async def forget(self) -> None:
         """End the introspection, if one runs."""
-        if self._introspection is not None:
-            self._introspection.cancel()
-            await asyncio.gather(self._introspection, return_exceptions=True)
-            self._introspection = None
+        while self._introspection is not None:  # `ask_again` may start another meanwhile
+            introspection, self._introspection = self._introspection, None
+            introspection.cancel()
+            await asyncio.gather(introspection, return_exceptions=True)
+
+    def ask_again(self) -> None:
+        self._doubts += 1
+        self._doubted.set()
+        if self._introspection is None or self._introspection.done():
+            self._introspection = asyncio.create_task(self._introspect(asyncio.Event()))
 
     def _note(self, verdict: Verdict, problem: str) -> None:
         """Keep what GET /workers tells of the registration, and count how it ended."""
@@ -243,12 +258,17 @@ class _Watch:
         """Ask until the worker has told all. done: set after the first attempt."""
         failures = 0
         while True:
+            doubts = self._doubts
+            self._doubted.clear()
             try:
                 api_key = self._workers.view(self._worker_idx).record.api_key
                 findings = await introspect(self._fetcher, self._url, self.config.introspect_timeout_secs, api_key)
                 has_changed = self._workers.learn(self._worker_idx, findings)
                 is_named = self._workers.view(self._worker_idx).record.model is not None  # maybe by the one who added it
                 lacks_port = self._workers.lacks_port(self._worker_idx)
+                if findings.has_spoken and doubts != self._answered_doubts:
+                    self._workers.confirm_ranks(self._worker_idx)
+                    self._answered_doubts = doubts
                 is_complete = (findings.is_complete or (findings.has_spoken and is_named)) and not lacks_port
                 problem = findings.problem or (_NO_PORT if lacks_port else "no path tells the model's name")
                 if has_changed and self._machine.state == READY and done.is_set():
@@ -261,10 +281,14 @@ class _Watch:
                 fields = {"worker": self._url, "model": view.record.model}
                 self._log.info("worker describes itself differently now", extra={"fields": fields})
             done.set()
+            if doubts != self._doubts:
+                continue
             if is_complete:
                 return
             failures += 1
             if failures == 1:
                 fields = {"worker": self._url, "problem": problem, "model": view.record.model}
                 self._log.warning("worker does not tell what it is; it is asked again later", extra={"fields": fields})
-            await asyncio.sleep(retry_pause_s(failures) * random.uniform(1 - _JITTER, 1 + _JITTER))
+            with contextlib.suppress(TimeoutError):
+                pause = retry_pause_s(failures) * random.uniform(1 - _JITTER, 1 + _JITTER)
+                await asyncio.wait_for(self._doubted.wait(), pause)

@@ -228,6 +228,11 @@ class Workers:
         self._seen_pairs.pop(worker_idx, None)
         return facts.bigram
 
+    def confirm_ranks(self, worker_idx: int) -> None:
+        """Say that the worker has been asked for its ranks again, and what it said is in the table."""
+        old = self._views[worker_idx]
+        self._put(msgspec.structs.replace(old, record=msgspec.structs.replace(old.record, ranks_asked=old.record.ranks_asked + 1)))
+
     def parity_cause(self, worker_idx: int) -> str:
         """Why the worker's reports do not agree with the predictions; "" when they do."""
         return self._parity_causes.get(worker_idx, "")
@@ -313,7 +318,10 @@ class Workers:
     def _place(self, old: WorkerView, model: str | None, facts: WorkerFacts | None, found: Found, *, was_unplaced: bool) -> WorkerView:
         """The worker with these facts and in this role, its ranks taken."""
         url = old.record.url
-        record = WorkerRecord(url=url, model=model, api_key=old.record.api_key, role=found.role, bootstrap_port=found.bootstrap_port)
+        asked = old.record.ranks_asked
+        record = WorkerRecord(
+            url=url, model=model, api_key=old.record.api_key, ranks_asked=asked, role=found.role, bootstrap_port=found.bootstrap_port
+        )
         kv = facts.kv if facts else None
         if facts is not None:
             full = WorkerRecord(
@@ -333,6 +341,7 @@ class Workers:
                 template_kwargs=facts.template_kwargs,
                 takes_rid=facts.takes_rid,
                 rank_ways=facts.rank_ways if facts.dp_size > 1 else "",
+                ranks_asked=asked,
                 role=found.role,
                 bootstrap_port=found.bootstrap_port,
             )

@@ -23,6 +23,7 @@ from sglfast.edge.header_lines import without
 from sglfast.edge.leg import Leg
 from sglfast.edge.named_rank import at_rank, named_rank
 from sglfast.edge.prefill_leg import PrefillLeg, send_pair
+from sglfast.edge.rank_refusal import REFUSED, doubt_rank, is_about_rank
 from sglfast.edge.retry import RETRYABLE, Attempts
 
 if TYPE_CHECKING:
@@ -220,7 +221,10 @@ class Exchange(Leg):
 
     def holds(self, head: ResponseHead, payload: bytes) -> bool:
         """Keep an answer of 4xx or 5xx from the client, because another attempt may better it; False: it is the answer."""
-        if head.status not in RETRYABLE or not self.attempts().may_hold():
+        if head.status == REFUSED and self.is_told_rank and self.route is not None:
+            if not self.route.upstream.doubt.heeds(self.shard.loop.time()):
+                return False
+        elif head.status not in RETRYABLE or not self.attempts().may_hold():
             return False
         self.attempts().hold(head, payload)
         self.status = head.status
@@ -246,8 +250,15 @@ class Exchange(Leg):
                 self.finish()
                 self.client.on_exchange_end()
             return
+        dp_rank = self.dp_rank
         self.leave_worker(outcome_word)
-        self.attempts().end_held(route)
+        if self.status != REFUSED:
+            self.attempts().end_held(route)
+        elif is_about_rank(self.attempts().held_body):
+            doubt_rank(self.shard, route, dp_rank)
+            self.attempts().again(route)
+        else:
+            self.attempts().answer()
 
     def unchunked(self, kept: bytes) -> bytes:
         """An answer in chunks for a client that knows none: its head lines without that, and the connection's end is its end."""

@@ -165,16 +165,11 @@ class Attempts:
 
     def give_up(self, reason: errors.Reason) -> None:
         """No further attempt: the client gets the last answer that a worker gave, if one did, else our own."""
-        exchange = self._exchange
         self._note_exhausted()
-        held = self._held
-        if held is not None and held.is_complete:
-            exchange.begin_answer(held.head, held.body)
-            if not exchange.is_over:  # writing can tell that the client is gone
-                exchange.finish()
-                exchange.client.on_exchange_end()
+        if self._held is not None and self._held.is_complete:
+            self.answer()
         else:
-            exchange.refuse(reason)
+            self._exchange.refuse(reason)
 
     def _note_exhausted(self) -> None:
         if self._has_retried:
@@ -206,6 +201,28 @@ class Attempts:
         assert self._held is not None
         self._held.is_complete = True
         self.failed(route, errors.UPSTREAM_UNREACHABLE)
+
+    @property
+    def held_body(self) -> bytes:
+        """What has come of the body of the answer that is kept."""
+        return b"" if self._held is None else self._held.body
+
+    def answer(self) -> None:
+        """The client gets the answer that was kept, which is complete."""
+        exchange, held = self._exchange, self._held
+        assert held is not None
+        exchange.begin_answer(held.head, held.body)
+        if not exchange.is_over:  # writing can tell that the client is gone
+            exchange.finish()
+            exchange.client.on_exchange_end()
+
+    def again(self, route: Route) -> None:
+        """The answer that was kept is for what we have added to the request: send it to the same worker as its client wrote it."""
+        exchange, self._held = self._exchange, None
+        self._tried += (route.upstream.worker_idx,)
+        exchange.is_resent = exchange.decodes_chunks = False
+        exchange.probe = NO_PROBE
+        exchange.send(route)
 
     def close(self) -> None:
         """The exchange is over."""

@@ -162,7 +162,7 @@ class Router(RouterBase):
         ranks = ranks_of(firsts, policy, config, self._shard.rank_loads)
         for position, (worker, upstream) in enumerate(zip(firsts, upstreams, strict=True)):
             is_steered = ranks is not None and position in ranks.positions
-            upstream.rank_ways = worker.record.rank_ways.encode() if is_steered else None
+            upstream.rank_ways = upstream.doubt.ways(worker, self._shard.loop.time()) if is_steered else None
         return Pool(model, firsts, upstreams, policy, decodes, ranks)
 
     def _count_ready(self) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from sglfast import _counters
 from sglfast._relay import IDLE, UNTIL_CLOSE, UpstreamBase, WorkerConnectionBase
+from sglfast.edge.rank_refusal import RankDoubt
 
 if TYPE_CHECKING:
     from sglfast.edge.exchange import Exchange
@@ -76,6 +77,7 @@ class Upstream(UpstreamBase):
         "aborts_running",
         "bootstrap",
         "decode_url_line",
+        "doubt",
         "dp_size",
         "generation",
         "host",
@@ -102,6 +104,7 @@ class Upstream(UpstreamBase):
         self.bootstrap = (b"", b"null")
         self.dp_size = 1
         self.rank_ways = None
+        self.doubt = RankDoubt()
         self.decode_url_line = b"x-sgl-decode-url: %b\r\n" % url.encode() if url.isascii() and url.isprintable() else b""
         self.log_label = b""
         self.idle: list[UpstreamConnection] = []  # oldest first; the newest is taken first

@@ -119,12 +119,13 @@ def _answers(identity: bytes, batches: list[tuple[int, bytes]]) -> Iterator[list
 
 
 class KvPublisher:
-    """The publishers of one worker. live_port, replay_port: of rank 0, rank r is r higher; 0 until `open`, None = no replay."""
+    """The publishers of one worker. n_ranks: as many as the next `open` makes; live_port, replay_port: of rank 0, rank r is r higher;
+    0 until `open`, None = no replay."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], settings: SimSettings, live_port: int) -> None:
         self._context = context
         self._host = settings.host
-        self._n = settings.dp_size
+        self.n_ranks = settings.dp_size
         self._shape: Literal["map", "array"] = settings.event_shape
         self._is_open_again = False
         self.published_before = 0  # batches of the sequences that `close` ended
@@ -141,7 +142,7 @@ class KvPublisher:
         tries = REBIND_TRIES if self._is_open_again else 1
         live = await self._bind(zmq.PUB, self.live_port, tries)
         try:
-            replay = [None] * self._n if self.replay_port is None else await self._bind(zmq.ROUTER, self.replay_port, tries)
+            replay = [None] * self.n_ranks if self.replay_port is None else await self._bind(zmq.ROUTER, self.replay_port, tries)
         except ConfigError:
             _close(live)
             raise
@@ -149,7 +150,7 @@ class KvPublisher:
         self.live_port = _port_of(live[0])
         if replay[0] is not None:
             self.replay_port = _port_of(replay[0])
-        self.ranks = [RankPublisher(rank, live[rank], replay[rank], self._shape) for rank in range(self._n)]
+        self.ranks = [RankPublisher(rank, live[rank], replay[rank], self._shape) for rank in range(self.n_ranks)]
 
     def close(self) -> None:
         """Close every socket; `open` binds the same ports again, with sequences from 0."""
@@ -164,9 +165,9 @@ class KvPublisher:
         for _ in range(tries if port else FREE_PORT_TRIES):
             sockets: list[zmq.Socket[bytes]] = []
             # Neighbours of a port that the kernel picks are often taken by outgoing connections: look below that range.
-            first = port or (random.randrange(*SEARCHED_PORTS) if self._n > 1 else 0)
+            first = port or (random.randrange(*SEARCHED_PORTS) if self.n_ranks > 1 else 0)
             try:
-                for rank in range(self._n):
+                for rank in range(self.n_ranks):
                     sockets.append(self._context.socket(kind))
                     sockets[rank].setsockopt(zmq.SNDHWM, LIVE_HWM if kind == zmq.PUB else 0)
                     sockets[rank].setsockopt(zmq.IPV6, ":" in self._host)
@@ -176,7 +177,7 @@ class KvPublisher:
                 _close(sockets)
                 reason = error
             await asyncio.sleep(REBIND_PAUSE_S)
-        where = f"ports {port}..{port + self._n - 1}" if port else f"{self._n} free neighbouring ports"
+        where = f"ports {port}..{port + self.n_ranks - 1}" if port else f"{self.n_ranks} free neighbouring ports"
         raise ConfigError(f"KV events: cannot bind {where} on {self._host}: {reason}; choose another --kv-base-port")
 
 

@@ -4,7 +4,8 @@ Runs in: sim, on the event loop. Contract: `open` makes it listen, `close` relea
     the observer's: a restart empties caches and sequences, not them. Besides SGLang's routes, on the same port:
 
     POST /sim/fault        {"mode", "count"?, "after_bytes"?, "scope"?, "share"?}   see fault.py
-    POST /sim/restart      {"down_s"?}   as an engine that was killed and started again: connections are reset, requests
+    POST /sim/restart      {"down_s"?, "dp_size"?}   as an engine that was killed and started again, perhaps with fewer
+                           data-parallel ranks than the worker began with: connections are reset, requests
                            lost, caches empty, sequences at 0 with AllBlocksCleared, another startup_time; for `down_s`
                            seconds nothing listens, on HTTP (connections are refused) and ZMQ alike. Answers when it is up.
     POST /sim/drop_events  {"count", "rank"?}   the next batches (of every rank) get their numbers but are not sent
@@ -13,6 +14,7 @@ Runs in: sim, on the event loop. Contract: `open` makes it listen, `close` relea
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import struct
 import time
@@ -102,7 +104,7 @@ class SimWorker:
         await self.publisher.open()
         loop = asyncio.get_running_loop()
         ranks = []
-        for totals, publisher in zip(self._totals, self.publisher.ranks, strict=True):
+        for totals, publisher in zip(self._totals[: self._settings.dp_size], self.publisher.ranks, strict=True):
             engine = Engine(self._settings, self._shared.output, publisher.publish, totals)
             ranks.append(Rank(engine, Pacer(engine, loop)))
         self._inference.ranks = ranks
@@ -287,6 +289,11 @@ class SimWorker:
         down_s = _object(request).get("down_s", 0.0)
         if not isinstance(down_s, int | float) or not 0 <= down_s <= DOWN_LIMIT_S:
             raise ValueError(f"down_s must be 0..{DOWN_LIMIT_S:g} seconds")
+        dp_size, limit = _object(request).get("dp_size", self._settings.dp_size), len(self._totals)
+        if not isinstance(dp_size, int) or not 1 <= dp_size <= limit:
+            raise ValueError(f"dp_size must be 1..{limit}, which the worker began with")
+        self._settings = dataclasses.replace(self._settings, dp_size=dp_size)
+        self.publisher.n_ranks = dp_size
         self._restart = asyncio.get_running_loop().create_task(self._run_restart(down_s, connection))
 
     async def _run_restart(self, down_s: float, connection: Connection) -> None:

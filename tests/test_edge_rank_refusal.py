@@ -1,0 +1,167 @@
+"""A worker that refuses the rank that it was told: its client hears nothing of it, and it is told none before control has asked it."""
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+from edge_harness import Edge, wait_until
+from raw_client import post
+from scripted_worker import Call, Worker, answer, echoes, says
+from test_relay_rank import NAME, RANKS, SENT, steered
+
+from sglfast import _counters as c
+from sglfast.edge.rank_refusal import RankDoubt
+from sglfast.shm import WorkerRecord, WorkerView
+
+REFUSAL = b'{"object":"error","message":"routed_dp_rank=3 out of range [0, 2)","type":"BadRequestError","code":400}'
+
+
+def refuses_ranks(call: Call) -> None:
+    (says(answer(REFUSAL, status="400 Bad Request")) if call.header(NAME) else echoes)(call)
+
+
+def told(calls: Sequence[Call]) -> list[bool]:
+    """Which of the calls named a rank."""
+    return [bool(call.header(NAME)) for call in calls]
+
+
+@pytest.fixture
+def edge(workers: list[Worker]) -> Iterator[Edge]:
+    with steered(workers[:1]) as edge:
+        yield edge
+
+
+def confirm(edge: Edge, ranks_asked: int) -> None:
+    """Control has asked the worker again, and the shard acts by it."""
+    edge.put_record(0, ranks_asked=ranks_asked)
+    wait_until(lambda: edge.segment.workers_seen(1) == edge.table.version(), "the shard has seen it")
+
+
+def test_the_request_goes_to_the_worker_again_as_its_client_wrote_it(edge: Edge, workers: list[Worker]) -> None:
+    workers[0].plan(refuses_ranks)
+    found = edge.ask(post(SENT))
+    assert (found.status, found.body) == (200, SENT)
+    assert told(workers[0].calls) == [True, False]
+    assert edge.worker_word(0, c.W_RANK_REFUSED) == 1
+    for _ in range(5):
+        assert edge.ask(post(SENT)).status == 200
+    assert told(workers[0].calls) == [True, *[False] * 6], "until control has asked it, it is told none"
+    confirm(edge, 1)
+    workers[0].plan(echoes)
+    assert edge.ask(post(SENT)).status == 200
+    assert told(workers[0].calls)[-1], "it has told what it is"
+
+
+def test_all_that_were_on_their_way_are_saved(edge: Edge, workers: list[Worker]) -> None:
+    asked = []
+
+    def late(call: Call) -> None:
+        asked.append(call)
+        wait_until(lambda: len(asked) >= 4, "four requests are there")
+        refuses_ranks(call)
+
+    workers[0].plan(late)
+    clients = [edge.client() for _ in range(4)]
+    for client in clients:
+        client.send(post(SENT))
+    assert [client.read_answer().status for client in clients] == [200] * 4
+    for client in clients:
+        client.sock.close()
+    assert told(workers[0].calls).count(True) == 4
+    assert edge.worker_word(0, c.W_RANK_REFUSED) == 4
+
+
+def test_a_client_s_own_mistake_that_speaks_of_ranks_costs_little(edge: Edge, workers: list[Worker]) -> None:
+    """Sent twice once; then, as the worker has the ranks that it had, nothing is held against them for a while."""
+    mistake = b'{"message":"the tensor has rank 3"}'
+    workers[0].plan(says(answer(mistake, status="400 Bad Request")))
+    assert (edge.ask(post(SENT)).status, edge.ask(post(SENT)).body) == (400, mistake)
+    assert told(workers[0].calls) == [True, False, False]
+    confirm(edge, 1)
+    for _ in range(3):
+        assert edge.ask(post(SENT)).body == mistake
+    assert told(workers[0].calls) == [True, False, False, True, True, True], "each once, and with a rank"
+
+
+@pytest.mark.parametrize("status", ["400 Bad Request", "404 Not Found", "422 Unprocessable Entity"])
+@pytest.mark.parametrize(
+    "body", [answer(b'{"message":"no such thing"}'), b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nnever\r\n0\r\n\r\n"]
+)
+def test_other_refusals_are_the_client_s_as_they_come(edge: Edge, workers: list[Worker], status: str, body: bytes) -> None:
+    workers[0].plan(says(body.replace(b"200 OK", status.encode())))
+    for _ in range(3):
+        found = edge.ask(post(SENT))
+        assert found.status == int(status[:3])
+        assert found.body in (b'{"message":"no such thing"}', b"never")
+    assert told(workers[0].calls) == [True] * 3
+    assert edge.worker_word(0, c.W_RANK_REFUSED) == 0
+
+
+@pytest.mark.parametrize("header", ["X-Data-Parallel-Rank: 3", "X-Data-Parallel-Rank: 9"])
+def test_a_rank_of_the_client_s_own_is_its_own_business(edge: Edge, workers: list[Worker], header: str) -> None:
+    workers[0].plan(refuses_ranks)
+    assert edge.ask(post(SENT, header)).body == REFUSAL
+    assert len(workers[0].calls) == 1
+    assert edge.worker_word(0, c.W_RANK_REFUSED) == 0
+
+
+def test_a_refusal_without_end_is_passed_on(edge: Edge, workers: list[Worker]) -> None:
+    long = b"rank" * 50_000
+    workers[0].plan(says(answer(long, status="400 Bad Request")))
+    assert edge.ask(post(SENT)).body == long
+    assert len(workers[0].calls) == 1
+
+
+def test_it_is_done_in_the_body_of_generate_too(edge: Edge, workers: list[Worker]) -> None:
+    def script(call: Call) -> None:
+        (says(answer(REFUSAL, status="400 Bad Request")) if b"routed_dp_rank" in call.body else echoes)(call)
+
+    workers[0].plan(script)
+    body = b'{"text":"p"}'
+    assert edge.ask(post(body, target="/generate")).body == body
+    assert len(workers[0].calls) == 2
+
+
+def test_the_second_attempt_may_fail_like_any_other(workers: list[Worker]) -> None:
+    """It names no rank whatever control has found meanwhile, and goes elsewhere when it fails."""
+    with steered(workers[:2], disable_retries=False, retry_initial_backoff_ms=1, policy="round_robin") as edge:
+
+        def script(call: Call) -> None:
+            if call.header(NAME):
+                edge.put_record(0, ranks_asked=edge_asked.pop())
+                says(answer(REFUSAL, status="400 Bad Request"))(call)
+            else:
+                says(answer(b"no", status="500 Internal Server Error"))(call)
+
+        edge_asked = [3, 2, 1]
+        workers[0].plan(script)
+        workers[1].plan(echoes)
+        for _ in range(2):
+            assert edge.ask(post(SENT)).status == 200
+        assert told(workers[0].calls) == [True, False]
+
+
+# ---- the doubt itself ----
+
+
+def view(ranks_asked: int, dp_size: int = RANKS) -> WorkerView:
+    record = WorkerRecord(url="http://w", rank_ways="hhr", ranks_asked=ranks_asked)
+    return WorkerView(
+        worker_idx=0, generation=1, state=2, rank_base=0, dp_size=dp_size, block_size=0, bigram=False, record=record
+    )  # fmt: skip
+
+
+def test_false_alarms_are_heeded_ever_more_seldom() -> None:
+    doubt, now_s, pauses = RankDoubt(), 100.0, []
+    for ranks_asked in range(9):
+        assert doubt.heeds(now_s)
+        doubt.begin(ranks_asked, RANKS)
+        assert doubt.ways(view(ranks_asked), now_s) == b""
+        assert doubt.heeds(now_s), "for those that are on their way"
+        assert doubt.ways(view(ranks_asked + 1), now_s) == b"hhr"
+        pause_s = next(n for n in range(100) if doubt.heeds(now_s + n))
+        pauses.append(pause_s)
+        now_s += pause_s
+    assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    doubt.begin(20, RANKS)
+    assert doubt.ways(view(21, RANKS - 1), now_s) == b"hhr"
+    assert doubt.heeds(now_s), "that one was none"

@@ -34,6 +34,7 @@ RANK_REASONS: tuple[str, ...] = (
     "its blocks hold another number of tokens than the worker says",
     "its blocks are keyed by pairs of tokens (EAGLE), the worker says single tokens",
     "its blocks are keyed by single tokens, the worker says pairs of tokens (EAGLE)",
+    "events were lost, and the worker's replay buffer does not reach back to them",
 )
 
 REASON_PAIRS, REASON_SINGLES = 13, 14

@@ -130,6 +130,7 @@ class Machine(RuleBasedStateMachine):
         self.live: deque[tuple[int, bytes]] = deque()
         self.answer: deque[tuple[int, bytes] | None] = deque()
         self.is_reliable = False
+        self.is_mute = False  # nobody answers at the replay socket
         self.now_s = 0.0
         self.seen: set[World] = set()
         if is_old:
@@ -176,6 +177,9 @@ class Machine(RuleBasedStateMachine):
 
     def ask_replay(self, start_seq: int) -> None:
         items: list[tuple[int, bytes] | None] = [item for item in self.engine.buffer if item[0] >= start_seq]
+        if self.is_mute and not self.is_reliable:
+            self.answer.clear()
+            return
         if not self.is_reliable:
             kept = 0 if start_seq else 1
             items = items[:kept] + [item for item in items[kept:] if self.rng.random() > 0.2]
@@ -267,6 +271,11 @@ class Machine(RuleBasedStateMachine):
         for number in range(n_missed):
             self.publish(*self.engine.stored("", [2, 2, number, number]), is_lost=True)
         self.stream.on_connected(self.now_s)
+
+    @rule(is_now=seldom)
+    def turn_replay_on_and_off(self, is_now: bool) -> None:
+        if is_now:
+            self.is_mute = not self.is_mute
 
     @rule(is_now=seldom)
     def restart_engine(self, is_now: bool) -> None:

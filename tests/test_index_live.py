@@ -27,7 +27,7 @@ from sglfast.index.held import Limits
 from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.sink import Outcome
-from sglfast.index.stream import LOST
+from sglfast.index.stream_state import LOST
 from sglfast.index.subscriber import Endpoints, Subscriber
 from sglfast.shm import KeyRoute
 from sglfast.wire.frames import live_frames, parse_live

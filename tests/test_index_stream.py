@@ -10,7 +10,7 @@ from stream_bench import Bench, payload
 
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
 from sglfast.index.held import Limits
-from sglfast.index.stream import DISCONNECTED, LOST, NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY
+from sglfast.index.stream_state import DISCONNECTED, LOST, NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY
 from sglfast.shm import RANK_REASONS
 
 

@@ -7,7 +7,7 @@ from test_index_stream import Bench, payload
 
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT
 from sglfast.index.held import HeldBatches
-from sglfast.index.stream import LOST, UNKNOWN_HISTORY
+from sglfast.index.stream_state import LOST, UNKNOWN_HISTORY
 
 
 def test_replay_of_a_former_run_is_found_out_at_the_first_batch_that_both_have() -> None:

@@ -66,6 +66,7 @@ class World:
         self.live: deque[tuple[int, bytes]] = deque()
         self.answer: deque[tuple[int, bytes] | None] = deque()
         self.is_reliable = False
+        self.is_mute = False
         limits = Limits(replay_timeout_s=1.0, max_tries=3, max_held_batches=20)
         self.stream = RankStream(self, has_replay=has_replay, limits=limits)
 
@@ -84,7 +85,7 @@ class World:
             items = items[:kept] + [item for item in items[kept:] if self.rng.random() > 0.2]
         if self.is_reliable or self.rng.random() > 0.3:
             items.append(None)
-        if not self.is_reliable and self.rng.random() < 0.1:
+        if not self.is_reliable and (self.is_mute or self.rng.random() < 0.1):
             items = []
         self.answer = deque(items)
 
@@ -135,6 +136,9 @@ class World:
         self.engine.restart()
         self.reconnect()
 
+    def turn_mute(self) -> None:
+        self.is_mute = not self.is_mute
+
     def settle(self) -> None:
         self.is_reliable = True
         for _ in range(3):
@@ -148,7 +152,7 @@ class World:
 
 
 def steps(world: World, n: int, weights: Sequence[int]) -> None:
-    actions = [world.publish, world.deliver_live, world.deliver_answer, world.reconnect, world.restart]
+    actions = [world.publish, world.deliver_live, world.deliver_answer, world.reconnect, world.restart, world.turn_mute]
     for action in world.rng.choices(actions, weights, k=n):
         action()
 
@@ -161,7 +165,7 @@ def test_never_a_stale_owner_at_rest(rng: SeededRandom, has_replay: bool, buffer
     for _ in range(rng.randrange(4)):
         world.engine.publish()
     world.stream.on_connected(0.0)
-    steps(world, rng.randrange(400), (10, 10, 10, rng.choice((0, 1)), rng.choice((0, 1))))
+    steps(world, rng.randrange(400), (10, 10, 10, rng.choice((0, 1)), rng.choice((0, 1)), rng.choice((0, 1))))
     world.settle()
     state, _ = world.stream.status()
     assert world.blocks <= world.engine.blocks, rng

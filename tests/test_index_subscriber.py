@@ -20,7 +20,7 @@ from sglfast.index.held import Limits
 from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.sink import Outcome
-from sglfast.index.stream import DISCONNECTED, LOST, UNKNOWN_HISTORY
+from sglfast.index.stream_state import DISCONNECTED, LOST, UNKNOWN_HISTORY
 from sglfast.index.subscriber import Endpoints, Subscriber, connect
 from sglfast.shm import RANK_REASONS
 
@@ -230,6 +230,33 @@ def test_mute_replay_socket_does_not_stop_the_live_stream(house: House) -> None:
     wait_until(lambda: follower.overlap(2) == 4, engine)
     wait_until(lambda: follower.state == (RANK_DEGRADED, UNKNOWN_HISTORY), engine)
     assert follower.word(words.R_GIVE_UPS) == 1
+
+
+def test_a_replay_socket_that_was_down_for_a_while_heals_the_rank(house: House) -> None:
+    """A gap while it is mute, then it answers: neither the worker nor its live socket is touched."""
+    engine = house.publisher(has_replay=True)
+    limits = Limits(replay_timeout_s=0.2, max_tries=2, first_look_s=0.1, last_look_s=0.4)
+    follower = house.joined(engine, limits=limits)
+    engine.publish(stored(1, 4))
+    wait_until(lambda: follower.state == (RANK_EXACT, 0) and follower.overlap(1) == 4, engine)
+    engine.is_mute = True
+    engine.publish(stored(2, 4), is_lost=True)
+    engine.publish(stored(3, 4))
+    wait_until(lambda: follower.state == (RANK_DEGRADED, LOST), engine)
+    assert [follower.overlap(conversation) for conversation in (1, 2, 3)] == [0, 0, 4]
+    asked = follower.word(words.R_REPLAYS)
+    engine.publish(stored(4, 4))
+    wait_until(lambda: follower.word(words.R_REPLAYS) >= asked + 2 and follower.overlap(4) == 4, engine, what="looks and live events")
+    assert follower.state == (RANK_DEGRADED, LOST)
+    engine.is_mute = False
+    wait_until(lambda: follower.state == (RANK_EXACT, 0), engine)
+    assert [follower.overlap(conversation) for conversation in (1, 2, 3, 4)] == [4] * 4
+    engine.publish(removed(3, 4))
+    wait_until(lambda: follower.overlap(3) == 0, engine)
+    assert (follower.state, follower.word(words.R_RESTARTS)) == ((RANK_EXACT, 0), 0)
+    asked = follower.word(words.R_REPLAYS)
+    time.sleep(0.6)
+    assert follower.word(words.R_REPLAYS) == asked, "it is left in peace"
 
 
 @pytest.mark.parametrize("has_replay", [False, True])

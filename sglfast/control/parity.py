@@ -124,7 +124,7 @@ class Evidence:
 
 
 # Of the past: they explain for a while that too little is predicted, and stay until the rank is cleared.
-_PASSING = RANK_REASONS[4], RANK_REASONS[5]
+_PASSING = RANK_REASONS[4], RANK_REASONS[5], RANK_REASONS[15]
 
 
 def likely_cause(verdict: int, evidence: Evidence) -> str:

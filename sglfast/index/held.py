@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one stream."""
+    """Bounds of one stream. first_look_s, last_look_s: pauses before a replay socket that was mute is asked again, see index/asked."""
 
     replay_timeout_s: float = 3.0
     max_tries: int = 3
+    first_look_s: float = 1.0
+    last_look_s: float = 60.0
     max_held_batches: int = 20_000
     max_held_bytes: int = 64 << 20
 

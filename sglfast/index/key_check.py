@@ -8,7 +8,7 @@ Source: spec/kv_events.md 2.1 to 2.3, 2.8.
 """
 
 from sglfast._blockhash import page_keys
-from sglfast.index.stream import HASH_MISMATCH
+from sglfast.index.stream_state import HASH_MISMATCH
 from sglfast.shm import REASON_PAIRS, REASON_SINGLES
 from sglfast.wire.kv_events import BlockStored, decode_token_ids
 

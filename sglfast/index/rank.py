@@ -23,7 +23,7 @@ from sglfast.errors import KvEventError
 from sglfast.index.key_check import disagreement
 from sglfast.index.live import Run
 from sglfast.index.sink import Outcome
-from sglfast.index.stream import HASH_MISMATCH
+from sglfast.index.stream_state import HASH_MISMATCH
 from sglfast.index.token_route import TokenRoute
 from sglfast.shm import REASON_PAIRS, REASON_SINGLES, KeyRoute
 from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, tier_mask

@@ -24,6 +24,9 @@ A hole is asked for again as long as each answer brings the front forward, `max_
 Batches held back are bounded; one that finds no room is dropped and comes back by replay, because its number was noted.
 A replay that contradicts the live stream (another batch under a number, or `max_tries` times numbers far ahead of it) is of another
 stream: until the next connection nobody asks again. An answer that repeats itself counts as silence.
+A socket that is mute is given up, and looked at again after pauses that double: 1 s at first, a minute at last. What it says then is taken
+from the beginning, or from the last batch applied if nothing but the engine's being the same one was in question. A buffer that does
+not reach back behind the oldest batch that the rank's blocks are of brings nothing: then nobody asks again (NOT_KEPT).
 A stream may begin where a former index process left it (`Resume`): as after a lost connection, and not called exact before replay or
 the next number shows that nothing was missed.
 Live batches come one at a time (`on_live`). While nothing is unusual (`steady_seq`), whoever reads them may apply those that are next in
@@ -31,16 +34,9 @@ line himself, many as one, and tells it (`on_applied`).
 Source: spec/kv_events.md 1.6, 6.
 """
 
-from dataclasses import dataclass
-
-from sglfast._blockhash import xxh3
-from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
-from sglfast.index.held import HeldBatches, Limits
-from sglfast.index.sink import Counters, Outcome, Resume, Sink
-
-# Positions in sglfast.shm.RANK_REASONS.
-NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY, LOST, HASH_MISMATCH, DISCONNECTED = 2, 3, 4, 5, 6, 7
-RESUMED = 9
+from sglfast.index.asked import Look, Request
+from sglfast.index.sink import Outcome
+from sglfast.index.stream_state import LOST, NO_EVENT_YET, NOT_KEPT, UNKNOWN_HISTORY, StreamState, print_of
 
 # A restarted engine has published at most some dozens of batches by the time the subscription reaches it.
 _LOW_SEQ = 64
@@ -50,89 +46,8 @@ _CONFIRM_ABOVE_BATCHES = 256
 _REPLAYED_MEMORY_BATCHES = 1024
 
 
-def print_of(payload: bytes) -> int:
-    """Enough of a batch to know it again, as 64 bits: its length, its head (with the time of publishing) and its tail. Never 0."""
-    return xxh3(payload[:32] + payload[-32:], len(payload)) or 1
-
-
-@dataclass(slots=True)
-class _Request:
-    """A replay under way. front: `next_seq` when it was asked; is_verified: the engine is known to be the one we followed."""
-
-    front: int | None
-    deadline_s: float
-    is_verified: bool
-    n_batches: int = 0
-
-
-class RankStream:
+class RankStream(StreamState):
     """State of one rank's stream. Feed it with the `on_*` methods; call `on_time` when `deadline_s` has passed."""
-
-    def __init__(self, sink: Sink, *, has_replay: bool, limits: Limits | None = None, resume: Resume | None = None) -> None:
-        self.counters = Counters()
-        self.next_seq: int | None = None  # number of the batch that comes next; None = nothing is known yet
-        self._sink = sink
-        self._limits = limits or Limits()
-        self._has_replay = has_replay
-        self._can_replay = has_replay  # False while the replay socket is known to be mute
-        self._was_lost = False  # disconnected, and not heard of since
-        self._is_suspect = False  # reconnected, and nobody can tell whether to the same engine process
-        self._loss = NO_EVENT_YET  # 0: every batch since the rank was empty has been applied
-        self._last_print: int | None = None  # of batch next_seq - 1
-        self._last_live = -1  # live numbers only grow while one engine process speaks
-        self._highest = -1  # highest number seen anywhere
-        self._held = HeldBatches(self._limits.max_held_batches, self._limits.max_held_bytes)
-        self._refuted = 0  # replays in a row that brought numbers which the live stream had not reached
-        self._replayed: dict[int, int] = {}  # what was applied during a replay and may come once more, live or replayed
-        self._request: _Request | None = None
-        self._tries = 0
-        self._is_resumed = resume is not None  # the blocks are a former process's, and nothing has confirmed them yet
-        if resume is not None:
-            self.next_seq = resume.next_seq
-            self._last_print = resume.last_print
-            self._loss = resume.loss
-            self._highest = resume.next_seq - 1
-            self._was_lost = True
-
-    @property
-    def resume(self) -> Resume | None:
-        """What another process would need to go on from here; None when nothing is known yet."""
-        return None if self.next_seq is None else Resume(self.next_seq, self._last_print or 0, self._loss)
-
-    @property
-    def deadline_s(self) -> float | None:
-        """When `on_time` must be called at the latest; None = no need."""
-        return self._request.deadline_s if self._request else None
-
-    @property
-    def held_batches(self) -> int:
-        """Batches held back behind a hole."""
-        return len(self._held)
-
-    @property
-    def missing_batches(self) -> int:
-        """Batches that are known to have been published and are not applied yet, the held ones included."""
-        return max(0, self._highest + 1 - (self.next_seq or 0))
-
-    def status(self) -> tuple[int, int]:
-        """(RANK_* state, position in RANK_REASONS)."""
-        if self._request is not None:
-            return RANK_SYNCING, REPLAYING
-        if self._is_resumed:
-            return RANK_SYNCING, RESUMED
-        if self._was_lost:
-            return RANK_DEGRADED, DISCONNECTED
-        if self._loss == 0:
-            return RANK_EXACT, 0
-        return (RANK_SYNCING if self._loss == NO_EVENT_YET else RANK_DEGRADED), self._loss
-
-    @property
-    def steady_seq(self) -> int | None:
-        """Number of the live batch that would be applied with no further question; None while anything is unusual."""
-        if self._request is not None or self._was_lost or self._is_suspect or self._is_resumed or self._held:
-            return None
-        seq = self.next_seq
-        return seq if seq is not None and seq > self._last_live else None
 
     # ---- what happens ----
 
@@ -161,7 +76,8 @@ class RankStream:
                 return
             if seq > self._last_live:
                 self._refuted += 1  # the live stream has not gone back; it was replay that went ahead
-                self._can_replay &= self._refuted < self._limits.max_tries
+                self._is_foreign |= self._refuted >= self._limits.max_tries
+                self._can_replay &= not self._is_foreign
             self._restart("its sequence went back", now_s)
             expected = None
         elif self._is_suspect and seq == expected and seq < _LOW_SEQ:
@@ -192,6 +108,7 @@ class RankStream:
             else:
                 self._sink.clear(f"batches {expected}..{seq - 1} were lost and there is no replay")
                 self._loss = LOST
+                self._begin_at(seq, now_s)
                 self._apply(seq, payload)
 
     def on_applied(self, n_batches: int, last_payload: bytes, outcome: Outcome) -> None:
@@ -207,7 +124,10 @@ class RankStream:
         """A batch came as part of the answer to the last `ask_replay`."""
         request = self._request
         if request is None:
-            return
+            if self._looks.under_way is None or not self._believes_look(seq, payload, now_s):
+                return
+            request = self._request
+            assert request is not None
         held = self._held.get(seq)
         known = print_of(held) if held is not None else self._replayed.get(seq) if request.is_verified else None
         if known is not None and known != print_of(payload):
@@ -218,7 +138,8 @@ class RankStream:
             request.deadline_s = now_s + self._limits.replay_timeout_s  # anything else brings nothing
         if expected is None:
             # The answer to "from 0": it begins at 0 or at the oldest batch that the engine still has.
-            self._loss = 0 if seq == 0 else UNKNOWN_HISTORY
+            self._loss = 0 if seq == 0 else NOT_KEPT if request.is_late else UNKNOWN_HISTORY
+            self._known_from = seq
             self._held.drop(below=seq)
             expected = self.next_seq = seq
             request.is_verified = True
@@ -243,6 +164,9 @@ class RankStream:
 
     def on_replay_end(self, now_s: float) -> None:
         """The end marker of the answer."""
+        if self._request is None and self._looks.under_way is not None:
+            self._was_empty(now_s)
+            return
         request = self._request
         if request is None:
             return
@@ -257,8 +181,14 @@ class RankStream:
 
     def on_time(self, now_s: float) -> None:
         """Time passed; a replay that has gone silent counts as answered without an end marker."""
-        if self._request is not None and now_s >= self._request.deadline_s:
-            self._after_answer(now_s, is_ended=False)
+        if self._request is not None:
+            if now_s >= self._request.deadline_s:
+                self._after_answer(now_s, is_ended=False)
+        elif self._looks.deadline_s is not None and now_s >= self._looks.deadline_s:
+            if self._looks.under_way is not None:
+                self._looks.plan(now_s)
+            else:
+                self._look(now_s)
 
     # ---- steps ----
 
@@ -266,6 +196,8 @@ class RankStream:
         """Is it the engine process that was left? Replay tells; without it the next number is looked at twice."""
         self._was_lost = False
         self._can_replay = self._has_replay
+        self._is_foreign = self._is_unproven = False
+        self._looks.reset()
         if not self._has_replay:
             self._is_suspect = True
             return
@@ -291,7 +223,16 @@ class RankStream:
             self._ask(now_s)
         else:
             self._loss = UNKNOWN_HISTORY
+            self._begin_at(seq, now_s)
             self._apply(seq, payload)
+
+    def _begin_at(self, seq: int, now_s: float) -> None:
+        """The rank is empty, and what comes before this batch is lost, unless a socket that is mute speaks again."""
+        self._known_from = seq
+        self._is_unproven = False
+        if self._has_replay and not self._is_foreign:
+            self._looks.take()  # whose answer would be taken for what it is not
+            self._looks.plan(now_s)
 
     def _restart(self, why: str, now_s: float) -> None:
         """Another engine process speaks: nothing of the old one holds. A replay under way is asked for anew."""
@@ -303,6 +244,10 @@ class RankStream:
         self.next_seq = None
         self._last_live = self._highest = -1
         self._loss = NO_EVENT_YET
+        self._known_from = None
+        self._is_unproven = False
+        if self._looks.take() is not None:
+            self._looks.plan(now_s)
         if self._request is not None:
             self._request = None
             self._tries = 0
@@ -311,8 +256,9 @@ class RankStream:
 
     def _ask(self, now_s: float) -> None:
         front = self.next_seq
+        self._looks.end()
         self.counters.replays += 1
-        self._request = _Request(front, now_s + self._limits.replay_timeout_s, is_verified=front == 0)
+        self._request = Request(front, now_s + self._limits.replay_timeout_s, is_verified=front == 0)
         self._sink.ask_replay(max((front or 0) - 1, 0))
 
     def _after_answer(self, now_s: float, *, is_ended: bool) -> None:
@@ -323,6 +269,7 @@ class RankStream:
         is_behind = self.next_seq is None or self.next_seq <= self._highest
         if is_ended and not is_behind and request.n_batches <= _CONFIRM_ABOVE_BATCHES:
             self._is_resumed = False
+            self._looks.reset()
             return
         if self.next_seq == request.front and (is_behind or not is_ended):
             self._tries += 1
@@ -336,6 +283,8 @@ class RankStream:
     def _give_up(self, now_s: float, *, is_mute: bool) -> None:
         self.counters.give_ups += 1
         self._can_replay = self._has_replay and not is_mute
+        if is_mute:
+            self._looks.plan(now_s)
         if self._held:
             last = self._begin_at_held(f"replay does not bring them (asked {self._limits.max_tries} times)")
             if last < self._highest and self._can_replay:
@@ -347,13 +296,78 @@ class RankStream:
         elif self.next_seq is not None:
             # Nobody can say whether this is still the engine whose blocks we know; the next number will tell.
             self._is_suspect = True
+            self._is_unproven = self._loss == 0
             self._loss = self._loss or LOST
             self._highest = self.next_seq - 1
+
+    # ---- a socket that was mute ----
+
+    def _look(self, now_s: float) -> None:
+        """Does it speak again? Only if that could better anything."""
+        if self._loss == 0 or self._was_lost or (self.next_seq is not None and self._known_from is None and not self._is_unproven):
+            self._looks.end()
+            return
+        start_seq, last_print = 0, 0
+        if self._is_unproven:
+            assert self.next_seq is not None
+            start_seq, last_print = max(self.next_seq - 1, 0), self._last_print or 0
+        self.counters.replays += 1
+        self._looks.begin(Look(start_seq, last_print, now_s + self._limits.replay_timeout_s))
+        self._sink.ask_replay(start_seq)
+
+    def _believes_look(self, seq: int, payload: bytes, now_s: float) -> bool:
+        """It does, with this batch: whether it and what follows are a replay that is asked for."""
+        look = self._looks.take()
+        assert look is not None
+        self._looks.end()
+        self._can_replay = True
+        front = self.next_seq
+        if look.last_print:
+            if seq == look.start_seq and print_of(payload) == look.last_print:
+                self._is_unproven = self._is_suspect = False
+                self._loss = 0
+                self._request = Request(front, now_s + self._limits.replay_timeout_s, is_verified=True)
+                return True
+            if seq > look.start_seq:
+                self._is_unproven = False  # nobody can tell any more; the live stream goes on, and that it is another is not seen
+                self._loss = NOT_KEPT
+            else:
+                self._restart("another engine process answers", now_s)
+                self._ask(now_s)
+            return False
+        if front is not None and self._known_from is not None and seq >= self._known_from:
+            self._loss = NOT_KEPT if seq else self._loss
+            return False
+        if front is not None:
+            self._sink.clear("replay answers again, and tells what came before")
+            self._replayed = {front - 1: self._last_print or 0}
+        self._held.drop()
+        self.next_seq = None
+        self._request = Request(None, now_s + self._limits.replay_timeout_s, is_verified=False, is_late=True)
+        return True
+
+    def _was_empty(self, now_s: float) -> None:
+        """It speaks, and has nothing to say."""
+        look = self._looks.take()
+        assert look is not None
+        if look.last_print:
+            self._can_replay = True
+            self._restart("its sequence does not reach the last batch seen", now_s)
+            self._ask(now_s)
+        elif not self.next_seq:
+            self._can_replay = True
+            self.next_seq = None
+            self._request = Request(None, now_s, is_verified=False)
+            self.on_replay_end(now_s)
+        else:
+            self._looks.plan(now_s)
 
     def _distrust(self, seq: int) -> None:
         """Replay has another batch under the number of one that is held: what it brought is not this stream's."""
         self.counters.give_ups += 1
         self._can_replay = False
+        self._is_foreign = True
+        self._looks.end()
         self._request = None
         why = f"replay is of another stream: it has another batch {seq}"
         if self._held:
@@ -370,7 +384,8 @@ class RankStream:
         front = self.next_seq or 0
         self._sink.clear(f"batches {front}..{first - 1} were lost and {why}" if first > front else why)
         self._loss = LOST if self.next_seq is not None else UNKNOWN_HISTORY if first else 0
-        self.next_seq = first
+        self.next_seq = self._known_from = first
+        self._is_unproven = False
         for seq, payload in run:
             self._apply(seq, payload)
         return run[-1][0]

@@ -252,10 +252,10 @@ class Subscriber:
                     self._read_replay(self._dealer)
                 self._stream.on_time(time.monotonic())
                 self._save()
-                if self._stream.deadline_s is None:
+                if not self._stream.is_asking:
                     self._close_dealer()
                 self.publish()
-                if is_drained and self._stream.deadline_s is None:
+                if is_drained and not self._stream.is_asking:
                     self._rest(self._n_read)
         finally:
             self._close_dealer()

@@ -3,6 +3,7 @@
 Runs in: index (one TreeWriter, the only writer) and shards (TreeReader, on the request path). One call a request or event.
 Contract: keys are n little-endian uint64 in one bytes-like object, leading block first. Ranks are 0..max_ranks-1, tiers are bits
     (device 1, host 2, disk 4). A block is owned while any tier bit is set. The law of readers and writer is in cext/sf_tree.h.
+    A large rank is cleared in turns (`clear_some`); from the first on readers take it for no owner.
     The writer keeps privately, per rank, the keys it owns (so that clearing a rank does not scan the table), and the order in
     which blocks came (so that the oldest go first when the table is full).
 """
@@ -163,10 +164,15 @@ cdef class TreeWriter:
         _sf_store(&self.table.tree.live_blocks, _sf_load(&self.table.tree.live_blocks) - 1)
 
     cdef void c_evict_oldest(self) noexcept nogil:
+        # Behind a rank that was cleared there may be millions of stale entries in a row: readers are let in between.
         cdef uint64_t *slot
-        cdef uint64_t word, owners, i, w
+        cdef uint64_t word, owners, i, w, seen = 0
         cdef uint64_t words = self.table.words
         while self.order.head < self.order.count:
+            seen += 1
+            if seen % SF_WRITE_KEYS == 0:
+                sf_write_gap(&self.table.tree.version)
+                sf_write_begin(&self.table.tree.version)
             i = self.order.head
             self.order.head += 1
             slot = sf_find(&self.table, self.order.keys[i])
@@ -327,6 +333,7 @@ cdef class TreeWriter:
         sf_write_begin(&self.table.tree.version)
         if not is_fresh:
             memset(self.table.slots, 0, self.table.n_slots * self.table.stride)
+        memset(self.table.tree.hidden, 0, sizeof(self.table.tree.hidden))
         _sf_store(&self.table.tree.live_blocks, 0)
         sf_write_end(&self.table.tree.version)
         _sf_add(&self.table.tree.generation, 1)
@@ -335,7 +342,7 @@ cdef class TreeWriter:
     def adopt(self):
         """Take over what a killed writer left, repaired; returns the live blocks, or -1 when it is no sound tree (then `reset`).
 
-        Cost: one pass over all slots. The blocks' age is lost: which go first when the tree is full is any order.
+        A rank that it was clearing is empty then. Cost: one pass over all slots. The blocks' age is lost: any go first when it is full.
         """
         cdef int code
         self._check(0)
@@ -348,6 +355,8 @@ cdef class TreeWriter:
                 sf_write_end(&self.table.tree.version)
             if code == 0:
                 code = -2 if rebuild_logs(self) else 0
+            if code == 0:
+                clear_hidden(self)
         if code == -2:
             raise MemoryError
         return -1 if code else self.live_blocks
@@ -363,7 +372,12 @@ cdef class TreeWriter:
         if view.len & 7:
             PyBuffer_Release(&view)
             raise ValueError(f"keys must be whole 8-byte words, not {view.len} bytes")
-        added = self.c_store(rank, tier, view.buf, view.len >> 3)
+        # Now and then this compacts a log of many millions of entries, or passes by as many stale ones: let those go on who want no tree.
+        if log_is_full(&self.order) or log_is_full(&self.ranks[rank]) or is_nearly_full(self):
+            with nogil:
+                added = self.c_store(rank, tier, view.buf, view.len >> 3)
+        else:
+            added = self.c_store(rank, tier, view.buf, view.len >> 3)
         PyBuffer_Release(&view)
         if added < 0:
             raise MemoryError
@@ -383,12 +397,19 @@ cdef class TreeWriter:
 
     def clear(self, unsigned int rank):
         """`rank` holds nothing any more. Cost: its own blocks. Returns how many they were."""
-        cdef key_log_t *log
         self._check(rank)
-        log = &self.ranks[rank]
-        cdef long long gone = self.c_remove(rank, 7, log.keys, log.count)
-        log.count = 0
-        return gone
+        return clear_turn(self, rank, <uint64_t>-1)
+
+    def hide(self, unsigned int rank):
+        """From now on `rank` is no owner for readers, until it has been cleared. Nothing may be stored there before."""
+        self._check(rank)
+        hide(self, rank, True)
+
+    def clear_some(self, unsigned int rank, unsigned long long n_keys):
+        """A turn of clearing a rank, 0.3 us a key: (blocks that it held, whether it holds nothing now). It is hidden until the last."""
+        self._check(rank)
+        gone = clear_turn(self, rank, n_keys)
+        return gone, self.ranks[rank].count == 0
 
     def owns(self, unsigned int rank, keys):
         """One byte a key: 1 where `rank` owns the block in any tier, else 0."""
@@ -421,6 +442,7 @@ cdef class TreeWriter:
 
 
 include "treeadopt.pxi"
+include "treeclear.pxi"
 
 
 cdef extern from *:

@@ -229,7 +229,8 @@ cdef class KeyMap:
         """Forget everything, but for a small table: whoever is killed now leaves a map that is empty, not one that is missing."""
         if self.base == NULL:
             return
-        table_clear(&self.table)
+        with nogil:  # a GiB, with tens of millions of blocks
+            table_clear(&self.table)
         if self.table.n_slots > c_FIRST_SLOTS:
             memory_resize(self, c_FIRST_SLOTS)  # without memory it stays as it is
 

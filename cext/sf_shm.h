@@ -38,7 +38,7 @@
 #include <string.h>
 
 #define SF_MAGIC UINT64_C(0x31545341464c4753) /* "SGLFAST1" in little-endian bytes */
-#define SF_LAYOUT_MAJOR 4u
+#define SF_LAYOUT_MAJOR 5u
 #define SF_LAYOUT_MINOR 0u
 #define SF_PAGE 4096u
 #define SF_TIERS 3u /* device, host, disk */
@@ -130,7 +130,8 @@ typedef struct { /* exported */
     uint64_t removed_total;
     uint64_t evicted_total;
     uint64_t generation; /* +1 each time an index process empties the tree at its start */
-    uint64_t reserved[499];
+    uint64_t hidden[SF_RANKS_MAX / 64]; /* ranks that are being cleared: they own nothing, whatever stands in the slots */
+    uint64_t reserved[483];
 } sf_tree_t;
 
 typedef struct { /* exported */

@@ -87,6 +87,7 @@ cdef extern from "sf_shm.h" nogil:
         uint64_t removed_total
         uint64_t evicted_total
         uint64_t generation
+        uint64_t hidden[16]
 
     ctypedef struct sf_predictions_t:
         uint64_t doorbell

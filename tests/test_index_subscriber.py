@@ -92,6 +92,7 @@ class House:
     def close(self) -> None:
         for follower in self.followers:
             follower.subscriber.stop()
+            follower.subscriber.wipe()
         ended = [follower.subscriber.join(5.0) for follower in self.followers]
         for publisher in self.publishers:
             publisher.close()
@@ -361,6 +362,7 @@ def test_stop_is_prompt_whatever_goes_on(house: House) -> None:
     house.followers.clear()
     for follower in followers:
         follower.subscriber.stop()
+        follower.subscriber.wipe()
     assert [follower.subscriber.join(1.0) for follower in followers] == [True] * 3
     assert house.tree.writer.live_blocks == 0
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("kv-rank")]
@@ -375,6 +377,7 @@ def test_stop_in_the_middle_of_a_backlog(house: House) -> None:
     wait_until(lambda: follower.word(words.R_BATCHES) > 100, engine)
     house.followers.clear()
     follower.subscriber.stop()
+    follower.subscriber.wipe()
     n_batches = follower.word(words.R_BATCHES)
     assert follower.subscriber.join(1.0)
     assert house.tree.writer.live_blocks == 0

@@ -34,7 +34,7 @@ def plan(max_workers: int, max_ranks: int, max_shards: int, capacity_blocks: int
     stride = 8 + 3 * max_ranks // 8
     header |= {
         "magic": int.from_bytes(b"SGLFAST1", "little"),
-        "layout_major": 4,
+        "layout_major": 5,
         "max_workers": max_workers,
         "max_ranks": max_ranks,
         "max_shards": max_shards,

@@ -1,7 +1,8 @@
 """One rank's blocks: turns event batches into writes to the hash tree, and checks that its keys are the ones shards compute.
 
 Runs in: index; called by the rank's subscriber thread, and by `main` when the worker goes.
-Contract: the tree has one writer object in the process (`TreeLock`), its lock is held for one batch at a time. After `retire`
+Contract: the tree has one writer object in the process (`TreeLock`), its lock is held for one batch at a time, or for one turn of
+    _TURN_KEYS keys where a batch is large, or a rank is cleared that has many blocks. After `retire`
     nothing of this rank reaches the tree any more, whatever its thread still holds in hand. What cannot be decoded is counted
     and logged, never fatal. Applying batches again, in order, to a rank that has them already gives the same blocks, as long as
     it was not settled in between.
@@ -13,7 +14,7 @@ Source: spec/kv_events.md 2.1 to 2.3, 2.6, 2.8.
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from sglfast._hashtree import TreeWriter
@@ -64,6 +65,18 @@ class TreeLock:
 
     writer: TreeWriter
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def clear_rank(tree: TreeLock, rank: int, beat: Callable[[], None] | None = None) -> None:
+    """Clear a rank that nobody writes, in turns, between which other ranks are written. beat: called behind each turn."""
+    is_done = False
+    while not is_done:
+        with tree.lock:
+            _, is_done = tree.writer.clear_some(rank, _TURN_KEYS)
+        if beat is not None:
+            beat()
+        if not is_done:
+            time.sleep(_GIVE_WAY_S)
 
 
 @dataclass(slots=True)
@@ -166,7 +179,8 @@ class RankIndex:
                     case BlockRemoved():
                         removed.append(self._remove(writer, event))
                     case AllBlocksCleared():
-                        self.counters.blocks_removed += writer.clear(self.rank)
+                        if not self._clear_blocks(writer):
+                            return _PLAIN
                         self._by_tokens.clear()
                         outcome, orphans = _CLEARED, self._by_tokens.orphans
         self._removed += b"".join(removed)
@@ -233,7 +247,8 @@ class RankIndex:
             writer = self._tree.writer
             for kind, tiers, keys in found:
                 if kind == CLEAR:
-                    counters.blocks_removed += writer.clear(rank)
+                    if not self._clear_blocks(writer):
+                        return _PLAIN
                     outcome = _CLEARED
                     if not self._is_by_tokens:
                         by_tokens.clear()
@@ -275,16 +290,42 @@ class RankIndex:
 
     def clear(self) -> int:
         """Forget all blocks of the rank; returns how many they were."""
+        before = self.counters.blocks_removed
         with self._tree.lock:
             self._by_tokens.clear()
-            return 0 if self._is_retired else self._tree.writer.clear(self.rank)
+            if not self._is_retired:
+                self._clear_blocks(self._tree.writer)
+        gone, self.counters.blocks_removed = self.counters.blocks_removed - before, before  # they were removed by no event
+        return gone
+
+    def _clear_blocks(self, writer: TreeWriter) -> bool:
+        """With the lock, which others get now and then when there are many blocks; False when the rank was retired meanwhile.
+
+        What comes next for this rank waits; readers take it for no owner from the beginning.
+        """
+        while True:
+            gone, is_done = writer.clear_some(self.rank, _TURN_KEYS)
+            self.counters.blocks_removed += gone
+            if is_done:
+                return True
+            self._tree.lock.release()
+            try:
+                time.sleep(_GIVE_WAY_S)
+            finally:
+                self._tree.lock.acquire()
+            if self._is_retired:
+                return False
 
     def retire(self) -> None:
-        """Forget all blocks, for good: the rank number may be given to another worker now."""
+        """Nothing of the rank is to be found from now on, nor will be: then `wipe`."""
         with self._tree.lock:
             if not self._is_retired:
                 self._is_retired = True
-                self._tree.writer.clear(self.rank)
+                self._tree.writer.hide(self.rank)
+
+    def wipe(self, beat: Callable[[], None] | None = None) -> None:
+        """Forget all blocks of a rank that is retired: behind this its number may be given to another worker. beat: see clear_rank."""
+        clear_rank(self._tree, self.rank, beat)
 
     def release(self) -> None:
         """Give the map's memory back. After `retire`, when the rank's thread has ended."""

@@ -327,6 +327,20 @@ def test_rank_ranges_are_contiguous_and_reused() -> None:
     assert [ranks.take(2), ranks.take(2)] == [10, 12]
 
 
+@pytest.mark.parametrize("order", ["as named", "backwards", "shuffled"])
+@pytest.mark.parametrize("ranks", [2, 8, 16])
+def test_a_pool_that_fills_the_index_to_the_last_rank(rng: Any, order: str, ranks: int) -> None:
+    count = 1024 // ranks
+    with pool(count, max_ranks=1024, max_workers=count) as (workers, _, seen):
+        idxs = list(range(count))
+        if order != "as named":
+            idxs.sort(key=lambda idx: -idx if order == "backwards" else rng.random())
+        for idx in idxs:
+            workers.learn(idx, spoken(facts(ranks=ranks)))
+        assert [view.dp_size for view in workers.views] == [ranks] * count
+        assert not seen.lines
+
+
 def test_random_pools_never_share_or_lose_a_rank(rng: Any) -> None:
     with pool(20, max_ranks=64) as (workers, _, _):
         for _ in range(300):

@@ -35,6 +35,7 @@ RANK_REASONS: tuple[str, ...] = (
     "its blocks are keyed by pairs of tokens (EAGLE), the worker says single tokens",
     "its blocks are keyed by single tokens, the worker says pairs of tokens (EAGLE)",
     "events were lost, and the worker's replay buffer does not reach back to them",
+    "the index may not open enough files to follow it (ulimit -n)",
 )
 
 REASON_PAIRS, REASON_SINGLES = 13, 14

@@ -244,6 +244,27 @@ def test_workers_that_cannot_be_followed_are_blind(house: House, caplog: pytest.
     assert "65536" in caplog.text
 
 
+def test_ranks_that_would_need_too_many_files_are_blind_and_the_limit_is_named(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    control = house.control
+    house.index.close()
+    house.index = index = Index(control.segment, logging.getLogger("test.index"), maps_fd=house.maps_fd, max_files=64 + 2 * 8 + 7)
+    pair = two_in_a_row(house.context)
+    alone = house.publisher()
+    house.publishers += pair
+    control.put(0, alone, rank_base=0)
+    control.put(1, pair[0], rank_base=4, dp_size=2)
+    index.sync()
+    blind = (RANK_BLIND, next(i for i, why in enumerate(RANK_REASONS) if "ulimit -n" in why))
+    assert control.state(5) == blind
+    alone.publish(stored(1, 4))
+    house.wait_exact(0, 1, *house.publishers)
+    assert "rank 1 of http://worker-1:1 is not followed: 64 ranks need 576 open files, this process may have 87" in caplog.text
+    control.table.remove(0)
+    control.put(1, pair[0], rank_base=4, dp_size=2, startup_time=2.0)
+    index.sync()
+    assert blind not in (control.state(4), control.state(5)), "another worker has left room"
+
+
 def test_sizes_follow_eviction(house: House) -> None:
     control, index = house.control, house.index
     engine = house.publisher()

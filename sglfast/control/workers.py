@@ -388,9 +388,11 @@ class Workers:
             self._free_idle_ranks(except_idx=old.worker_idx)
             rank_base = self._ranks.take(count)
         if rank_base is None and must_have and not is_told:
+            what = f"{count} contiguous ranks" if count > 1 else "a rank"
+            remedy = "raise --max-ranks (at most 1024)" if self._max_ranks < 1024 else "an index has no more than that"
             self._log.warning(
-                f"worker is routed as a whole, without KV awareness: it needs {count} contiguous ranks, --max-ranks {self._max_ranks} "
-                f"leaves {self._ranks.free}; raise --max-ranks (at most 1024)",
+                f"worker is routed as a whole, without KV awareness: it needs {what}, --max-ranks {self._max_ranks} "
+                f"leaves {self._ranks.free}; {remedy}",
                 extra={"fields": {"worker": old.record.url}},
             )
         return rank_base

@@ -42,12 +42,15 @@ from sglfast.wire.server_info import KvEndpoint
 
 INDEX_SLOT = 0
 # Positions in sglfast.shm.RANK_REASONS.
-_PUBLISHES_NO_EVENTS, _NOT_LISTENING, _SAME_TOPIC = 1, 10, 11
+_PUBLISHES_NO_EVENTS, _NOT_LISTENING, _SAME_TOPIC, _NO_DESCRIPTORS = 1, 10, 11, 15
 _TICK_S = 0.05
 _HEARTBEAT_S = 0.5
 _STOP_S = 1.0
 # A rank has at most a SUB, a DEALER, the two ends of a monitor and the two sockets of a listener, each with a descriptor or two.
 _SOCKETS_A_RANK = 6
+# Open files of a rank: what wakes its thread and those sockets up, its connection, and another one during a replay. Of the process
+# otherwise: ZMQ's own, listeners, the segment, the log.
+_FILES_A_RANK, _OTHER_FILES = 8, 64
 
 
 class Index:
@@ -61,8 +64,11 @@ class Index:
         kv_listen: str | None = None,
         predictions: PredictionKeeper | None = None,
         maps_fd: int | None = None,
+        max_files: int | None = None,
     ) -> None:
+        """max_files: the process may open; None = no limit that matters."""
         self._segment = segment
+        self._max_files = max_files
         self._maps = KeyMaps(maps_fd, segment, log)
         self._predictions = predictions
         self._log = log
@@ -154,7 +160,7 @@ class Index:
 
     def _follow(self, view: WorkerView) -> list[Subscriber]:
         endpoint = _endpoint_of(view)
-        subscribers = []
+        subscribers: list[Subscriber] = []
         if self._predictions is not None:
             row = self._inheritance.get(view.rank_base)
             was_there = row is not None and row[words.R_GENERATION] == view.generation
@@ -162,6 +168,13 @@ class Index:
         for worker_rank in range(view.dp_size):
             rank = view.rank_base + worker_rank
             live, why = self._live_endpoint(view, endpoint, worker_rank)
+            if live is not None and not self._has_room(len(subscribers)):
+                if len(subscribers) == worker_rank:  # not told of this worker yet
+                    self._log.error(
+                        "rank %d of %s is not followed: %d ranks need %d open files, this process may have %s; raise the limit (ulimit -n)",
+                        *(worker_rank, view.record.url, self._segment.max_ranks, _files_of(self._segment.max_ranks), self._max_files),
+                    )
+                live, why = None, _NO_DESCRIPTORS
             if endpoint is None or live is None:
                 self._resume(rank, 0)
                 self._ranks.clear(rank)
@@ -200,6 +213,11 @@ class Index:
             subscribers.append(subscriber)
             log.info("following KV events")
         return subscribers
+
+    def _has_room(self, n_more: int) -> bool:
+        """Whether one more rank can be followed beside those of all workers and `n_more`."""
+        n_ranks = sum(len(subscribers) for _, subscribers in self._followed.values()) + n_more + 1
+        return self._max_files is None or _files_of(n_ranks) <= self._max_files
 
     def _live_endpoint(self, view: WorkerView, endpoint: KvEndpoint | None, worker_rank: int) -> tuple[str | None, int]:
         """(where to connect for a rank's live events, 0), or (None, why not: position in RANK_REASONS)."""
@@ -256,6 +274,10 @@ class Index:
         return all_ended
 
 
+def _files_of(n_ranks: int) -> int:
+    return n_ranks * _FILES_A_RANK + _OTHER_FILES
+
+
 def _endpoint_of(view: WorkerView) -> KvEndpoint | None:
     """Where a worker publishes, None when it does not."""
     record = view.record
@@ -290,7 +312,9 @@ def serve(boot: Boot, log: logging.Logger) -> None:
     previous = signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(stop_fd, 1))
     segment.process_start(INDEX_SLOT, os.getpid(), _now_ms())
     predictions = _keeper(boot, log)
-    index = Index(segment, log, kv_listen=boot.config.kv_listen, predictions=predictions, maps_fd=boot.maps_fd)
+    index = Index(
+        segment, log, kv_listen=boot.config.kv_listen, predictions=predictions, maps_fd=boot.maps_fd, max_files=open_files.limit()
+    )
     try:
         index_loop(index, boot, stop_fd, log)
     finally:

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer as RustTokenizer
 from sglfast._blockhash import token_keys
 from sglfast.errors import PromptError
 from sglfast.prompt.adapters import asked_for, starts_of
+from sglfast.prompt.ids import Keys
 from sglfast.prompt.keys import PromptReader, RequestKind
-from sglfast.prompt.lazy import Keying, Keys, LazyKeyer
+from sglfast.prompt.lazy import Keying, LazyKeyer
 from sglfast.prompt.pieces import PieceCache
 from sglfast.prompt.prefixes import PrefixCache
 from sglfast.prompt.raw import RawReader

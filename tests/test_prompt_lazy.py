@@ -15,8 +15,9 @@ from sglfast._blockhash import chain_seed, token_keys
 from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast.errors import PromptError
 from sglfast.prompt.adapters import starts_of
+from sglfast.prompt.ids import Keys, Probe
 from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
-from sglfast.prompt.lazy import Keys, LazyKeyer, Probe
+from sglfast.prompt.lazy import LazyKeyer
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
 from sglfast.shm import Variant
 

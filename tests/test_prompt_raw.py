@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from sglfast import shm
 from sglfast._hashtree import TreeReader, TreeWriter
+from sglfast.prompt.ids import Keys
 from sglfast.prompt.keys import RequestKind
-from sglfast.prompt.lazy import Keys
 from sglfast.shm import Dialect, Variant
 
 Body = dict[str, Any]

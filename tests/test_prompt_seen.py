@@ -13,8 +13,9 @@ from sglfast.prompt import raw as raw_module
 from sglfast.prompt import seen as seen_module
 from sglfast.prompt import stable as stable_module
 from sglfast.prompt.frames import Frame
+from sglfast.prompt.ids import Keys
 from sglfast.prompt.keys import RequestKind
-from sglfast.prompt.lazy import Keys, LazyKeyer
+from sglfast.prompt.lazy import LazyKeyer
 from sglfast.prompt.raw import RawKeying, RawReader
 from sglfast.prompt.seen import SeenKeying
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer

@@ -102,7 +102,8 @@ class ServeConfig:
         None, "how a decode worker is chosen; default: one on the prefill worker's host unless it has far more to do than the others, else "
         "the least loaded", "routing", choices=POLICIES, same_as={"cache_aware_zmq": "cache_aware"}, live=True)
     tokenizer_path: str | None = _setting(
-        None, "folder with tokenizer.json and tokenizer_config.json of the model; without it cache_aware goes by what was sent", "routing",
+        None, "folder with tokenizer.json and tokenizer_config.json of the model; without it cache_aware goes by what was sent, by KV "
+        "events only for prompts that are token ids", "routing",
         metavar="PATH", section="models.tokenizer_path")
     model_path: str | None = _setting(
         None, "the model's folder; its tokenizer is used when --tokenizer-path is not given", "routing", metavar="PATH")

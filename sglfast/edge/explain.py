@@ -71,14 +71,15 @@ def explain(shard: Shard, endpoint: Endpoint, body: bytes, then: Callable[[dict[
 
 def _explanation(shard: Shard, pool: Pool, facts: Facts, body: bytes) -> dict[str, Any]:
     prompt, found = shard.router.compare(pool, facts, body)
-    position, decision = copy.copy(pool.policy).choose(pool.view, shard.loads, prompt)
+    policy, is_approximate = pool.policy_of(prompt), pool.is_approximate and not prompt.is_looked_up
+    position, decision = copy.copy(policy).choose(pool.view, shard.loads, prompt)
     by_tier = {name: _overlaps(shard, pool, facts, tier) for name, tier in TIERS.items()}
     by_tier["predicted"] = {
-        place: int(share * prompt.prompt_tokens) // pool.block_tokens(place) for place, (_, share) in found.shares.items()
+        place: int(share * prompt.prompt_tokens) // pool.block_tokens(place, prompt) for place, (_, share) in found.shares.items()
     }
     hits = {hit.position: hit for hit in prompt.hits}
     candidates = [_candidate(shard, pool, prompt, place, hits.get(place), by_tier) for place in range(len(pool.workers))]
-    candidates[position]["why"] = (_APPROXIMATE_WHY if pool.is_approximate else _WHY).get(decision) or _WHY.get(
+    candidates[position]["why"] = (_APPROXIMATE_WHY if is_approximate else _WHY).get(decision) or _WHY.get(
         decision, f"is the choice of {DECISIONS[decision]}"
     )
     known = [view for view in read_workers(shard.table) if view.record.model == pool.model]
@@ -92,11 +93,11 @@ def _explanation(shard: Shard, pool: Pool, facts: Facts, body: bytes) -> dict[st
     chosen = candidates[position]
     return {
         "model": pool.model,
-        "policy": pool.policy.name,
+        "policy": policy.name,
         "block_size": sizes[0] if len(sizes) == 1 else sizes or None,
         "prompt_tokens": prompt.prompt_tokens,
         "prompt_blocks": prompt.prompt_blocks,
-        "is_approximate": pool.is_approximate,
+        "is_approximate": is_approximate,
         "unkeyed_because": None if prompt.is_keyed else facts.why_unkeyed or None,
         "candidates": candidates + others,
         "choice": {"worker": chosen["worker"], "rank": chosen["rank"], "decision": DECISIONS[decision]},
@@ -153,24 +154,24 @@ def _candidate(
         "worker": view.record.url,
         "rank": hit.rank - view.rank_base if hit is not None else 0,
         "ranks": ranks,
-        "overlap_blocks": _known_blocks(pool, hit),
+        "overlap_blocks": _known_blocks(pool, prompt, hit),
         "overlap_blocks_by_tier": {name: found.get(position, 0) for name, found in by_tier.items()},
         "load": {"requests": requests, "tokens": tokens},
-        "score": pool.policy.score(requests, tokens + prompt.prompt_tokens - overlap_tokens),
+        "score": pool.policy_of(prompt).score(requests, tokens + prompt.prompt_tokens - overlap_tokens),
         "eligible": True,
         "why": _NOT_BETTER,
     }
 
 
-def _known_blocks(pool: Pool, hit: Hit | None) -> int:
-    return pool.known_tokens(hit) // pool.block_tokens(hit.position) if hit is not None else 0
+def _known_blocks(pool: Pool, prompt: Prompt, hit: Hit | None) -> int:
+    return pool.known_tokens(hit, prompt) // pool.block_tokens(hit.position, prompt) if hit is not None else 0
 
 
 def _rank(shard: Shard, pool: Pool, position: int, prompt: Prompt, rank: int) -> dict[str, Any]:
     """A rank of a worker whose requests are steered."""
     tree_rank = pool.workers[position].rank_base + rank
     requests, tokens = shard.rank_loads.of(tree_rank)
-    overlap_blocks = _known_blocks(pool, (prompt.by_rank or {}).get(tree_rank))
+    overlap_blocks = _known_blocks(pool, prompt, (prompt.by_rank or {}).get(tree_rank))
     return {"rank": rank, "overlap_blocks": overlap_blocks, "load": {"requests": requests, "tokens": tokens}, "why": _NOT_BETTER}
 
 

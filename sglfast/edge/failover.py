@@ -41,7 +41,7 @@ def best_left(pool: Pool, left: array[int], loads: Loads, prompt: Prompt) -> tup
     owners = {place: hit for hit in prompt.hits if (place := pool.positions.get(hit.rank)) is not None and idxs[place] in left}
     if owners:
         hits = tuple(replace(hit, position=left.index(idxs[place])) for place, hit in owners.items())
-        position = idxs.index(left[pool.policy.choose(PoolView(left), loads, replace(prompt, hits=hits))[0]])
+        position = idxs.index(left[pool.policy_of(prompt).choose(PoolView(left), loads, replace(prompt, hits=hits))[0]])
     else:
         position = idxs.index(left[loads.least(left)[0]])
     return position, replace(prompt, hits=tuple(replace(hit, position=place) for place, hit in owners.items()))

@@ -18,16 +18,17 @@ from sglfast._hashtree import TreeReader
 from sglfast.boot import UNUSABLE_SETTINGS, Boot, boot_child, hear
 from sglfast.config import ServeConfig
 from sglfast.edge.door import Door
+from sglfast.edge.given_ids import IdsPromptKeyer
 from sglfast.edge.request import PromptKeyer
 from sglfast.edge.shard import Shard
 from sglfast.errors import ConfigError
 from sglfast.logs import setup_logs
 
 
-def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer | None:
-    """The prompt path, when the settings name a tokenizer; loaded only then, because it is most of a shard's memory."""
+def _make_keyer(boot: Boot, loop: asyncio.AbstractEventLoop) -> PromptKeyer:
+    """The prompt path; a tokenizer only when the settings name one, because it is most of a shard's memory."""
     if boot.config.tokenizer_path is None:
-        return None
+        return IdsPromptKeyer(loop)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one prompt at a time, in our own thread
     from sglfast.prompt.keys import PromptReader, RequestKind
     from sglfast.prompt.lazy import LazyKeyer
@@ -92,8 +93,7 @@ async def serve(boot: Boot) -> None:
     door.close()
     for client in list(shard.clients):
         client.close_after_write()
-    if keyer is not None:
-        keyer.close()
+    keyer.close()
     if shard.request_log is not None:
         shard.request_log.close()
     await asyncio.sleep(0.05)  # sends what was written; whoever has not read it by now has had its grace

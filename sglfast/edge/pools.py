@@ -74,6 +74,7 @@ class Pool:
     variants: tuple[Variant, ...]
 
     __slots__ = (
+        "_exact",
         "_ranked_routes",
         "by_rank",
         "decodes",
@@ -129,6 +130,7 @@ class Pool:
         # Predictions are kept for all ranks; of some workers, or of all, nothing else is known.
         self.positions = {worker.rank_base + rank: position for position, worker in enumerate(workers) for rank in range(worker.dp_size)}
         self.is_approximate = isinstance(policy, ApproximateCacheAware)
+        self._exact = policy.exact() if isinstance(policy, ApproximateCacheAware) else policy
         self.is_silent = not all(worker.block_size for worker in workers)
 
     def plain_route(self, position: int) -> Route:
@@ -153,17 +155,21 @@ class Pool:
             idxs = array("i", [idx for position, idx in enumerate(idxs) if not self.is_prefill(position)])
         return not idxs or loads.least(_others(idxs, tried))[1] >= limit
 
-    def is_approximate_at(self, position: int) -> bool:
-        """Whether what is known of the worker's cache is what it was sent, not what its events say."""
-        return self.is_approximate or not self.workers[position].block_size
+    def policy_of(self, prompt: Prompt) -> Policy:
+        """The policy for this prompt: token ids are looked up without a tokenizer, too, and then nothing about them is approximate."""
+        return self._exact if prompt.is_looked_up else self.policy
 
-    def block_tokens(self, position: int) -> int:
+    def is_approximate_at(self, position: int, prompt: Prompt) -> bool:
+        """Whether what is known of the prompt in the worker's cache is what it was sent, not what its events say."""
+        return (self.is_approximate and not prompt.is_looked_up) or not self.workers[position].block_size
+
+    def block_tokens(self, position: int, prompt: Prompt) -> int:
         """The unit of the worker's overlap."""
-        return BLOCK_TOKENS if self.is_approximate_at(position) else self.workers[position].block_size
+        return BLOCK_TOKENS if self.is_approximate_at(position, prompt) else self.workers[position].block_size
 
-    def known_tokens(self, hit: Hit) -> int:
+    def known_tokens(self, hit: Hit, prompt: Prompt) -> int:
         """Overlap as users and the parity loop are to see it: where there are events, nothing that they do not say."""
-        return hit.overlap_tokens if self.is_approximate_at(hit.position) else hit.overlap_tokens - hit.guessed_tokens
+        return hit.overlap_tokens if self.is_approximate_at(hit.position, prompt) else hit.overlap_tokens - hit.guessed_tokens
 
 
 def _routes_of_ranks(pool: Pool, position: int) -> list[Route]:

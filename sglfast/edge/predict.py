@@ -112,7 +112,7 @@ def with_guesses(prompt: Prompt, found: Found) -> Prompt:
             blocks = prompt.prompt_blocks * tokens // prompt.prompt_tokens
             hits[position] = Hit(position, known.rank if known is not None else rank, blocks, tokens, tokens - known_tokens)
     by_rank = _by_rank(prompt, found.by_rank) if found.by_rank is not None else None
-    return Prompt(prompt.prompt_tokens, prompt.prompt_blocks, tuple(hits.values()), True, prompt.is_estimated, by_rank)
+    return Prompt(prompt.prompt_tokens, prompt.prompt_blocks, tuple(hits.values()), True, prompt.is_estimated, by_rank, prompt.is_looked_up)
 
 
 def _tokens_of(share: float, prompt: Prompt) -> int:

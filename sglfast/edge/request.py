@@ -27,8 +27,9 @@ from sglfast.prompt.adapters import asked_for
 from sglfast.shm import dialect_of
 
 if TYPE_CHECKING:
+    from sglfast.prompt.ids import IdsKeyer, IdsKeying, Probe
     from sglfast.prompt.keys import PromptReader, RequestKind
-    from sglfast.prompt.lazy import Keying, LazyKeyer, Probe
+    from sglfast.prompt.lazy import Keying, LazyKeyer
     from sglfast.prompt.raw import RawReader
     from sglfast.prompt.seen import SeenKeying
     from sglfast.prompt.tokenizer import Tokenizer
@@ -138,10 +139,12 @@ class PromptKeyer:
     here, there: what the KV index owns, asked by the loop and by the thread: each by a TreeReader of its own.
     """
 
+    has_tokenizer = True
+
     def __init__(
         self,
         reader: PromptReader,
-        keyer: LazyKeyer,
+        keyer: LazyKeyer | IdsKeyer,
         kinds: type[RequestKind],
         loop: asyncio.AbstractEventLoop,
         *,
@@ -164,7 +167,8 @@ class PromptKeyer:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """The model's tokenizer, where there is one."""
+        assert self._keyer.tokenizer is not None
         return self._keyer.tokenizer
 
     def key(
@@ -182,7 +186,7 @@ class PromptKeyer:
         is_whole: all keys of the prompt and its exact number of tokens, whoever owns them; is_wanted: asked before the thread begins.
         """
         here, there = (None, None) if is_whole else (self._here, self._there)
-        keying: Keying | SeenKeying | None = None
+        keying: Keying | SeenKeying | IdsKeying | None = None
         if here is not None and len(body) <= _SCANNED_BYTES:
             keying = self._begin_raw(kind, body, variants, (_INLINE_BYTES, _INLINE_OBJECTS))
         if keying is None and len(body) <= _INLINE_BYTES and body.count(b"{") + body.count(b"[") <= _INLINE_OBJECTS:
@@ -273,7 +277,7 @@ class PromptKeyer:
             return None
         return self._raw.begin(body, variants, _HEAD_CHARS, budget)
 
-    def _begin(self, kind: int, body: bytes, variants: tuple[Variant, ...]) -> Keying | Facts:
+    def _begin(self, kind: int, body: bytes, variants: tuple[Variant, ...]) -> Keying | IdsKeying | Facts:
         try:
             fields = orjson.loads(body)
             prompt = self._reader.text_of(self._kinds(kind), fields, _HEAD_CHARS, dialect_of(variants))
@@ -287,7 +291,7 @@ class PromptKeyer:
         except Exception as error:
             return _unread(error)
 
-    def _run(self, keying: Keying | SeenKeying, probe: Probe | None, budget_chars: int) -> Facts | None:
+    def _run(self, keying: Keying | SeenKeying | IdsKeying, probe: Probe | None, budget_chars: int) -> Facts | None:
         try:
             if not keying.run(probe, budget_chars):
                 return None
@@ -299,7 +303,7 @@ class PromptKeyer:
         return Facts(keys.tokens, keys.keys, is_estimated=keys.is_estimated)
 
     def _finish(
-        self, keying: Keying | SeenKeying | None, kind: int, body: bytes, variants: tuple[Variant, ...], probe: Probe | None
+        self, keying: Keying | SeenKeying | IdsKeying | None, kind: int, body: bytes, variants: tuple[Variant, ...], probe: Probe | None
     ) -> Facts | None:
         if keying is None and probe is not None:
             keying = self._begin_raw(kind, body, variants, None)

@@ -274,7 +274,7 @@ class Router(RouterBase):
             column.add(_counters.S_PROMPT_TOKENS, prompt.prompt_tokens)
         else:
             column.add(_counters.S_PROMPTS_UNKEYED)
-        position, decision = pool.policy.choose(pool.view, self._shard.loads, prompt)
+        position, decision = pool.policy_of(prompt).choose(pool.view, self._shard.loads, prompt)
         route = self._route(pool, position, decision, prompt, found, facts.keys)
         if prompt.is_keyed:
             column.add_worker(route.upstream.worker_idx, _counters.W_PROMPT_BLOCKS, route.prompt_blocks)
@@ -294,7 +294,7 @@ class Router(RouterBase):
         if found.keys and self._predictor is not None:
             worker = decodes.workers[second]
             rank = next((hit.rank for hit in prompt.hits if hit.position == second), worker.rank_base)
-            prediction = predicted(worker, rank, found.keys, is_kept=decodes.is_approximate_at(second))
+            prediction = predicted(worker, rank, found.keys, is_kept=decodes.is_approximate_at(second, prompt))
         return pair(decodes, second, first, prediction)
 
     def _route(
@@ -312,7 +312,8 @@ class Router(RouterBase):
         column, predictor = self._shard.column, self._predictor
         if hit is None:
             hit = next((hit for hit in prompt.hits if hit.position == position), None) or Hit(position, worker.rank_base, 0, 0)
-        is_approximate, block_tokens, known_tokens = pool.is_approximate_at(position), pool.block_tokens(position), pool.known_tokens(hit)
+        is_approximate, block_tokens = pool.is_approximate_at(position, prompt), pool.block_tokens(position, prompt)
+        known_tokens = pool.known_tokens(hit, prompt)
         predicted_tokens = -1 if is_approximate else known_tokens
         prediction = None
         if hit.guessed_tokens and predictor is not None:
@@ -358,7 +359,7 @@ class Router(RouterBase):
         prompt = look_up(self._shard.tree, pool, facts)
         if self._predictor is None:
             return prompt, NOTHING
-        if not (pool.is_silent or pool.is_approximate):
+        if not pool.is_silent and (prompt.is_keyed or not pool.is_approximate):
             best_tokens = max((hit.overlap_tokens for hit in prompt.hits), default=0)
             if not prompt.is_keyed or 8 * best_tokens >= 7 * prompt.prompt_tokens:
                 return prompt, NOTHING

@@ -92,7 +92,7 @@ def _answer(shard: Shard, head: RequestHead, body: bytes, then: Callable[[Answer
         then((errors.PAYLOAD_TOO_LARGE, f"the body has {len(body)} bytes; this path takes at most {LIMIT_BYTES}"))
     elif content_type != b"application/json" and not (content_type.startswith(b"application/") and content_type.endswith(b"+json")):
         then((errors.UNSUPPORTED_MEDIA_TYPE, None))
-    elif keyer is None:
+    elif keyer is None or not keyer.has_tokenizer:
         then((errors.MODEL_NOT_FOUND, "no tokenizer is configured: the router needs --tokenizer-path for this"))
     else:
         models = _Models(shard.router)

@@ -11,17 +11,21 @@ Not followed, each a false negative only: encoders in Python that some models ha
     V4, Kimi K3), `--chat-template` with a built-in name.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
 from sglfast.errors import PromptError
-from sglfast.prompt.template import ContentFormat
 from sglfast.prompt.tool_schema import standard_types
 from sglfast.shm import Dialect, ToolForm
+
+if TYPE_CHECKING:
+    from sglfast.prompt.template import ContentFormat
 
 # Why a prompt has no block keys: values of PromptText.reason, and labels of a metric.
 Reason = Literal[

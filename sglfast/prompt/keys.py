@@ -9,19 +9,23 @@ Why a request has at most (n - 1) // block_size keys: SGLang computes at least t
     looks up the first n - 1 tokens only (spec/kv_events.md 2.8, schedule_batch.py `_compute_max_prefix_len`).
 """
 
+from __future__ import annotations
+
 import enum
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglfast._blockhash import page_keys
 from sglfast.errors import PromptError
 from sglfast.prompt.chat import ChatInput, Reason, UnkeyableError, chat_input, second_try
 from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.responses import as_chat
-from sglfast.prompt.template import HARMONY_WORD, ChatTemplate
-from sglfast.prompt.tokenizer import Tokenizer
 from sglfast.shm import Dialect
+
+if TYPE_CHECKING:
+    from sglfast.prompt.template import ChatTemplate
+    from sglfast.prompt.tokenizer import Tokenizer
 
 
 class RequestKind(enum.IntEnum):
@@ -58,7 +62,7 @@ class PromptText(NamedTuple):
 
 
 class PromptReader:
-    """Reads prompts with one model's tokenizer; without one, only prompts that are token ids already.
+    """Reads prompts with one model's tokenizer; without one, only prompts that are token ids already (and then loads no library for more).
 
     cache_bytes: what the cache of tokenized pieces may take (prompt/pieces.py); 0 = none. Any thread may use it.
     """
@@ -95,7 +99,7 @@ class PromptReader:
         except RecursionError:
             return PromptText(reason="malformed", detail="the body is nested too deeply")
 
-    def tokens_of(self, prompt: PromptText) -> "list[int] | array[int]":
+    def tokens_of(self, prompt: PromptText) -> list[int] | array[int]:
         """Return the token ids; raises PromptError for a prompt without text and ids, or text that is no valid Unicode."""
         if prompt.token_ids is not None:
             return prompt.token_ids
@@ -158,7 +162,7 @@ class PromptReader:
 
     def _responses(self, body: Mapping[str, Any], head_chars: int, dialect: Dialect) -> PromptText:
         template = self._tokenizer.chat if self._tokenizer is not None else None
-        if template is not None and HARMONY_WORD in template.source:
+        if template is not None and template.is_harmony:
             raise UnkeyableError("template", "the engine writes this prompt without the chat template (harmony)")
         try:
             chat = as_chat(body, lambda: template is not None and template.takes_inline_system)

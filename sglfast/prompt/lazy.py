@@ -12,34 +12,23 @@ Contract: for any tree, matching `Keys.keys` gives the overlap that matching all
 
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
-from sglfast._blockhash import KeyChain, page_keys, token_keys
+from sglfast._blockhash import KeyChain
 from sglfast.errors import PromptError
 from sglfast.prompt.adapters import starts_of
+from sglfast.prompt.ids import IdsKeying, Keys, Probe, pages_max
 from sglfast.prompt.keys import PromptText
 from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.prefixes import Name, Prefix, PrefixCache
 from sglfast.prompt.tokenizer import Tokenizer
 from sglfast.shm import Variant
 
-# keys -> how many leading ones of them some single rank owns without a hole; TreeReader.match is one.
-Probe = Callable[[bytes], int]
-
 _LAST_BORDERS = 8  # message borders from the end at which a known beginning is looked for
 _UNBOUNDED_CHARS = 1 << 62
 # The first piece shall fill a block, but not much more: that one tells whether anybody owns anything.
 _CHARS_PER_TOKEN = 5
 _FIRST_CHARS = (64, 640)
-
-
-class Keys(NamedTuple):
-    """Block keys of a prompt by variant, 8 bytes each, as far as they matter. tokens: of the whole prompt."""
-
-    tokens: int
-    is_estimated: bool
-    keys: dict[Variant, bytes]
 
 
 class LazyKeyer:
@@ -52,12 +41,14 @@ class LazyKeyer:
         self._bytes_per_token = tokenizer.normalized_growth
         self._around = len(self.pieces.before) + len(self.pieces.after) + 4  # 4: markers before a text and its parts
 
-    def begin(self, prompt: PromptText, variants: Sequence[Variant], asked: tuple[str, str] = ("", "")) -> "Keying":
+    def begin(self, prompt: PromptText, variants: Sequence[Variant], asked: tuple[str, str] = ("", "")) -> "Keying | IdsKeying":
         """Begin with a prompt that has text or token ids; raises PromptError for one that has neither, or is no Unicode.
 
         asked: the model and the adapter that the request names (adapters.asked_for).
         """
-        if prompt.text is None and prompt.token_ids is None:
+        if prompt.token_ids is not None:
+            return IdsKeying(prompt.token_ids, prompt.cache_salt, tuple(variants), asked)
+        if prompt.text is None:
             raise PromptError(prompt.detail or "this prompt has no text and no token ids")
         return Keying(self, prompt, tuple(variants), asked)
 
@@ -79,7 +70,7 @@ class LazyKeyer:
 
 
 class Keying:
-    """One prompt on its way to its keys: `run` until it says True, then `keys`."""
+    """One text on its way to its keys: `run` until it says True, then `keys`."""
 
     __slots__ = (
         "_chains",
@@ -115,8 +106,6 @@ class Keying:
         self._end = 0  # of the next piece, once it is known
         self._saved: tuple[int, Prefix] | None = None
         self._starts = starts_of(variants, *asked, prompt.cache_salt)
-        if prompt.text is None:
-            return
         self._live = [True] * len(variants)
         least = min([variant.block_size for variant in variants], default=0)
         self._first_chars = max(_FIRST_CHARS[0], min(_FIRST_CHARS[1], least * _CHARS_PER_TOKEN))
@@ -151,25 +140,9 @@ class Keying:
         after each piece. Raises PromptError.
         """
         try:
-            if self._prompt.token_ids is not None:
-                self._result = self._of_ids(self._prompt.token_ids)
-            elif not self._run_text(probe, budget_chars):
-                return False
+            return self._run_text(probe, budget_chars)
         except (TypeError, ValueError) as error:  # UnicodeError is a ValueError
             raise PromptError(f"no block keys can be made of this prompt: {error}") from error
-        return True
-
-    def _of_ids(self, ids: Sequence[int]) -> Keys:
-        salt = self._prompt.cache_salt.encode()
-        found: dict[Variant, bytes] = {}
-        for variant, start in zip(self._variants, self._starts, strict=True):
-            size, bigram = variant.block_size, variant.bigram
-            n_max = pages_max(len(ids), variant)
-            if start is None:
-                found[variant] = page_keys(ids, size, bigram=bigram, max_pages=n_max, cache_salt=salt)
-            else:
-                found[variant] = token_keys(ids, size, bigram=bigram, max_pages=n_max, seed=start.seed, parent=start.parent)
-        return Keys(len(ids), False, found)
 
     def _run_head(self, probe: Probe, budget_chars: int) -> bool:
         """Go through the beginning of the text that is rendered already; True: no overlap goes on behind it."""
@@ -304,8 +277,3 @@ class Keying:
         if name is None:
             name = self._keyer.prefixes.names(self._text, [end], self._kind)[0]
         self._keyer.prefixes.put(name, prefix)
-
-
-def pages_max(tokens: int, variant: Variant) -> int:
-    """Blocks of a prompt that an engine can have: it computes the last token itself."""
-    return max(0, (tokens - 1 - variant.bigram) // variant.block_size)

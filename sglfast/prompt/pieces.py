@@ -13,6 +13,8 @@ Contract: `encode` equals the tokenizer's own result, always. Whether a tokenize
     marker put before every text, tokens of several words) is given whole texts.
 """
 
+from __future__ import annotations
+
 import os
 import random
 import re
@@ -20,10 +22,13 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from sglfast._wordtable import WordTable
 from sglfast.errors import PromptError
-from sglfast.prompt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sglfast.prompt.tokenizer import Tokenizer
 
 # The longest pieces: long enough that the cost of a look-up is nothing, short enough that a new message seldom makes an old piece new.
 PIECE_CHARS = 2048
@@ -66,7 +71,7 @@ class PieceCache:
         self.hits = 0
         self.misses = 0
 
-    def get(self, text: str) -> "array[int] | None":
+    def get(self, text: str) -> array[int] | None:
         """The ids of a piece, or None."""
         with self._lock:
             ids = self._ids.get(text)
@@ -77,7 +82,7 @@ class PieceCache:
             self._ids.move_to_end(text)
             return ids
 
-    def put(self, text: str, ids: "array[int]") -> None:
+    def put(self, text: str, ids: array[int]) -> None:
         """Remember a piece, dropping the least recently used ones when there is no room."""
         with self._lock:
             if text in self._ids:
@@ -93,7 +98,7 @@ class PieceCache:
         return self._size_bytes
 
 
-def _cost_bytes(text: str, ids: "array[int]") -> int:
+def _cost_bytes(text: str, ids: array[int]) -> int:
     return 200 + 4 * len(text) + 4 * len(ids)  # 4: a text may hold any character; 200: the objects around them
 
 
@@ -134,7 +139,7 @@ class PieceTokenizer:
         """Whether short texts cost next to nothing, as their words are known."""
         return self._words is not None
 
-    def encode(self, text: str, add_special_tokens: bool) -> "array[int]":
+    def encode(self, text: str, add_special_tokens: bool) -> array[int]:
         """Token ids of a text. Raises what the tokenizer raises for text that is no Unicode."""
         ids = array("I")
         if add_special_tokens:
@@ -146,7 +151,7 @@ class PieceTokenizer:
             ids += self.after
         return ids
 
-    def encode_piece(self, piece: str) -> "array[int]":
+    def encode_piece(self, piece: str) -> array[int]:
         """Token ids of a piece that is not in the cache, where it is put."""
         words = self._words
         ids = words.encode(piece, self._tokenizer.encode_all) if words is not None else array("I", self._tokenizer.encode(piece, False))
@@ -333,7 +338,7 @@ def _hard_texts(tokens: list[str]) -> Iterator[str]:
         yield "".join(rng.choice(_HARD_ASCII) for _ in range(rng.randrange(24)))
 
 
-def _message_end(tokenizer: Tokenizer, added: "re.Pattern[str] | None") -> str:
+def _message_end(tokenizer: Tokenizer, added: re.Pattern[str] | None) -> str:
     """The first added token that the chat template prints behind a user's message; "" for none."""
     if tokenizer.chat is None or added is None:
         return ""
@@ -347,7 +352,7 @@ def _message_end(tokenizer: Tokenizer, added: "re.Pattern[str] | None") -> str:
     return found.group() if found is not None else ""
 
 
-def _any_of(tokens: list[str]) -> "re.Pattern[str] | None":
+def _any_of(tokens: list[str]) -> re.Pattern[str] | None:
     """Finds any of the tokens, the longest first where several begin at one place; `tokens` are in that order."""
     return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 

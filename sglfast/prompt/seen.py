@@ -16,8 +16,9 @@ from sglfast._blockhash import KeyChain
 from sglfast._jsonscan import ChatScan
 from sglfast.errors import PromptError
 from sglfast.prompt.frames import Frame
+from sglfast.prompt.ids import Keys, Probe, pages_max
 from sglfast.prompt.keys import PromptText
-from sglfast.prompt.lazy import Keying, Keys, LazyKeyer, Probe, pages_max
+from sglfast.prompt.lazy import Keying, LazyKeyer
 from sglfast.prompt.prefixes import Prefix
 from sglfast.prompt.stable import Border, Run, StableTemplate
 from sglfast.shm import Variant

@@ -37,8 +37,7 @@ RESERVED_KWARGS = frozenset(
 )
 # A template with one of these words in it is taken to be a multimodal one, which reads parts (SGLang's short cut).
 MULTIMODAL_WORDS = ("image", "audio", "video", "vision")
-# In the templates of models whose /v1/responses SGLang does not render with them (gpt-oss).
-HARMONY_WORD = "<|channel|>"
+_HARMONY_WORD = "<|channel|>"
 MESSAGE_VARIABLES = ("message", "msg", "m")
 # Marks the end of the message to continue. Plain ASCII, since some templates print Python's repr of a value; it ends with
 # a space to see whether the template trims what it prints.
@@ -65,6 +64,11 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = dict(special_tokens)
         self._takes_inline_system: bool | None = None
+
+    @property
+    def is_harmony(self) -> bool:
+        """Whether the model is one whose /v1/responses SGLang does not render with its template (gpt-oss)."""
+        return _HARMONY_WORD in self.source
 
     @property
     def takes_inline_system(self) -> bool:

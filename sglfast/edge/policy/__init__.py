@@ -38,7 +38,7 @@ class Prompt:
     """What the KV index says of one prompt. prompt_tokens: 0 = unknown, then `hits` is empty.
 
     is_estimated: prompt_tokens and prompt_blocks count what lies behind every overlap by its characters; by_rank: tree rank -> its own
-    hit, for workers whose ranks are chosen too (edge/ranks); None = nothing is known of such.
+    hit, for workers whose ranks are chosen too (edge/ranks); None = nothing is known of such; is_looked_up: the KV index was asked.
     """
 
     prompt_tokens: int = 0
@@ -47,6 +47,7 @@ class Prompt:
     is_keyed: bool = False
     is_estimated: bool = False
     by_rank: Mapping[int, Hit] | None = None
+    is_looked_up: bool = False
 
 
 NO_PROMPT = Prompt()

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 class ApproximateCacheAware(CacheAware):
     """Longest known share within a balanced pool."""
 
+    def exact(self) -> CacheAware:
+        """The policy for prompts that can be looked up in the KV index all the same, with the same thresholds."""
+        return CacheAware(
+            cache_threshold=self._cache_threshold,
+            balance_abs_threshold=self._balance_abs_threshold,
+            balance_rel_threshold=self._balance_rel_threshold,
+        )
+
     def score(self, requests: int, work_tokens: int) -> float | None:
         return requests
 

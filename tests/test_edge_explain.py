@@ -61,6 +61,7 @@ def test_candidates_and_choice_under_cache_aware() -> None:
     writer.store(0, DEVICE.bit_length() - 1, KEYS[:80])
     writer.store(1, DEVICE.bit_length() - 1, KEYS[:40])
     writer.store(1, HOST.bit_length() - 1, KEYS[:120])
+    writer.store(3, DEVICE.bit_length() - 1, KEYS[:96])
     memory.table.set_state(3, _workers.UNHEALTHY)
     Column(memory.segment, 0).begin(2, 100, 0, 0)
 
@@ -71,7 +72,8 @@ def test_candidates_and_choice_under_cache_aware() -> None:
         assert (found["model"], found["policy"], found["block_size"], found["prompt_tokens"]) == ("demo", "cache_aware", 64, 1300)
         assert found["choice"] == {"worker": ENGINES[1], "rank": 0, "decision": "cache_hit"}
         rows = {row["worker"]: row for row in found["candidates"]}
-        assert [rows[url]["overlap_blocks"] for url in ENGINES] == [10, 15, 0, 0]
+        assert [rows[url]["overlap_blocks"] for url in ENGINES] == [10, 15, 0, 12], "of those that cannot be chosen, too"
+        assert rows[ENGINES[3]]["overlap_blocks_by_tier"] == {"device": 12, "host": 0, "disk": 0, "predicted": 0}
         assert rows[ENGINES[1]]["overlap_blocks_by_tier"] == {"device": 5, "host": 15, "disk": 0, "predicted": 0}
         assert [rows[url]["score"] for url in ENGINES] == [1300 - 640, 1300 - 960, 1400, None]
         assert [rows[url]["eligible"] for url in ENGINES] == [True, True, True, False]

@@ -2,8 +2,9 @@
 
 Runs in: shards, event loop (the prompt's tokens in the tokenizer's thread, as for a request). Contract: the answer is made by the same
     look-up and the same policy as a request's, on a copy of the policy, so that even a turn of round_robin is not used up. Candidates
-    are all workers of the model; those that are not ready say so. Scores are what the policy minimises, null where it compares nothing;
-    they, and the choice, count predictions (edge/predict) as overlap, `overlap_blocks` does not where there are events.
+    are all workers of the model; those that are not ready say so, and what they hold all the same. Scores are what the policy
+    minimises, null where it compares nothing; they, and the choice, count predictions (edge/predict) as overlap, `overlap_blocks` does
+    not where there are events.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sglfast import _counters, _workers, errors
+from sglfast._hashtree import ANY_TIER
 from sglfast.edge.policy import CACHE_HIT, CACHE_MISS, IMBALANCED, UNKEYED, Hit, Prompt
 from sglfast.edge.request import Endpoint, Facts
 from sglfast.shm import DECISIONS, WorkerView, read_workers
@@ -73,19 +75,21 @@ def _explanation(shard: Shard, pool: Pool, facts: Facts, body: bytes) -> dict[st
     prompt, found = shard.router.compare(pool, facts, body)
     policy, is_approximate = pool.policy_of(prompt), pool.is_approximate and not prompt.is_looked_up
     position, decision = copy.copy(policy).choose(pool.view, shard.loads, prompt)
-    by_tier = {name: _overlaps(shard, pool, facts, tier) for name, tier in TIERS.items()}
-    by_tier["predicted"] = {
-        place: int(share * prompt.prompt_tokens) // pool.block_tokens(place, prompt) for place, (_, share) in found.shares.items()
-    }
+    known = [view for view in read_workers(shard.table) if view.record.model == pool.model]
+    by_tier = {name: _held(shard, known, facts, tier) for name, tier in TIERS.items()}
+    sent = {place: int(share * prompt.prompt_tokens) // pool.block_tokens(place, prompt) for place, (_, share) in found.shares.items()}
     hits = {hit.position: hit for hit in prompt.hits}
-    candidates = [_candidate(shard, pool, prompt, place, hits.get(place), by_tier) for place in range(len(pool.workers))]
+    candidates = [
+        _candidate(shard, pool, prompt, place, hits.get(place), _in_tiers(by_tier, pool.workers[place], sent.get(place, 0)))
+        for place in range(len(pool.workers))
+    ]
     candidates[position]["why"] = (_APPROXIMATE_WHY if is_approximate else _WHY).get(decision) or _WHY.get(
         decision, f"is the choice of {DECISIONS[decision]}"
     )
-    known = [view for view in read_workers(shard.table) if view.record.model == pool.model]
+    held = _held(shard, known, facts)
     chosen_from = {view.worker_idx for view in pool.workers}
     others = [
-        _unready(shard, view, pool.decodes is not None)
+        _unready(shard, view, held.get(view.worker_idx, (0, view.rank_base)), _in_tiers(by_tier, view), has_second=pool.decodes is not None)
         for view in known
         if view.worker_idx not in chosen_from and view.record.role != "decode"
     ]
@@ -127,21 +131,25 @@ def _decode_side(shard: Shard, pool: Pool, position: int, known: list[WorkerView
     return {"worker": chosen, "policy": "affinity" if decodes.is_affine else decodes.policy.name, "candidates": candidates}
 
 
-def _overlaps(shard: Shard, pool: Pool, facts: Facts, tier: int) -> dict[int, int]:
-    """Position -> leading blocks that the worker holds in one tier alone."""
-    found: dict[int, int] = {}
+def _held(shard: Shard, known: list[WorkerView], facts: Facts, tiers: int = ANY_TIER) -> dict[int, tuple[int, int]]:
+    """worker_idx -> (leading blocks that the worker holds in these tiers alone, its rank that holds most)."""
+    owners = {view.rank_base + rank: view for view in known if view.block_size for rank in range(view.dp_size)}
+    found: dict[int, tuple[int, int]] = {}
     for variant, keys in facts.keys.items():
-        if keys and shard.tree.match(keys, tier):
+        if keys and shard.tree.match(keys, tiers):
             for rank, blocks in shard.tree.hits():
-                owner = pool.by_rank.get(rank)
-                if owner is not None and owner[1] == variant:
-                    found[owner[0]] = max(blocks, found.get(owner[0], 0))
+                owner = owners.get(rank)
+                if owner is not None and owner.variant == variant and blocks > found.get(owner.worker_idx, (0, 0))[0]:
+                    found[owner.worker_idx] = blocks, rank
     return found
 
 
-def _candidate(
-    shard: Shard, pool: Pool, prompt: Prompt, position: int, hit: Hit | None, by_tier: dict[str, dict[int, int]]
-) -> dict[str, Any]:
+def _in_tiers(by_tier: dict[str, dict[int, tuple[int, int]]], view: WorkerView, sent_blocks: int = 0) -> dict[str, int]:
+    """A worker's overlap in each tier."""
+    return {name: held.get(view.worker_idx, (0, 0))[0] for name, held in by_tier.items()} | {"predicted": sent_blocks}
+
+
+def _candidate(shard: Shard, pool: Pool, prompt: Prompt, position: int, hit: Hit | None, in_tiers: dict[str, int]) -> dict[str, Any]:
     view = pool.workers[position]
     requests, tokens = shard.loads.requests(view.worker_idx), shard.loads.tokens(view.worker_idx)
     overlap_tokens = hit.overlap_tokens if hit is not None else 0
@@ -155,7 +163,7 @@ def _candidate(
         "rank": hit.rank - view.rank_base if hit is not None else 0,
         "ranks": ranks,
         "overlap_blocks": _known_blocks(pool, prompt, hit),
-        "overlap_blocks_by_tier": {name: found.get(position, 0) for name, found in by_tier.items()},
+        "overlap_blocks_by_tier": in_tiers,
         "load": {"requests": requests, "tokens": tokens},
         "score": pool.policy_of(prompt).score(requests, tokens + prompt.prompt_tokens - overlap_tokens),
         "eligible": True,
@@ -175,13 +183,14 @@ def _rank(shard: Shard, pool: Pool, position: int, prompt: Prompt, rank: int) ->
     return {"rank": rank, "overlap_blocks": overlap_blocks, "load": {"requests": requests, "tokens": tokens}, "why": _NOT_BETTER}
 
 
-def _unready(shard: Shard, view: WorkerView, has_second: bool) -> dict[str, Any]:
+def _unready(shard: Shard, view: WorkerView, held: tuple[int, int], in_tiers: dict[str, int], *, has_second: bool) -> dict[str, Any]:
+    """A worker that cannot be chosen now. held: as of _held."""
     return {
         "worker": view.record.url,
-        "rank": 0,
+        "rank": held[1] - view.rank_base,
         "ranks": [],
-        "overlap_blocks": 0,
-        "overlap_blocks_by_tier": dict.fromkeys((*TIERS, "predicted"), 0),
+        "overlap_blocks": held[0],
+        "overlap_blocks_by_tier": in_tiers,
         "load": {"requests": shard.loads.requests(view.worker_idx), "tokens": shard.loads.tokens(view.worker_idx)},
         "score": None,
         "eligible": False,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import zmq
-from kv_publisher import BLOCK_SIZE, Publisher, keys_of, removed, stored, wait_until
+from kv_publisher import BLOCK_SIZE, WAIT_S, Publisher, keys_of, removed, stored, wait_until
 
 from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING, RankTable
@@ -316,6 +316,42 @@ def test_lost_connection_is_told_and_found_again(house: House) -> None:
     wait_until(lambda: follower.state == (RANK_EXACT, 0), engine)
     assert (follower.overlap(1), follower.overlap(2)) == (4, 4)
     assert follower.word(words.R_RESTARTS) == 0
+
+
+@pytest.mark.parametrize("has_replay", [False, True])
+def test_a_connection_that_zmq_gives_up_is_made_anew(house: House, monkeypatch: pytest.MonkeyPatch, has_replay: bool) -> None:
+    """A message above the limit breaks the protocol, and after that ZMQ never connects again."""
+    monkeypatch.setattr("sglfast.index.subscriber._MAX_MESSAGE_BYTES", 100_000)
+    monkeypatch.setattr("sglfast.index.subscriber._REOPEN_S", 0.2)
+    engine = house.publisher(has_replay=has_replay)
+    follower = house.joined(engine, limits=Limits(replay_timeout_s=0.3))
+    engine.publish(stored(1, 4))
+    wait_until(lambda: follower.overlap(1) == 4, engine)
+    engine.publish_raw(bytes(200_000))
+    wait_until(lambda: follower.word(words.R_STATE) != RANK_EXACT, engine)
+
+    def is_heard() -> bool:
+        engine.publish(stored(2, 4))
+        return follower.overlap(2) == 4
+
+    wait_until(is_heard, engine)
+    assert follower.overlap(1) == 0, "what the large one said is not known"
+
+
+def test_one_that_lets_us_in_and_hangs_up_fills_no_log(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with socket.create_server(("127.0.0.1", 0)) as wrong:
+        wrong.settimeout(WAIT_S)
+        port = wrong.getsockname()[1]
+        follower = house.follow(f"tcp://127.0.0.1:{port}", None)
+        for _ in range(5):
+            wrong.accept()[0].close()
+    engine = house.publisher(has_replay=False, port=port)
+    house.subscribed(engine)
+    engine.publish(stored(1, 4))
+    wait_until(lambda: follower.state == (RANK_EXACT, 0), engine, what="the engine that comes to the same port")
+    assert caplog.text.count("KV event stream disconnected") == 1
+    assert caplog.text.count("KV event stream connected") == 1
 
 
 SINGLES = RANK_REASONS.index("its blocks are keyed by single tokens, the worker says pairs of tokens (EAGLE)")

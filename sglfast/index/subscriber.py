@@ -3,8 +3,9 @@
 Runs in: index, one thread a rank; started and stopped by `main`.
 Contract: the thread owns its sockets and closes them itself; `stop` makes it leave its poll at once. A rank that is slow, mute or dead
     holds up no other: they share the ZMQ context and, for the time of one batch, the tree's lock. Reconnecting is ZMQ's own
-    work; the socket monitor tells about it. Live messages are read to the end before a notice of the monitor is acted upon,
-    so that nothing of an old connection is taken for the new one's.
+    work; the socket monitor tells about it. Not so after a breach of its protocol, or a message that is too large: a connection that
+    does not come back within _REOPEN_S is made anew with sockets of its own. Live messages are read to the end before a notice of
+    the monitor is acted upon, so that nothing of an old connection is taken for the new one's.
     Each replay request has a DEALER of its own: answers to an earlier request die with its socket.
 Source: spec/kv_events.md 1.1, 1.2, 1.6.
 """
@@ -37,6 +38,7 @@ _RUN_BYTES = 256 << 10
 # A wake-up costs as much as 50 messages: where many come, we sleep until there are some. One that comes alone is never kept waiting.
 _NAP_S, _BUSY_BELOW_S = 0.0005, 0.00025
 _RESTART_DELAY_S = 1.0
+_REOPEN_S = 10.0
 # A batch of 65,536 blocks of 1024 tokens would be 256 MiB; nothing real comes near.
 _MAX_MESSAGE_BYTES = 256 << 20
 _NOTICES = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -100,6 +102,8 @@ class Subscriber:
         self._published: dict[int, int] = {}
         self._n_read = 0  # live messages, in this round
         self._busy_until_s = 0.0  # a message that comes before this is one of many
+        self._is_down = False  # the connection was lost, as far as the notices tell
+        self._reopen_at_s: float | None = None  # if it has not come back by then
         self._stream = RankStream(self, has_replay=endpoints.replay is not None, limits=limits, resume=resume)
         self._limits = limits
         self._thread = threading.Thread(target=self._run, name=f"kv-rank-{index.rank}", daemon=True)
@@ -228,7 +232,8 @@ class Subscriber:
                 self._is_stopping.wait(_RESTART_DELAY_S)
 
     def _follow(self) -> None:
-        """Poll until `stop`; all sockets are closed on the way out."""
+        """Poll until `stop`, or until the connection has to be made anew; all sockets are closed on the way out."""
+        self._reopen_at_s = time.monotonic() + _REOPEN_S if self._is_down else None
         self._poller = poller = zmq.Poller()
         live = self._context.socket(zmq.SUB)
         monitor = live.get_monitor_socket(_NOTICES)
@@ -262,6 +267,8 @@ class Subscriber:
                 self.publish()
                 if is_drained and not self._stream.is_asking:
                     self._rest(self._n_read)
+                if self._reopen_at_s is not None and is_drained and time.monotonic() >= self._reopen_at_s:
+                    return
         finally:
             self._close_dealer()
             live.disable_monitor()
@@ -277,8 +284,8 @@ class Subscriber:
         self._busy_until_s = time.monotonic() + _BUSY_BELOW_S
 
     def _poll_timeout_ms(self) -> int | None:
-        deadline_s = self._stream.deadline_s
-        return None if deadline_s is None else max(0, int((deadline_s - time.monotonic()) * 1000) + 1)
+        deadlines_s = [at_s for at_s in (self._stream.deadline_s, self._reopen_at_s) if at_s is not None]
+        return max(0, int((min(deadlines_s) - time.monotonic()) * 1000) + 1) if deadlines_s else None
 
     def _read_live(self, live: LiveSocket) -> bool:
         """Read what is there, a round at most; True when nothing is left."""
@@ -346,10 +353,14 @@ class Subscriber:
     def _tell(self, notices: list[int]) -> None:
         for event in notices:
             if event == zmq.EVENT_DISCONNECTED:
-                self._log.info("KV event stream disconnected")
+                if not self._is_down:  # else somebody lets us in and says nothing, ten times a second
+                    self._log.info("KV event stream disconnected")
+                    self._reopen_at_s = time.monotonic() + _REOPEN_S
+                self._is_down = True
                 self._stream.on_disconnected()
             else:
                 self._log.info("KV event stream connected")
+                self._is_down, self._reopen_at_s = False, None
                 self._stream.on_connected(time.monotonic())
 
     def _close_dealer(self) -> None:

@@ -26,13 +26,16 @@ def test_too_low_means_nothing_when_the_next_block_has_come_since() -> None:
     def test(router: Router, shard: Shard) -> None:
         route = route_of(router)
         assert route.basis[0] == KEYS[12 * 8 : 13 * 8]
-        assert not router.is_overtaken(route, LOW), "nothing has come: these are not the keys of the worker's prompt"
+        assert not router.is_overtaken(route, LOW, 1216), "nothing has come: these are not the keys of the worker's prompt"
         writer.store(0, 0, KEYS[15 * 8 :])
-        assert not router.is_overtaken(route, LOW), "not what was behind the predicted blocks"
+        assert not router.is_overtaken(route, LOW, 1216), "not what was behind the predicted blocks"
         writer.store(1, 0, KEYS)
-        assert not router.is_overtaken(route, LOW), "another rank"
+        assert not router.is_overtaken(route, LOW, 1216), "another rank"
         writer.store(0, 0, KEYS[: 13 * 8])
-        assert router.is_overtaken(route, LOW)
+        assert router.is_overtaken(route, LOW, 1216)
+        assert router.is_overtaken(route, LOW, 1299)
+        assert not router.is_overtaken(route, LOW, 1300), "no engine has a whole prompt in its cache before it computes the last token"
+        assert not router.is_overtaken(route, LOW, 10**18)
 
     keyed(memory, FACTS, test)
 
@@ -44,7 +47,7 @@ def test_a_prompt_without_a_next_block() -> None:
     def test(router: Router, shard: Shard) -> None:
         route = route_of(router)
         assert (route.overlap_blocks, route.basis[0]) == (20, b"")
-        assert not router.is_overtaken(route, LOW)
+        assert not router.is_overtaken(route, LOW, 1216)
 
     keyed(memory, FACTS, test)
 
@@ -60,11 +63,11 @@ def test_too_high_means_nothing_when_a_busy_worker_has_dropped_blocks_since() ->
         Column(memory.segment, 0).begin(0, 641, 0, 0)
         busy = route_of(router)
         assert (quiet.basis[1], busy.basis[1]) == (-1, 7)
-        assert not router.is_overtaken(quiet, HIGH)
-        assert not router.is_overtaken(busy, HIGH)
+        assert not router.is_overtaken(quiet, HIGH, 640)
+        assert not router.is_overtaken(busy, HIGH, 640)
         ranks.set(0, c.R_BLOCKS_REMOVED, 8)
-        assert not router.is_overtaken(quiet, HIGH), "nothing was on its way that could have dropped blocks before this request"
-        assert router.is_overtaken(busy, HIGH)
+        assert not router.is_overtaken(quiet, HIGH, 640), "nothing was on its way that could have dropped blocks before this request"
+        assert router.is_overtaken(busy, HIGH, 640)
 
     keyed(memory, FACTS, test)
 
@@ -86,7 +89,7 @@ def test_such_answers_are_counted_apart(cached: int, is_overtaken: bool, word: i
         predicted_tokens=64,
         cached_tokens=cached,
         shard=SimpleNamespace(
-            router=SimpleNamespace(is_overtaken=lambda route, word: is_overtaken),
+            router=SimpleNamespace(is_overtaken=lambda route, word, cached: is_overtaken),
             column=SimpleNamespace(add_worker=lambda idx, word: counted.append((idx, word))),
         ),
     )

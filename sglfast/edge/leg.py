@@ -93,6 +93,6 @@ class Leg(ExchangeBase):
         route = self.route
         assert route is not None
         word = outcome_word(self.predicted_tokens, self.cached_tokens)
-        if word != _counters.W_PARITY_EXACT and self.shard.router.is_overtaken(route, word):
+        if word != _counters.W_PARITY_EXACT and self.shard.router.is_overtaken(route, word, self.cached_tokens):
             word = _counters.W_PARITY_CAME if word == _counters.W_PARITY_LOW else _counters.W_PARITY_WENT
         self.shard.column.add_worker(route.upstream.worker_idx, word)

@@ -74,10 +74,10 @@ class Pool:
     variants: tuple[Variant, ...]
 
     __slots__ = (
-        "_exact",
         "_ranked_routes",
         "by_rank",
         "decodes",
+        "exact_policy",
         "is_approximate",
         "is_silent",
         "model",
@@ -130,7 +130,7 @@ class Pool:
         # Predictions are kept for all ranks; of some workers, or of all, nothing else is known.
         self.positions = {worker.rank_base + rank: position for position, worker in enumerate(workers) for rank in range(worker.dp_size)}
         self.is_approximate = isinstance(policy, ApproximateCacheAware)
-        self._exact = policy.exact() if isinstance(policy, ApproximateCacheAware) else policy
+        self.exact_policy = policy.exact() if isinstance(policy, ApproximateCacheAware) else policy
         self.is_silent = not all(worker.block_size for worker in workers)
 
     def plain_route(self, position: int) -> Route:
@@ -157,7 +157,7 @@ class Pool:
 
     def policy_of(self, prompt: Prompt) -> Policy:
         """The policy for this prompt: token ids are looked up without a tokenizer, too, and then nothing about them is approximate."""
-        return self._exact if prompt.is_looked_up else self.policy
+        return self.exact_policy if prompt.is_looked_up else self.policy
 
     def is_approximate_at(self, position: int, prompt: Prompt) -> bool:
         """Whether what is known of the prompt in the worker's cache is what it was sent, not what its events say."""

@@ -21,7 +21,7 @@ from sglfast.edge.overlap import look_up
 from sglfast.edge.pairs import Decodes, make_decodes, pair
 from sglfast.edge.policy import FAILOVER, NO_PROMPT, Hit, Prompt
 from sglfast.edge.pools import Pool, Route, policy_for, why_unserved
-from sglfast.edge.predict import NOTHING, Found, Predictor, predicted, with_guesses
+from sglfast.edge.predict import BLOCK_TOKENS, NOTHING, Found, Predictor, predicted, with_guesses
 from sglfast.edge.ranks import ranks_of
 from sglfast.edge.request import Endpoint, Facts, PromptKeyer, model_of
 from sglfast.edge.upstream import Upstream
@@ -274,7 +274,8 @@ class Router(RouterBase):
             column.add(_counters.S_PROMPT_TOKENS, prompt.prompt_tokens)
         else:
             column.add(_counters.S_PROMPTS_UNKEYED)
-        position, decision = pool.policy_of(prompt).choose(pool.view, self._shard.loads, prompt)
+        policy = pool.exact_policy if prompt.is_looked_up else pool.policy
+        position, decision = policy.choose(pool.view, self._shard.loads, prompt)
         route = self._route(pool, position, decision, prompt, found, facts.keys)
         if prompt.is_keyed:
             column.add_worker(route.upstream.worker_idx, _counters.W_PROMPT_BLOCKS, route.prompt_blocks)
@@ -312,8 +313,9 @@ class Router(RouterBase):
         column, predictor = self._shard.column, self._predictor
         if hit is None:
             hit = next((hit for hit in prompt.hits if hit.position == position), None) or Hit(position, worker.rank_base, 0, 0)
-        is_approximate, block_tokens = pool.is_approximate_at(position, prompt), pool.block_tokens(position, prompt)
-        known_tokens = pool.known_tokens(hit, prompt)
+        is_approximate = pool.is_approximate_at(position, prompt)
+        block_tokens = BLOCK_TOKENS if is_approximate else worker.block_size
+        known_tokens = hit.overlap_tokens if is_approximate else hit.overlap_tokens - hit.guessed_tokens  # what events say, if they do
         predicted_tokens = -1 if is_approximate else known_tokens
         prediction = None
         if hit.guessed_tokens and predictor is not None:
@@ -406,15 +408,18 @@ class Router(RouterBase):
             return again
         return pair(decodes, least_left(decodes.view.worker_idxs, loads, tried, limit), again)
 
-    def is_overtaken(self, route: Route, outcome_word: int) -> bool:
+    def is_overtaken(self, route: Route, outcome_word: int, cached_tokens: int) -> bool:
         """Whether what events say of the worker's cache has changed since the choice in a way that explains a wrong prediction.
 
         Between choice and prefill a request waits, and what runs meanwhile stores and drops blocks. Of what is too low that is known: the
         block behind the predicted ones is the rank's by now, by the keys that we make. Of what is too high it is not: blocks that were
-        dropped are stored again by the request itself. So there it is enough that any were dropped.
+        dropped are stored again by the request itself. So there it is enough that any were dropped. cached_tokens: as reported; all
+        tokens of a prompt, or more, are in no engine's cache before it computes the last one.
         """
         next_key, removed_blocks = route.basis
         if outcome_word == _counters.W_PARITY_LOW:
+            if not route.is_estimated and cached_tokens >= route.prompt.prompt_tokens:
+                return False
             tree = self._shard.tree
             return bool(next_key) and tree.match(next_key) > 0 and tree.overlap(route.rank) > 0
         return removed_blocks >= 0 and self._shard.ranks.get(route.rank, _counters.R_BLOCKS_REMOVED) != removed_blocks

@@ -39,4 +39,4 @@ def look_up(tree: TreeReader, pool: Pool, facts: Facts) -> Prompt:
                 best[position] = Hit(position, rank, overlap_blocks, overlap_blocks * block_size)
             if by_rank is not None and ranks is not None and rank in ranks.owned:
                 by_rank[rank] = Hit(position, rank, overlap_blocks, overlap_blocks * block_size)
-    return Prompt(facts.prompt_tokens, prompt_blocks, tuple(best.values()), True, facts.is_estimated, by_rank, is_looked_up=True)
+    return Prompt(facts.prompt_tokens, prompt_blocks, tuple(best.values()), True, facts.is_estimated, by_rank, True)

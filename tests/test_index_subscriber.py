@@ -354,6 +354,23 @@ def test_one_that_lets_us_in_and_hangs_up_fills_no_log(house: House, caplog: pyt
     assert caplog.text.count("KV event stream connected") == 1
 
 
+def test_a_stream_of_nonsense_fills_no_log(house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("sglfast.index.subscriber._TOLD_IN_S", 0.5)
+    engine = house.publisher(has_replay=False)
+    follower = house.joined(engine)
+    for _ in range(200):
+        engine.publish(stored(1, 4), is_lost=True)
+        engine.publish(stored(2, 4))
+    wait_until(lambda: follower.word(words.R_GAPS) == 199, engine)
+    time.sleep(0.5)
+    engine.publish(stored(1, 4), is_lost=True)
+    engine.publish(stored(2, 4))
+    wait_until(lambda: follower.word(words.R_GAPS) == 200, engine)
+    assert caplog.text.count("of this rank are forgotten") < 60
+    assert "blocks were forgotten 1" in caplog.text, "how many lines are missing is told"
+    assert follower.overlap(2) == 4
+
+
 SINGLES = RANK_REASONS.index("its blocks are keyed by single tokens, the worker says pairs of tokens (EAGLE)")
 
 

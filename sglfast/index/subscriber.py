@@ -39,6 +39,8 @@ _RUN_BYTES = 256 << 10
 _NAP_S, _BUSY_BELOW_S = 0.0005, 0.00025
 _RESTART_DELAY_S = 1.0
 _REOPEN_S = 10.0
+# A stream of nonsense clears its rank hundreds of times a second: so many lines of it are written in so many seconds.
+_TOLD_CLEARS, _TOLD_IN_S = 10, 10.0
 # A batch of 65,536 blocks of 1024 tokens would be 256 MiB; nothing real comes near.
 _MAX_MESSAGE_BYTES = 256 << 20
 _NOTICES = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -102,6 +104,8 @@ class Subscriber:
         self._published: dict[int, int] = {}
         self._n_read = 0  # live messages, in this round
         self._busy_until_s = 0.0  # a message that comes before this is one of many
+        self._clears_from_s = -_TOLD_IN_S  # of the present spell of _TOLD_IN_S
+        self._clears = 0  # in it
         self._is_down = False  # the connection was lost, as far as the notices tell
         self._reopen_at_s: float | None = None  # if it has not come back by then
         self._stream = RankStream(self, has_replay=endpoints.replay is not None, limits=limits, resume=resume)
@@ -203,7 +207,14 @@ class Subscriber:
         """Forget the rank's blocks and say why."""
         self._unsave()
         n_blocks = self._index.clear()
-        self._log.warning("KV events: %s; %d blocks of this rank are forgotten", why, n_blocks)
+        now_s = time.monotonic()
+        if now_s >= self._clears_from_s + _TOLD_IN_S:
+            if self._clears > _TOLD_CLEARS:
+                self._log.warning("KV events: this rank's blocks were forgotten %d times more since then", self._clears - _TOLD_CLEARS)
+            self._clears_from_s, self._clears = now_s, 0
+        self._clears += 1
+        if self._clears <= _TOLD_CLEARS:
+            self._log.warning("KV events: %s; %d blocks of this rank are forgotten", why, n_blocks)
 
     def ask_replay(self, start_seq: int) -> None:
         """Send a replay request on a new socket."""

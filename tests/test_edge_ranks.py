@@ -163,7 +163,8 @@ def test_hits_of_single_ranks_are_kept_for_steered_workers_only() -> None:
             ({"block_size": 0}, {"dp_aware": True, "policy": policy}, True)
             for policy in ("round_robin", "random", "power_of_two", "least_load")
         ),
-        ({}, {"tokenizer_path": None}, False),
+        ({}, {"tokenizer_path": None}, True),  # prompts of token ids need none
+        ({}, {"tokenizer_path": None, "policy": "auto"}, False),
         ({"roles": ("regular", "prefill", "decode")}, {}, True),
         ({"roles": ("decode", "prefill", "decode")}, {"dp_aware": True}, False),
     ],

@@ -23,6 +23,6 @@ def is_steered(worker: WorkerView, config: ServeConfig, *, is_by_cache: bool) ->
 
 def may_be_steered(worker: WorkerView, config: ServeConfig) -> bool:
     """The same as far as the settings tell: a pool's policy is its shards' business."""
-    policies = (config.policy, config.prefill_policy)
-    is_by_cache = config.tokenizer_path is not None and any(policy in ("auto", "cache_aware") for policy in policies)
+    by_cache = ("auto", "cache_aware") if config.tokenizer_path is not None else ("cache_aware",)
+    is_by_cache = any(policy in by_cache for policy in (config.policy, config.prefill_policy))
     return is_steered(worker, config, is_by_cache=is_by_cache)

@@ -58,6 +58,6 @@ class Ranks:
 
 def ranks_of(workers: Iterable[WorkerView], policy: Policy, config: ServeConfig, loads: RankLoads) -> Ranks | None:
     """The ranks of those of a pool's workers whose requests are steered; None when there are none."""
-    is_by_cache = isinstance(policy, CacheAware) and config.tokenizer_path is not None
+    is_by_cache = isinstance(policy, CacheAware)  # without a tokenizer, too: token ids are looked up all the same
     steered = {position: worker for position, worker in enumerate(workers) if is_steered(worker, config, is_by_cache=is_by_cache)}
     return Ranks(steered, config, loads) if steered else None

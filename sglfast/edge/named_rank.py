@@ -66,7 +66,7 @@ def at_rank(route: Route, dp_rank: int) -> Route | None:
     hit = (prompt.by_rank or {}).get(rank) or Hit(position, rank, 0, 0)
     return replace(
         moved,
-        overlap_blocks=pool.known_tokens(replace(hit, position=position)) // pool.block_tokens(position),
+        overlap_blocks=pool.known_tokens(replace(hit, position=position), prompt) // pool.block_tokens(position, prompt),
         uncached_tokens=prompt.prompt_tokens - hit.overlap_tokens,
         prediction=None if route.prediction is None else route.prediction._replace(rank=rank),
     )

@@ -1,103 +1,23 @@
 """The thread of one rank over real sockets: what is lost, comes back, restarts or cannot be read, and stopping at once."""
 
-import logging
-import mmap
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import zmq
-from kv_publisher import BLOCK_SIZE, WAIT_S, Publisher, keys_of, removed, stored, wait_until
+from kv_house import SHORT, House
+from kv_publisher import removed, stored, wait_until
 
 from sglfast import _counters as words
-from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING, RankTable
-from sglfast._hashtree import TreeReader, TreeWriter
-from sglfast._segment import Segment, segment_bytes
+from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
 from sglfast.index.held import Limits
 from sglfast.index.live import Run
-from sglfast.index.rank import RankIndex, TreeLock
 from sglfast.index.sink import Outcome
 from sglfast.index.stream_state import DISCONNECTED, LOST, UNKNOWN_HISTORY
-from sglfast.index.subscriber import Endpoints, Subscriber, connect
+from sglfast.index.subscriber import connect
 from sglfast.shm import RANK_REASONS
-
-SIZES = {"max_workers": 2, "max_ranks": 64, "max_shards": 1, "capacity_blocks": 4096}
-RANK = 5
-# Long, so that a busy machine is no silent engine; the tests of silence say so.
-LIMITS = Limits(replay_timeout_s=30.0)
-SHORT = Limits(replay_timeout_s=0.1, max_tries=2)
-
-
-@dataclass
-class Follower:
-    """A subscriber on a tree, seen through the tree and the rank's row."""
-
-    subscriber: Subscriber
-    index: RankIndex
-    ranks: RankTable
-    reader: TreeReader
-
-    def word(self, word: int) -> int:
-        return self.ranks.get(self.index.rank, word)
-
-    @property
-    def state(self) -> tuple[int, int]:
-        return self.word(words.R_STATE), self.word(words.R_REASON)
-
-    def overlap(self, conversation: int, n_blocks: int = 4) -> int:
-        self.reader.match(keys_of(conversation, n_blocks))
-        return self.reader.overlap(self.index.rank)
-
-
-class House:
-    """A context, a tree and all that a test starts."""
-
-    def __init__(self) -> None:
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.segment = Segment.format(mmap.mmap(-1, segment_bytes(**SIZES)), **SIZES)
-        self.tree = TreeLock(TreeWriter(self.segment))
-        self.publishers: list[Publisher] = []
-        self.followers: list[Follower] = []
-
-    def publisher(self, *, has_replay: bool, **more: object) -> Publisher:
-        publisher = Publisher(self.context, has_replay=has_replay, **more)  # type: ignore[arg-type]
-        self.publishers.append(publisher)
-        return publisher
-
-    def follow(
-        self, live: str, replay: str | None, *, rank: int = RANK, topic: bytes = b"", is_bigram: bool = False, limits: Limits = LIMITS
-    ) -> Follower:
-        log = logging.LoggerAdapter(logging.getLogger("test.subscriber"), {})
-        index = RankIndex(self.tree, rank, block_size=BLOCK_SIZE, is_bigram=is_bigram, log=log)
-        ranks = RankTable(self.segment)
-        endpoints = Endpoints(live, replay, topic)
-        subscriber = Subscriber(self.context, endpoints, index, ranks, generation=9, log=log, limits=limits)
-        follower = Follower(subscriber, index, ranks, TreeReader(self.segment))
-        self.followers.append(follower)
-        subscriber.start()
-        return follower
-
-    def joined(self, publisher: Publisher, *, limits: Limits = LIMITS) -> Follower:
-        """A follower of the publisher whose subscription has arrived, at rest."""
-        follower = self.follow(publisher.endpoint, publisher.replay_endpoint, topic=publisher.topic, limits=limits)
-        self.subscribed(publisher)
-        return follower
-
-    def subscribed(self, publisher: Publisher) -> None:
-        wait_until(lambda: publisher.n_subscriptions == 1, publisher, what="the subscription")
-
-    def close(self) -> None:
-        for follower in self.followers:
-            follower.subscriber.stop()
-            follower.subscriber.wipe()
-        ended = [follower.subscriber.join(5.0) for follower in self.followers]
-        for publisher in self.publishers:
-            publisher.close()
-        assert all(ended)
-        self.context.term()
 
 
 @pytest.fixture
@@ -298,77 +218,6 @@ def test_restart(house: House, has_replay: bool, n_unseen: int) -> None:
     assert [follower.overlap(conversation) for conversation in range(1, 6)] == [0] * 5
     assert [follower.overlap(10 + i) for i in range(n_unseen + 1)] == [4 if has_replay else 0] * (n_unseen + 1)
     assert follower.word(words.R_RESTARTS) == 1
-
-
-def test_lost_connection_is_told_and_found_again(house: House) -> None:
-    """The engine's host is away for a while, its process lives on: the index is kept, and what was missed is replayed."""
-    engine = house.publisher(has_replay=True)
-    follower = house.joined(engine)
-    engine.publish(stored(1, 4))
-    wait_until(lambda: follower.state == (RANK_EXACT, 0) and follower.overlap(1) == 4, engine)
-    seq, buffer = engine.seq, list(engine.buffer)
-    engine.close()
-    wait_until(lambda: follower.state == (RANK_DEGRADED, DISCONNECTED), what="the disconnect")
-    assert follower.overlap(1) == 4
-    engine.restart()
-    engine.seq, engine.buffer = seq, buffer
-    engine.publish(stored(2, 4), is_lost=True)
-    wait_until(lambda: follower.state == (RANK_EXACT, 0), engine)
-    assert (follower.overlap(1), follower.overlap(2)) == (4, 4)
-    assert follower.word(words.R_RESTARTS) == 0
-
-
-@pytest.mark.parametrize("has_replay", [False, True])
-def test_a_connection_that_zmq_gives_up_is_made_anew(house: House, monkeypatch: pytest.MonkeyPatch, has_replay: bool) -> None:
-    """A message above the limit breaks the protocol, and after that ZMQ never connects again."""
-    monkeypatch.setattr("sglfast.index.subscriber._MAX_MESSAGE_BYTES", 100_000)
-    monkeypatch.setattr("sglfast.index.subscriber._REOPEN_S", 0.2)
-    engine = house.publisher(has_replay=has_replay)
-    follower = house.joined(engine, limits=Limits(replay_timeout_s=0.3))
-    engine.publish(stored(1, 4))
-    wait_until(lambda: follower.overlap(1) == 4, engine)
-    engine.publish_raw(bytes(200_000))
-    wait_until(lambda: follower.word(words.R_STATE) != RANK_EXACT, engine)
-
-    def is_heard() -> bool:
-        engine.publish(stored(2, 4))
-        return follower.overlap(2) == 4
-
-    wait_until(is_heard, engine)
-    assert follower.overlap(1) == 0, "what the large one said is not known"
-
-
-def test_one_that_lets_us_in_and_hangs_up_fills_no_log(house: House, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    with socket.create_server(("127.0.0.1", 0)) as wrong:
-        wrong.settimeout(WAIT_S)
-        port = wrong.getsockname()[1]
-        follower = house.follow(f"tcp://127.0.0.1:{port}", None)
-        for _ in range(5):
-            wrong.accept()[0].close()
-    engine = house.publisher(has_replay=False, port=port)
-    house.subscribed(engine)
-    engine.publish(stored(1, 4))
-    wait_until(lambda: follower.state == (RANK_EXACT, 0), engine, what="the engine that comes to the same port")
-    assert caplog.text.count("KV event stream disconnected") == 1
-    assert caplog.text.count("KV event stream connected") == 1
-
-
-def test_a_stream_of_nonsense_fills_no_log(house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("sglfast.index.subscriber._TOLD_IN_S", 0.5)
-    engine = house.publisher(has_replay=False)
-    follower = house.joined(engine)
-    for _ in range(200):
-        engine.publish(stored(1, 4), is_lost=True)
-        engine.publish(stored(2, 4))
-    wait_until(lambda: follower.word(words.R_GAPS) == 199, engine)
-    time.sleep(0.5)
-    engine.publish(stored(1, 4), is_lost=True)
-    engine.publish(stored(2, 4))
-    wait_until(lambda: follower.word(words.R_GAPS) == 200, engine)
-    assert caplog.text.count("of this rank are forgotten") < 60
-    assert "blocks were forgotten 1" in caplog.text, "how many lines are missing is told"
-    assert follower.overlap(2) == 4
 
 
 SINGLES = RANK_REASONS.index("its blocks are keyed by single tokens, the worker says pairs of tokens (EAGLE)")

@@ -85,6 +85,7 @@ def test_a_request_goes_where_its_blocks_are_and_text_where_it_was_sent() -> Non
         text = orjson.dumps({"text": "once upon a time " * 200})
         for _ in range(4):
             router.choose(ENDPOINTS[GENERATE], text, routes.append)
+            router.note(routes[-1])
         assert {route.upstream.url for route in routes[2:]} == {routes[1].upstream.url}
         assert all(route.is_approximate for route in routes[1:])
 

@@ -39,6 +39,7 @@ typedef struct {
 } sf_kv_event_t;
 
 enum { SF_KV_SPEC_UNTOLD = 0, SF_KV_SPEC_MAIN = 1, SF_KV_SPEC_OTHER = 2 };
+enum { SF_KV_DEVICE = 1 }; /* bit of the tiers, as wire.kv_events.DEVICE */
 
 typedef struct {
     const uint8_t *p, *end;

@@ -72,11 +72,19 @@ ToolForm = Literal["flat", "wrapped", "deferrable", "kept"]
 Role = Literal["regular", "prefill", "decode"]
 
 
+# Whose way of preparing a chat a worker has.
+Engine = Literal["sglang", "vllm"]
+
+
 class Dialect(NamedTuple):
-    """What an engine makes of a chat before its template. template_kwargs: its own variables of the template, a JSON object; "" = none."""
+    """What an engine makes of a chat before its template. template_kwargs: its own variables of the template, a JSON object; "" = none.
+
+    tools, template_kwargs: SGLang's.
+    """
 
     tools: ToolForm = "kept"
     template_kwargs: str = ""
+    engine: Engine = "sglang"
 
 
 class Variant(NamedTuple):
@@ -97,10 +105,14 @@ _TOOL_FORMS = get_args(ToolForm)
 
 
 def dialect_of(variants: Sequence[Variant]) -> Dialect:
-    """The dialect of workers of these variants: that with the newest form of tools, where they differ."""
+    """The dialect of workers of these variants; where they differ, SGLang's before vLLM's, and that with the newest form of tools."""
     if len(variants) == 1:
         return variants[0].dialect  # nearly always
-    return max((variant.dialect for variant in variants), key=lambda dialect: _TOOL_FORMS.index(dialect.tools), default=Dialect())
+    return max((variant.dialect for variant in variants), key=_rank_of_dialect, default=Dialect())
+
+
+def _rank_of_dialect(dialect: Dialect) -> tuple[bool, int]:
+    return dialect.engine == "sglang", _TOOL_FORMS.index(dialect.tools)
 
 
 class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -128,6 +140,7 @@ class WorkerRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     adapter_models: tuple[str, ...] = ()
     tools: ToolForm = "kept"
     template_kwargs: str = ""  # see Dialect
+    engine: Engine = "sglang"
     takes_rid: bool = False  # requests may carry a `rid` by which /abort_request ends them
     role: Role = "regular"
     rank_ways: str = ""
@@ -166,7 +179,7 @@ class WorkerView(msgspec.Struct, frozen=True):
             self.key_route,
             model,
             self.record.adapters,
-            Dialect(self.record.tools, self.record.template_kwargs),
+            Dialect(self.record.tools, self.record.template_kwargs, self.record.engine),
         )
 
 

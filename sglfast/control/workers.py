@@ -344,6 +344,7 @@ class Workers:
                 adapters=facts.adapters,
                 tools=facts.tools,
                 template_kwargs=facts.template_kwargs,
+                engine=facts.engine,
                 takes_rid=facts.takes_rid,
                 rank_ways=facts.rank_ways if facts.dp_size > 1 else "",
                 ranks_asked=asked,

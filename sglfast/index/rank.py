@@ -174,7 +174,7 @@ class RankIndex:
                             self._store(writer, event)
                         except KvEventError:
                             undecoded += 1
-                        if event.parent_block_hash is None:
+                        if self._tells(event):
                             stored_in = event
                     case BlockRemoved():
                         removed.append(self._remove(writer, event))
@@ -350,6 +350,10 @@ class RankIndex:
         hashes, keys = self._by_tokens.resolve(event)
         self.counters.blocks_removed += writer.remove(self.rank, tiers, keys)
         return hashes
+
+    def _tells(self, event: BlockStored) -> bool:
+        """Whether an event begins a prompt in the cache that counts, and so can tell how the rank's blocks are keyed."""
+        return event.parent_block_hash is None and tier_mask(event.medium) != 0 and self._by_tokens.is_main(event)
 
     def _check(self, event: BlockStored) -> None:
         """Recompute a root block from its tokens and note whether shards will find it."""

@@ -19,11 +19,12 @@ from sglfast._hashtree import TreeWriter
 from sglfast._keymap import KeyMap
 from sglfast._kvdecode import token_ids
 from sglfast.errors import KvEventError
-from sglfast.wire.kv_events import NIL, BlockRemoved, BlockStored, decode_token_ids
+from sglfast.wire.kv_events import DEVICE, NIL, BlockRemoved, BlockStored, decode_token_ids, tier_mask
 
 _MAX_SEEDS = 4096
 _PRUNE_SLACK = 1024
-_MAIN_KINDS = ("full", "mla")
+# Kinds of caches that hold a whole prompt: full_attention, sink_full_attention, mla_attention, but not sliding_window_mla.
+_MAIN_KINDS, _WINDOW = ("full", "mla"), "sliding"
 
 _decode_extras = msgspec.msgpack.Decoder(list[msgspec.Raw] | None).decode
 _encode = msgspec.msgpack.Encoder().encode
@@ -57,9 +58,15 @@ class TokenRoute:
 
         Raises: KvEventError when the token ids cannot be read, or are no ids.
         """
-        if not self._is_main(event):
+        if not self.is_main(event):
             return b""
         n_blocks = len(event.keys) // 8
+        if tier_mask(event.medium) != DEVICE:
+            # A copy of blocks that are known by their names. Some offloading connectors tell its tokens, but not what was hashed
+            # beside these; keys made of such events would be other ones, and nobody would remove the first ones.
+            _, keys = self._map.find(event.keys)
+            if len(keys) == len(event.keys):
+                return keys
         packed = token_ids(event.token_ids)
         units = decode_token_ids(event.token_ids) if packed is None else memoryview(packed).cast("I")
         if not units:
@@ -68,7 +75,8 @@ class TokenRoute:
             return keys
         parent = 0 if event.parent_block_hash is None else self._map.get(event.parent_block_hash)
         if parent is None or not event.block_size or len(units) != n_blocks * event.block_size:
-            self.orphans += n_blocks
+            if event.block_size in (0, self._block_size):  # blocks of another size are nothing that a request could miss
+                self.orphans += n_blocks
             return b""
         try:
             keys = self._chain(event, units, parent)
@@ -129,11 +137,12 @@ class TokenRoute:
         """Give the memory back."""
         self._map.release()
 
-    def _is_main(self, event: BlockStored) -> bool:
+    def is_main(self, event: BlockStored) -> bool:
+        """Whether the event speaks of the cache that counts; a hybrid model has others."""
         if event.group_idx is None:
             return True
         if event.spec_kind is not None:
-            if not any(kind in event.spec_kind for kind in _MAIN_KINDS):
+            if _WINDOW in event.spec_kind or not any(kind in event.spec_kind for kind in _MAIN_KINDS):
                 return False
             self.main_group = event.group_idx
         return event.group_idx == self.main_group
@@ -196,5 +205,6 @@ def _unknown_part(extra: bytes, lora_name: str | None) -> bytes:
         return extra
     if not isinstance(names, list):
         return extra if names else b""
-    unknown = [name for name in names if name != lora_name]
-    return _encode(unknown) if unknown else b""
+    if lora_name in names:
+        names.remove(lora_name)  # once: a salt may be the same text
+    return _encode(names) if names else b""

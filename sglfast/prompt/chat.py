@@ -58,12 +58,24 @@ class UnkeyableError(PromptError):
 
 @dataclass(frozen=True, slots=True)
 class ChatInput:
-    """What the template gets. continuation: text of the assistant that follows the rendered prompt, tokenized apart."""
+    """What the template gets. continuation: text of the assistant that follows the rendered prompt, tokenized apart.
+
+    Of vLLM only, else as they are here: whether the assistant's turn is opened at the end, whether the last message is to be gone on
+    with, and whether the model's BOS or EOS goes around the text.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     kwargs: dict[str, Any]
     continuation: str
+    add_generation_prompt: bool = True
+    continues: bool = False
+    add_special_tokens: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing of the last three is as only vLLM has it."""
+        return self.add_generation_prompt and not self.continues and not self.add_special_tokens
 
 
 def chat_input(body: Mapping[str, Any], content_format: ContentFormat, dialect: Dialect = Dialect()) -> ChatInput:  # noqa: B008 (immutable)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglfast._blockhash import page_keys
 from sglfast.errors import PromptError
+from sglfast.prompt import vllm_chat
 from sglfast.prompt.chat import ChatInput, Reason, UnkeyableError, chat_input, second_try
 from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.responses import as_chat
@@ -85,7 +86,7 @@ class PromptReader:
             if kind == RequestKind.CHAT:
                 return self._chat(body, head_chars, dialect)
             if kind == RequestKind.COMPLETIONS:
-                return self._plain(body.get("prompt"), "prompt", cache_salt_of(body))
+                return self._completion(body, dialect)
             if kind == RequestKind.GENERATE:
                 return self._generate(body)
             if kind == RequestKind.RESPONSES:
@@ -139,26 +140,37 @@ class PromptReader:
 
     def _chat(self, body: Mapping[str, Any], head_chars: int, dialect: Dialect) -> PromptText:
         salt = cache_salt_of(body)
-        if body.get("input_ids") is not None:
+        is_sglang = dialect.engine == "sglang"
+        if is_sglang and body.get("input_ids") is not None:
             return self._plain(body["input_ids"], "input_ids", salt)
         if self._tokenizer is None:
             raise UnkeyableError("no_tokenizer", "no tokenizer is loaded for this model")
         template = self._tokenizer.chat
         if template is None:
             raise UnkeyableError("no_chat_template", "the tokenizer has no chat template")
-        given = chat_input(body, template.content_format, dialect)
-        if head_chars and not given.tools:
+        given = given_of(body, template, dialect)
+        if head_chars and not given.tools and given.is_plain:
             return _head(template, given, head_chars, salt)
         try:
-            text = template.render(given.messages, tools=given.tools, kwargs=given.kwargs)
+            text = text_of_chat(template, given)
         except PromptError as error:
-            if not given.tools:
+            if not (given.tools and is_sglang):
                 raise UnkeyableError("template", str(error)) from error
             try:
                 text = template.render(given.messages, tools=second_try(given.tools, dialect.tools), kwargs=given.kwargs)
             except PromptError as again:
                 raise UnkeyableError("template", str(again)) from again
-        return PromptText(text=text, continuation=given.continuation, cache_salt=salt)
+        return PromptText(text=text, add_special_tokens=given.add_special_tokens, continuation=given.continuation, cache_salt=salt)
+
+    def _completion(self, body: Mapping[str, Any], dialect: Dialect) -> PromptText:
+        prompt = self._plain(body.get("prompt"), "prompt", cache_salt_of(body))
+        if dialect.engine == "vllm":
+            vllm_chat.refuse_unknowable(body)
+            if body.get("prompt_embeds") is not None:
+                raise UnkeyableError("media", "the prompt is given as embeddings, too")
+            if body.get("add_special_tokens") is False:
+                return prompt._replace(add_special_tokens=False)
+        return prompt
 
     def _responses(self, body: Mapping[str, Any], head_chars: int, dialect: Dialect) -> PromptText:
         template = self._tokenizer.chat if self._tokenizer is not None else None
@@ -196,6 +208,24 @@ class PromptReader:
             if isinstance(prompt[0], int):
                 return PromptText(token_ids=prompt, cache_salt=salt)
         raise UnkeyableError("malformed", f"{field} must be a string or an array of token ids")
+
+
+def given_of(body: Mapping[str, Any], template: ChatTemplate, dialect: Dialect) -> ChatInput:
+    """Return what the template gets for a chat body from workers of this dialect; raises UnkeyableError."""
+    if dialect.engine == "vllm":
+        return vllm_chat.chat_input(body, template.format_for("vllm"))
+    return chat_input(body, template.content_format, dialect)
+
+
+def text_of_chat(template: ChatTemplate, given: ChatInput) -> str:
+    """Return the prompt text; raises PromptError when the template refuses the conversation."""
+    return template.render(
+        given.messages,
+        tools=given.tools,
+        kwargs=given.kwargs,
+        add_generation_prompt=given.add_generation_prompt,
+        continue_final_message=given.continues,
+    )
 
 
 def _head(template: ChatTemplate, given: ChatInput, head_chars: int, salt: str) -> PromptText:

@@ -18,16 +18,17 @@ import xxhash
 
 from sglfast._jsonscan import ChatScan, scan_chat
 from sglfast.errors import PromptError
+from sglfast.prompt import vllm_chat
 from sglfast.prompt.adapters import asked_for
-from sglfast.prompt.chat import chat_input, closed, is_open, kwargs_input, message_input, tools_input
+from sglfast.prompt.chat import closed, is_open, kwargs_input, message_input, tools_input
 from sglfast.prompt.frames import Frame, FrameMaker
-from sglfast.prompt.keys import PromptText, cache_salt_of
+from sglfast.prompt.keys import PromptText, cache_salt_of, given_of, text_of_chat
 from sglfast.prompt.lazy import Keying, LazyKeyer
 from sglfast.prompt.prefixes import Prefix
 from sglfast.prompt.seen import Kind, SeenKeying, Turn, Turns
 from sglfast.prompt.stable import Message, Run, StableTemplate
 from sglfast.prompt.template import RESERVED_KWARGS
-from sglfast.shm import Dialect, Variant, dialect_of
+from sglfast.shm import Dialect, Engine, Variant, dialect_of
 
 _LAST_NAMES = 8  # beginnings that are looked for, from the longest down; then those of the first messages, which many share
 _FIRST_NAMES = 2
@@ -75,7 +76,8 @@ class RawReader:
     def __init__(self, keyer: LazyKeyer) -> None:
         self.keyer = keyer
         chat = keyer.tokenizer.chat
-        self.content_format = chat.content_format if chat is not None else "string"
+        self._content_format = chat.content_format if chat is not None else "string"
+        self._format_of_vllm = chat.format_for("vllm") if chat is not None else "string"
         self._template = StableTemplate.of(chat) if chat is not None and keyer.pieces.is_cutting else None
         if self._template is not None:
             self._turns = Turns(keyer, self._template)
@@ -107,9 +109,10 @@ class RawReader:
         count = limit = len(scan)
         if budget is not None and is_too_much(scan, count - 1, budget):
             return None
-        last = message_input(orjson.loads(scan.message(count - 1)), self.content_format)
+        engine = dialect.engine
+        last = self.message(scan.message(count - 1), engine)
         continuation = ""
-        if is_open(last):
+        if engine == "sglang" and is_open(last):
             limit -= 1
             if not context.is_continued:
                 last = closed(last)
@@ -124,8 +127,8 @@ class RawReader:
             assert isinstance(turn, Turn)
             if budget is not None and is_too_much(scan, turn.border.at, budget):
                 return None
-            return self._seen(template, scan, limit, context, turn, kind, [last] if count == len(scan) else [], continuation)
-        messages = _Messages(self, scan, budget, last)
+            return self._seen(template, scan, limit, context, turn, kind, [last] if count == len(scan) else [], continuation, engine)
+        messages = _Messages(self, scan, budget, last, engine)
         run = template.run(count, messages.at, context.variables)
         if context.has_tools or not scan.is_flat(0):
             # Tools have a second try, and parts may be media: then all must be known at once.
@@ -146,7 +149,7 @@ class RawReader:
 
     def _seen(
         self, template: StableTemplate, scan: ChatScan, limit: int, context: Context, turn: Turn, kind: Kind, last: list[Message],
-        continuation: str,
+        continuation: str, engine: Engine,
     ) -> SeenKeying:  # fmt: skip
         """Only what stands behind a border is read. last: the last message, if it is printed."""
         at = turn.border.at
@@ -154,8 +157,7 @@ class RawReader:
         count = fresh + len(last)
         tail = last if at < count else []
         if at < fresh:
-            content_format = self.content_format
-            tail = [message_input(orjson.loads(scan.message(place)), content_format) for place in range(at, fresh)] + last
+            tail = [self.message(scan.message(place), engine) for place in range(at, fresh)] + last
         frame = self._frame(turn, tail, context)
         if frame is not None:
             parts = frame.fill(tail)
@@ -164,7 +166,7 @@ class RawReader:
  self._turns, scan, limit, kind, turn, parts, frame.borders,
 counts_chars=False, continuation=continuation, salt=context.cache_salt, asked=context.asked,
 )  # fmt: skip
-        messages = _Messages(self, scan, None, None)
+        messages = _Messages(self, scan, None, None, engine)
         messages.known.update(zip(range(at, count), tail, strict=True))
         run = template.run(count, messages.at, context.variables, turn.border)
         run.go_on()
@@ -194,7 +196,13 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
     def _context(self, template: StableTemplate, scan: ChatScan, dialect: Dialect) -> Context | None:
         text = scan.context
         fields = orjson.loads(text)
-        tools, kwargs = tools_input(fields, dialect.tools), kwargs_input(fields, dialect.template_kwargs)
+        if dialect.engine == "vllm":
+            if not vllm_chat.is_plain(fields):
+                return None
+            vllm_chat.refuse_unknowable(fields)
+            tools, kwargs = vllm_chat.tools_input(fields), vllm_chat.kwargs_input(fields)
+        else:
+            tools, kwargs = tools_input(fields, dialect.tools), kwargs_input(fields, dialect.template_kwargs)
         if fields.get("input_ids") is not None or not RESERVED_KWARGS.isdisjoint(kwargs):
             return None
         salt, asked = cache_salt_of(fields), asked_for(fields)
@@ -210,9 +218,15 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
         self.keyer.prefixes.put((scan.context_name, dialect), context)
         return context
 
-    def opening(self, scan: ChatScan, parse: Callable[[int], Message]) -> Message:
+    def message(self, text: bytes, engine: Engine) -> Message:
+        """One message as the template sees it; raises UnkeyableError, JSONDecodeError."""
+        if engine == "sglang":
+            return message_input(orjson.loads(text), self._content_format)
+        return vllm_chat.message_input(orjson.loads(text), self._format_of_vllm)
+
+    def opening(self, scan: ChatScan, parse: Callable[[int], Message], engine: Engine) -> Message:
         """The first message of several."""
-        name = scan.name(1)
+        name = scan.name(1) if engine == "sglang" else (scan.name(1), engine)
         known = self.keyer.prefixes.get(name)
         if isinstance(known, _Opening):
             return known.message
@@ -224,11 +238,12 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
 class _Messages:
     """The messages of a body as a template sees them, each parsed when it is first wanted."""
 
-    __slots__ = ("_budget_bytes", "_reader", "_scan", "known")
+    __slots__ = ("_budget_bytes", "_engine", "_reader", "_scan", "known")
 
-    def __init__(self, reader: RawReader, scan: ChatScan, budget: Budget | None, last: Message | None) -> None:
+    def __init__(self, reader: RawReader, scan: ChatScan, budget: Budget | None, last: Message | None, engine: Engine) -> None:
         self._reader = reader
         self._scan = scan
+        self._engine = engine
         self._budget_bytes = _UNBOUNDED if budget is None else budget[0]
         self.known: dict[int, Message] = {} if last is None else {len(scan) - 1: last}
 
@@ -236,7 +251,7 @@ class _Messages:
         """Message `at`. Raises PromptError for one that the engine refuses, JSONDecodeError."""
         message = self.known.get(at)
         if message is None:
-            message = self.known[at] = self._parsed(at) if at else self._reader.opening(self._scan, self._parsed)
+            message = self.known[at] = self._parsed(at) if at else self._reader.opening(self._scan, self._parsed, self._engine)
         return message
 
     def _parsed(self, at: int) -> Message:
@@ -244,7 +259,7 @@ class _Messages:
         self._budget_bytes -= len(text)
         if self._budget_bytes < 0:
             raise PromptError("more than may be parsed now")
-        return message_input(orjson.loads(text), self._reader.content_format)
+        return self._reader.message(text, self._engine)
 
     def take_all(self) -> None:
         """From now on as much may be parsed as it takes."""
@@ -296,10 +311,10 @@ def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages, dial
         chat = reader.keyer.tokenizer.chat
         assert chat is not None
         try:
-            given = chat_input(orjson.loads(scan.body), chat.content_format, dialect)
+            given = given_of(orjson.loads(scan.body), chat, dialect)
         except orjson.JSONDecodeError as error:
             raise PromptError("the body is no JSON") from error
-        return chat.render(given.messages, tools=given.tools, kwargs=given.kwargs)[chars:]
+        return text_of_chat(chat, given)[chars:]
 
     return rest
 

@@ -15,7 +15,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -24,8 +24,8 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sglfast.errors import ConfigError, PromptError
-
-ContentFormat = Literal["string", "openai"]
+from sglfast.prompt.vllm_format import ContentFormat, content_format_of_vllm
+from sglfast.shm import Engine
 
 # Variables that the renderer sets itself and words that transformers takes as its own arguments: with one of them in a
 # request's chat_template_kwargs, SGLang answers 400.
@@ -50,7 +50,7 @@ class ChatTemplate:
     content_format: "openai" when the template iterates over content parts, else "string"; source, special_tokens: as given.
     """
 
-    __slots__ = ("_takes_inline_system", "_template", "content_format", "source", "special_tokens")
+    __slots__ = ("_format_of_vllm", "_takes_inline_system", "_template", "content_format", "source", "special_tokens")
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """Compile `source`; raises ConfigError with the line when it is no valid template."""
@@ -64,6 +64,15 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = dict(special_tokens)
         self._takes_inline_system: bool | None = None
+        self._format_of_vllm: ContentFormat | None = None
+
+    def format_for(self, engine: Engine) -> ContentFormat:
+        """The form in which an engine gives this template the content of messages."""
+        if engine == "sglang":
+            return self.content_format
+        if self._format_of_vllm is None:
+            self._format_of_vllm = content_format_of_vllm(_shared_environment().parse(self.source))
+        return self._format_of_vllm
 
     @property
     def is_harmony(self) -> bool:

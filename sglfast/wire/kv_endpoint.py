@@ -30,6 +30,7 @@ _UNKNOWN = WorkerFacts(
     key_route="tokens",
     adapters="models",
     rank_ways=RANK_WAYS_OF_VLLM,
+    engine="vllm",
 )
 
 

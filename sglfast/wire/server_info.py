@@ -67,8 +67,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     kv_connects_out: the engine connects its event socket to whoever listens; nothing is heard by connecting to it.
     adapters, tools: how LoRA adapters show in its events and how its chat template gets tools, see shm.Adapters and shm.ToolForm.
     template_kwargs: its default_chat_template_kwargs, a JSON object, "" when it has none.
-    load_balance_method: how its data-parallel ranks get their requests.
-    rank_ways: how a request tells which of them it wants, see shm.WorkerRecord.
+    load_balance_method: how its data-parallel ranks get their requests; rank_ways: see shm.WorkerRecord.
     """
 
     model: str | None
@@ -89,6 +88,7 @@ class WorkerFacts(msgspec.Struct, frozen=True):
     tp_size: int | None = None
     load_balance_method: str | None = None
     rank_ways: str = ""
+    engine: Literal["sglang", "vllm"] = "sglang"  # whose way of preparing a chat it has
 
 
 def zmq_endpoint(host: str, port: int) -> str | None:
@@ -141,6 +141,7 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         tp_size=_positive(fields, "tp_size"),
         load_balance_method=_take(fields, "load_balance_method", str) or None,
         rank_ways=RANK_WAYS_OF_VLLM if "vllm_config" in fields else rank_ways_of(version),
+        engine="vllm" if "vllm_config" in fields else "sglang",
     )
 
 

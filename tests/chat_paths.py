@@ -20,9 +20,10 @@ from sglfast.prompt.prefixes import PrefixCache
 from sglfast.prompt.raw import RawReader
 from sglfast.prompt.seen import SeenKeying, Turns
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
-from sglfast.shm import Variant
+from sglfast.shm import Dialect, Variant, dialect_of
 
 VARIANTS = [Variant(1), Variant(4, True), Variant(16), Variant(64)]
+VLLM_VARIANTS = [variant._replace(dialect=Dialect(engine="vllm")) for variant in VARIANTS]
 MARKS = ["<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|END|>", "</s>", "<s>", "<|end_of_sentence|>"]
 NAMES = [
     "demo",
@@ -70,16 +71,16 @@ def nobody(keys: bytes) -> int:
     return 0
 
 
-def plain(tokenizer: Tokenizer, body: bytes) -> Keys | None:
+def plain(tokenizer: Tokenizer, body: bytes, variants: list[Variant] = VARIANTS) -> Keys | None:
     """By the tokenize-everything path; None when there are no keys."""
     reader = PromptReader(tokenizer)
     keys: dict[Variant, bytes] = {}
     try:
         fields = orjson.loads(body)
-        prompt = reader.text_of(RequestKind.CHAT, fields)
+        prompt = reader.text_of(RequestKind.CHAT, fields, 0, dialect_of(variants))
         ids = reader.tokens_of(prompt)
         salt = prompt.cache_salt
-        for variant, start in zip(VARIANTS, starts_of(tuple(VARIANTS), *asked_for(fields), salt), strict=True):
+        for variant, start in zip(variants, starts_of(tuple(variants), *asked_for(fields), salt), strict=True):
             size, bigram = variant.block_size, variant.bigram
             keys[variant] = reader.keys_of(ids, size, bigram=bigram, cache_salt=salt)
             if start is not None:
@@ -115,7 +116,7 @@ class Chats:
             return keying
         try:
             fields = orjson.loads(body)
-            prompt = self.reader.text_of(RequestKind.CHAT, fields, head_chars)
+            prompt = self.reader.text_of(RequestKind.CHAT, fields, head_chars, dialect_of(variants))
             return self.keyer.begin(prompt, variants, asked_for(fields))
         except (orjson.JSONDecodeError, PromptError):
             return None

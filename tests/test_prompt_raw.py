@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from chat_paths import NAMES, TOOL, VARIANTS, Chats, everybody, nobody, plain, tokenizers_of
+from chat_paths import NAMES, TOOL, VARIANTS, VLLM_VARIANTS, Chats, everybody, nobody, plain, tokenizers_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,6 +92,7 @@ CONTEXT = st.fixed_dictionaries(
         "tool_choice": st.sampled_from(["none", "auto"]),
         "chat_template_kwargs": st.sampled_from([{}, {"enable_thinking": False}, {"date_string": "d"}, {"tools": []}]),
         "continue_final_message": st.booleans(),
+        "add_generation_prompt": st.sampled_from([None, True, False]),
         "input_ids": st.sampled_from([None, None, None, [1, 2, 3]]),
     },
 )
@@ -153,20 +154,22 @@ OWNED = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(0, 
     space=SPACE,
     is_ascii=st.booleans(),
     turned=st.booleans(),
+    known=st.sampled_from([VARIANTS, VARIANTS, VLLM_VARIANTS]),
 )
 def test_overlaps_are_those_of_the_plain_result(
     tree: Tree, paths: Callable[[str, int], Chats], name: str, bodies: list[Body], owned: list[tuple[int, int, int, int]], chosen: set[int],
     cache_bytes: int, budget_chars: int, head_chars: int, space: str, is_ascii: bool, turned: bool,
+    known: list[Variant],
 ) -> None:  # fmt: skip
     tokenizer = paths(name, cache_bytes).tokenizer
-    variants = [VARIANTS[i] for i in sorted(chosen)]
+    variants = [known[i] for i in sorted(chosen)]
     texts = [written(body, space, is_ascii, turned) for body in bodies]
-    expected = [plain(tokenizer, text) for text in texts]
+    expected = [plain(tokenizer, text, known) for text in texts]
     tree.writer.reset()
     for rank, number, variant, blocks in owned:
         whole = expected[number % len(texts)]
         if whole is not None:
-            tree.writer.store(rank, 0, whole.keys[VARIANTS[variant]][: 8 * blocks])
+            tree.writer.store(rank, 0, whole.keys[known[variant]][: 8 * blocks])
     path = paths(name, cache_bytes)
     for text, whole in zip(texts * 2, expected * 2, strict=True):
         check(tree, path.keys(text, variants, tree.reader.match, head_chars, budget_chars), whole, variants)

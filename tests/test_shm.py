@@ -203,7 +203,7 @@ def test_a_record_has_no_room_for_the_workers_secrets() -> None:
     assert {field.name for field in msgspec.structs.fields(WorkerRecord)} == {
         "url", "model", "api_key", "version", "disaggregation_mode", "startup_time",
         "kv_host", "kv_port_base", "kv_topic", "kv_replay_port_base", "kv_connects_out", "adapters", "adapter_models", "takes_rid",
-        "role", "bootstrap_port", "tools", "template_kwargs", "rank_ways", "ranks_asked",
+        "role", "bootstrap_port", "tools", "template_kwargs", "engine", "rank_ways", "ranks_asked",
     }  # fmt: skip
 
 

@@ -1,8 +1,11 @@
 """The token route: engines with hashes of their own, adapters, cache groups; random engines, and the recorded streams again."""
 
+import base64
+import json
 import logging
 import mmap
 import random
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -244,6 +247,91 @@ def test_random_engine_with_opaque_hashes(rng: SeededRandom, round_: int) -> Non
         query = [rng.randrange(2) for _ in range(rng.randrange(40))]
         for tokens in (prompt, query):
             assert house.overlap(tokens) == engine.overlap(tokens), rng
+
+
+RECORDED = sorted((Path(__file__).parent / "golden" / "vllm_recorded").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=[path.stem for path in RECORDED])
+@pytest.mark.parametrize("is_general", [False, True], ids=["compiled", "event-by-event"])
+def test_recorded_vllm_streams(path: Path, is_general: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the index believes after each batch is what vLLM's own cache manager would hit."""
+    head, *steps = map(json.loads, path.read_text().splitlines())
+    size, is_hybrid = head["block_size"], head["scenario"] not in ("mix", "mla")
+    house = House(block_size=size)
+    if is_general:
+        monkeypatch.setattr(house.index, "_apply_usual", lambda payload: None)
+    n_hits = n_longer = 0
+    for step in steps:
+        if step["events"]:
+            assert not house.index.apply(base64.b64decode(step["events"])).is_lossy
+            house.index.settle()
+        for tokens, salt, adapter, hit_blocks in step["queries"]:
+            found = min(house.asked(tokens, adapter or "m", salt), (len(tokens) - 1) // size)
+            assert found == hit_blocks or (is_hybrid and found > hit_blocks), (path, found, hit_blocks)
+            n_hits += hit_blocks > 0
+            n_longer += found > hit_blocks
+    assert n_hits >= 20
+    assert n_longer < 10, "of a hybrid model the main attention decides, and that is nearly always right"
+    assert house.index.has_agreed
+    assert house.index.counters.orphans == house.index.counters.undecoded == 0
+
+
+def test_a_window_over_mla_is_not_the_main_attention() -> None:
+    for is_usual in (False, True):
+        house = House()
+        house.index.has_agreed = is_usual
+        main = {"group_idx": 0, "kv_cache_spec_kind": "mla_attention"}
+        window = {"group_idx": 1, "kv_cache_spec_kind": "sliding_window_mla"}
+        house.apply(stored([1, 2], TOKENS[:8], **main), stored([1, 2], TOKENS[:8], **window))
+        house.apply(removed([1, 2], group_idx=1))
+        assert (house.overlap(TOKENS), house.index.main_group) == (2, 0)
+        house.apply(removed([2], group_idx=0))
+        assert house.overlap(TOKENS) == 1
+
+
+def test_only_the_main_attention_tells_how_blocks_are_cut() -> None:
+    """A hybrid model's states come in larger pages, and a connector's copies in chunks."""
+    house = House()
+    main = {"group_idx": 1, "kv_cache_spec_kind": "full_attention"}
+    house.apply(
+        stored([1], TOKENS[:4], **main),
+        stored([2], TOKENS[:8], block_size=8, group_idx=0, kv_cache_spec_kind="mamba"),
+        stored([3], TOKENS[:8], block_size=8, medium="cpu"),
+    )
+    assert (house.index.has_agreed, house.index.mismatch) == (True, "")
+    wrong = House()
+    wrong.apply(stored([2], TOKENS[:8], block_size=8, **main))
+    assert "hold 8 tokens" in wrong.index.mismatch
+
+
+def test_blocks_of_another_size_are_no_orphans() -> None:
+    """vLLM tells a hybrid model's parts of blocks, whose parents are nobody's blocks."""
+    house = House()
+    assert not house.apply(stored([1], TOKENS[:4]), stored([9], TOKENS[6:8], 8, block_size=2))
+    assert (house.index.counters.orphans, house.overlap(TOKENS)) == (0, 1)
+
+
+def test_a_copy_of_known_blocks_has_their_keys() -> None:
+    """Offloading that describes itself tells tokens and parents, but neither salt nor image: the names tell more."""
+    for is_usual in (False, True):
+        house = House()
+        house.apply(stored([1, 2], TOKENS[:8], extra_keys=[["s"], None]))
+        house.index.has_agreed = is_usual
+        house.apply(stored([1, 2], TOKENS[:8], medium="CPU"))
+        assert [house.asked(TOKENS, cache_salt=salt, tiers=2) for salt in ("s", "")] == [2, 0]
+        house.apply(removed([1, 2]))
+        assert [house.asked(TOKENS, cache_salt="s", tiers=tiers) for tiers in (1, 2)] == [0, 2]
+        house.apply(removed([1, 2], medium="CPU"))
+        assert house.index.owned_blocks == house.index.mapped_blocks == 0
+        assert not house.apply(stored([5], TOKENS[:4], medium="CPU"), stored([6], TOKENS[4:8], 5, medium="CPU"))
+        assert house.overlap(TOKENS, tiers=2) == 2, "what nobody knows is named by its tokens"
+
+
+def test_a_salt_may_have_an_adapters_name() -> None:
+    house = House()
+    house.apply(stored([1], TOKENS[:4], lora_name="ad", extra_keys=[["ad", "ad"]]))
+    assert [house.asked(TOKENS, "ad", salt) for salt in ("ad", "")] == [1, 0]
 
 
 def test_golden_vllm() -> None:

@@ -94,7 +94,7 @@ def test_an_engine_without_server_info_gets_its_endpoint_from_the_settings() -> 
         assert (view.dp_size, view.block_size, view.key_route) == (2, 16, "tokens")
         assert view.record == WorkerRecord(
             url="http://10.0.0.1:30000", model="m1", kv_host="10.0.0.1", kv_port_base=5557, kv_topic="kv", kv_replay_port_base=5657,
-            adapters="models", rank_ways="hh",
+            adapters="models", rank_ways="hh", engine="vllm",
         )  # fmt: skip
         assert view.variant == Variant(16, False, "tokens", "m1", "models")
         workers.learn(0, spoken(facts()))

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from sglfast.errors import PromptError
 from sglfast.prompt.keys import PromptReader, PromptText, RequestKind
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
+from sglfast.shm import Dialect
 
 CHAT, COMPLETIONS, GENERATE, EMBEDDINGS, *_ = RequestKind
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is a hash?"}]
@@ -269,3 +270,50 @@ class TestKeys:
     def test_bad_block_size(self, reader: PromptReader, block_size: int) -> None:
         with pytest.raises(ValueError, match="block_size must be at least 1"):
             reader.keys_of([1, 2, 3], block_size)
+
+
+class TestVllm:
+    """What a worker's engine changes of the same body."""
+
+    VLLM = Dialect(engine="vllm")
+    OPEN = ({"role": "user", "content": "count"}, {"role": "assistant", "content": "one, two"})
+
+    def text(self, reader: PromptReader, **body: Any) -> PromptText:
+        return reader.text_of(CHAT, {"messages": list(self.OPEN), **body}, 0, self.VLLM)
+
+    def test_an_open_turn_of_the_assistant_stays_one(self, reader: PromptReader) -> None:
+        theirs = PreTrainedTokenizerFast.from_pretrained(DEMO_TOKENIZER_PATH)
+        for add, goes_on in ((True, False), (False, False), (False, True)):
+            want = theirs.apply_chat_template(list(self.OPEN), add_generation_prompt=add, continue_final_message=goes_on, tokenize=False)
+            prompt = self.text(reader, add_generation_prompt=add, continue_final_message=goes_on)
+            assert (prompt.text, prompt.continuation, prompt.add_special_tokens) == (want, "", False)
+        assert self.text(reader).text != reader.text_of(CHAT, {"messages": list(self.OPEN)}).text, "SGLang makes it a user's"
+        assert self.text(reader, continue_final_message=True).reason == "template", "both is refused"
+
+    def test_what_only_the_worker_knows(self, reader: PromptReader) -> None:
+        assert self.text(reader, chat_template="{{ messages }}").reason == "template"
+        assert self.text(reader, truncate_prompt_tokens=100).reason == "template"
+        assert self.text(reader, chat_template_kwargs={"tools": []}).reason == "template"
+        assert reader.text_of(COMPLETIONS, {"prompt": "x", "truncate_prompt_tokens": 5}, 0, self.VLLM).reason == "template"
+        assert reader.text_of(COMPLETIONS, {"prompt": "x", "prompt_embeds": "AA"}, 0, self.VLLM).reason == "media"
+
+    def test_special_tokens(self, reader: PromptReader) -> None:
+        assert self.text(reader, add_special_tokens=True).add_special_tokens
+        for fields, want in (({}, True), ({"add_special_tokens": True}, True), ({"add_special_tokens": False}, False)):
+            prompt = reader.text_of(COMPLETIONS, {"prompt": "x", **fields}, 0, self.VLLM)
+            assert (prompt.text, prompt.add_special_tokens) == ("x", want)
+            assert reader.text_of(COMPLETIONS, {"prompt": "x", **fields}).add_special_tokens, "SGLang does not know the field"
+
+    def test_input_ids_are_nothing_to_it(self, reader: PromptReader) -> None:
+        assert self.text(reader, input_ids=[1, 2, 3]) == self.text(reader)
+
+    def test_tools_are_shown_whatever_the_choice(self, reader: PromptReader, tmp_path: Path) -> None:
+        line = '{"type": "function", "function": {"name": "f", "description": null, "parameters": {"type": "dict"}}}'
+        for choice in ("auto", "none", {"type": "function", "function": {"name": "g"}}):
+            text = self.text(reader, tools=[TOOL], tool_choice=choice).text
+            assert text is not None
+            assert line in text.splitlines()
+        picky = reader_with(
+            tmp_path, "{% for t in tools %}{{ raise_exception('no wrapper') if t.function is defined else t.name }}{% endfor %}"
+        )
+        assert self.text(picky, tools=[TOOL]).reason == "template", "there is no second try"

@@ -52,7 +52,7 @@ def test_a_worker_that_tells_nothing() -> None:
     facts = with_setting(None, "http://10.0.0.7:8000", parse_kv_settings(["tcp://*:5557,replay=5657,dp_size=2"]))
     assert endpoint_of(facts) == KvEndpoint("zmq", "10.0.0.7", 5557, "", 16, 2, 5657)
     assert facts is not None
-    assert (facts.key_route, facts.adapters, facts.dp_size) == ("tokens", "models", 2)
+    assert (facts.key_route, facts.adapters, facts.dp_size, facts.engine) == ("tokens", "models", 2, "vllm")
 
 
 def test_an_engine_that_tells_its_page_size_but_no_endpoint() -> None:
@@ -61,7 +61,7 @@ def test_an_engine_that_tells_its_page_size_but_no_endpoint() -> None:
     )
     assert endpoint_of(facts) == KvEndpoint("zmq", "::1", 5557, "", 32, 1, None)
     assert facts is not None
-    assert facts.key_route == "sha256"
+    assert (facts.key_route, facts.engine) == ("sha256", "sglang")
 
 
 def test_who_is_meant() -> None:

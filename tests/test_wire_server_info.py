@@ -362,3 +362,11 @@ def test_engines_that_connect_out(config: dict[str, Any], connects_out: bool) ->
     facts = server_info.parse_server_info(body(kv_events=DESCRIPTOR, kv_events_config=text), "http://w:1")
     assert facts.kv_connects_out == connects_out
     assert not server_info.parse_server_info(body(kv_events_config=text), "http://w:1").kv_connects_out
+
+
+def test_whose_way_of_preparing_chats_a_worker_has() -> None:
+    def engine(**fields: object) -> str:
+        return server_info.parse_server_info(body(**fields), "http://h:1").engine
+
+    assert engine(version="0.5.23") == engine() == "sglang"
+    assert engine(vllm_config="VllmConfig(...)") == "vllm"

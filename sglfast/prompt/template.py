@@ -24,7 +24,8 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sglfast.errors import ConfigError, PromptError
-from sglfast.prompt.vllm_format import ContentFormat, content_format_of_vllm
+from sglfast.prompt.vllm_format import ContentFormat as ContentFormat
+from sglfast.prompt.vllm_format import content_format_of_vllm
 from sglfast.shm import Engine
 
 # Variables that the renderer sets itself and words that transformers takes as its own arguments: with one of them in a

@@ -18,7 +18,9 @@ def content_format_of_vllm(tree: nodes.Template) -> ContentFormat:
     """Return the form of message content that the template gets from vLLM."""
     lists = _lists(tree)
     loops = list(tree.find_all(nodes.For))
-    messages = {loop.target.name for loop in loops if isinstance(loop.target, nodes.Name) and _of(loop.iter, lambda node: _path(node) in lists)}
+    messages = {
+        loop.target.name for loop in loops if isinstance(loop.target, nodes.Name) and _of(loop.iter, lambda node: _path(node) in lists)
+    }
 
     def is_content(node: nodes.Node) -> bool:
         return _of(node, lambda inner: _is_content(inner, messages))
@@ -86,7 +88,7 @@ def _is_content(node: nodes.Node, messages: set[str]) -> bool:
 def _contents_of(macro: nodes.Macro, tree: nodes.Template, is_content: Callable[[nodes.Node], bool]) -> set[str]:
     """Parameters of a macro that some call gives the content of a message."""
     names = [argument.name for argument in macro.args]
-    found = set()
+    found: set[str] = set()
     for call in tree.find_all(nodes.Call):
         if isinstance(call.node, nodes.Name) and call.node.name == macro.name:
             found.update(name for name, value in zip(names, call.args, strict=False) if is_content(value))

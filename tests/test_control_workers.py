@@ -13,7 +13,7 @@ from sglfast._workers import DRAINING, FREE, JOINING, READY, UNHEALTHY, WorkerTa
 from sglfast.control.introspect import Findings
 from sglfast.control.workers import RankRanges, TableFullError, Workers
 from sglfast.errors import ConfigError
-from sglfast.shm import Variant, WorkerRecord, WorkerView, read_workers
+from sglfast.shm import Dialect, Variant, WorkerRecord, WorkerView, read_workers
 from sglfast.wire.kv_endpoint import parse_kv_settings
 from sglfast.wire.server_info import KvEndpoint, WorkerFacts
 
@@ -96,7 +96,7 @@ def test_an_engine_without_server_info_gets_its_endpoint_from_the_settings() -> 
             url="http://10.0.0.1:30000", model="m1", kv_host="10.0.0.1", kv_port_base=5557, kv_topic="kv", kv_replay_port_base=5657,
             adapters="models", rank_ways="hh", engine="vllm",
         )  # fmt: skip
-        assert view.variant == Variant(16, False, "tokens", "m1", "models")
+        assert view.variant == Variant(16, False, "tokens", "m1", "models", Dialect(engine="vllm"))
         workers.learn(0, spoken(facts()))
         assert workers.views[0].record.kv_port_base == 5557
         assert workers.views[0].variant == Variant(64, True)

@@ -88,6 +88,7 @@ def words(packed: bytes) -> list[int]:
 
 hashes_ = st.integers(0, 6) | st.sampled_from([2**63, 2**64 - 1, -1, -(2**63), b"\0" * 24 + b"\0" * 7 + b"\3", b"x" * 200, b"short"])
 tokens_ = st.integers(0, 3) | st.sampled_from([127, 128, 65535, 65536, 2**32 - 1])
+KINDS = [None, "full_attention", "mla_attention", "sliding_window", "sliding_window_mla", "mamba"]
 odd = st.integers(0, 19).map(lambda n: n == 0)
 group = st.sampled_from([None, None, None, 0, 0, 1, 2])
 
@@ -111,7 +112,7 @@ def stored(draw: st.DrawFn) -> dict[str, Any]:
             st.sampled_from([None, [None] * len(names), [None] * len(names), [], [["salt"]] + [None] * (len(names) - 1)])
         )
         event["group_idx"] = draw(group)
-        event["kv_cache_spec_kind"] = draw(st.sampled_from([None, "full_attention", "mla_attention", "sliding_window", "mamba"]))
+        event["kv_cache_spec_kind"] = draw(st.sampled_from(KINDS))
     if draw(odd):
         event["token_ids"] = draw(st.sampled_from([["a"], [[1, 2], [2, 3]], [2**32, 1], [-1, 1], None]))
     if draw(odd):

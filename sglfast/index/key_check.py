@@ -40,7 +40,8 @@ def disagreement(event: BlockStored, *, block_size: int, is_bigram: bool, is_by_
     if isinstance(last, tuple):
         tokens.append(last[1])
     if event.block_size != block_size:
-        return _BLOCK_SIZE, f"its blocks hold {event.block_size} tokens, {block_size} are expected"
+        hint = f" (for --kv-endpoint: block_size={event.block_size})" if is_by_tokens else ""
+        return _BLOCK_SIZE, f"its blocks hold {event.block_size} tokens, {block_size} are expected{hint}"
     if has_pairs != is_bigram:
         return _pairs(has_pairs)
     if is_by_tokens:

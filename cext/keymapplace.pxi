@@ -129,8 +129,6 @@ cdef uint64_t resolve_names(table_t *table, sf_kv_t *kv, const sf_kv_event_t *ev
 cdef bint is_known_copy(table_t *table, const sf_kv_t *kv, const sf_kv_event_t *event) noexcept nogil:
     """Does a store outside the device name nothing but known blocks? Then its names tell their keys, as in TokenRoute.place."""
     cdef uint64_t i, hash_
-    if event.tiers == SF_KV_DEVICE:
-        return False
     for i in range(event.count):
         hash_ = _word(kv.keys, event.start + i)
         if not table_find(table, hash_ if hash_ else HASH_ZERO).hash:
@@ -152,10 +150,10 @@ cdef int place_events(table_t *table, sf_kv_t *kv, placed_t *placed) noexcept no
         elif not event.tiers or not is_main(event, placed):
             continue
         elif event.kind == SF_KV_STORE:
-            if event.n_tokens and not is_known_copy(table, kv, event):
-                n_found = chain_store(table, kv, event, placed)
-            else:
+            if not event.n_tokens or (event.tiers != SF_KV_DEVICE and is_known_copy(table, kv, event)):
                 n_found = resolve_names(table, kv, event, placed)
+            else:
+                n_found = chain_store(table, kv, event, placed)
             placed.n_orphans += event.count - n_found
             placed.n_orphans_live += event.count - n_found
         else:

@@ -218,7 +218,7 @@ static inline int sf_kv_value(sf_kv_t *kv, int field, sf_kv_fields_t *f)
     }
     if (sf_kv_ascii(kv, &text)) return SF_KV_UNUSUAL;
     /* sliding_window_mla is a window, too. */
-    f->event.spec = !memmem(text.p, text.n, "sliding", 7) && (memmem(text.p, text.n, "full", 4) || memmem(text.p, text.n, "mla", 3))
+    f->event.spec = memmem(text.p, text.n, "full", 4) || (memmem(text.p, text.n, "mla", 3) && !memmem(text.p, text.n, "sliding", 7))
                         ? SF_KV_SPEC_MAIN
                         : SF_KV_SPEC_OTHER;
     return SF_KV_OK;

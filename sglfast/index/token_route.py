@@ -23,8 +23,6 @@ from sglfast.wire.kv_events import DEVICE, NIL, BlockRemoved, BlockStored, decod
 
 _MAX_SEEDS = 4096
 _PRUNE_SLACK = 1024
-# Kinds of caches that hold a whole prompt: full_attention, sink_full_attention, mla_attention, but not sliding_window_mla.
-_MAIN_KINDS, _WINDOW = ("full", "mla"), "sliding"
 
 _decode_extras = msgspec.msgpack.Decoder(list[msgspec.Raw] | None).decode
 _encode = msgspec.msgpack.Encoder().encode
@@ -142,7 +140,7 @@ class TokenRoute:
         if event.group_idx is None:
             return True
         if event.spec_kind is not None:
-            if _WINDOW in event.spec_kind or not any(kind in event.spec_kind for kind in _MAIN_KINDS):
+            if not _holds_prompts(event.spec_kind):
                 return False
             self.main_group = event.group_idx
         return event.group_idx == self.main_group
@@ -182,6 +180,11 @@ class TokenRoute:
             seed = chain_seed(self._model, event.block_size, bigram=is_bigram, lora_name=lora_name, cache_salt=what[3])
             self._seeds[what] = seed
         return seed
+
+
+def _holds_prompts(spec_kind: str) -> bool:
+    """Of full_attention, sink_full_attention and mla_attention, but not of sliding_window_mla."""
+    return "full" in spec_kind or ("mla" in spec_kind and "sliding" not in spec_kind)
 
 
 def _extras_of(event: BlockStored) -> list[bytes]:

@@ -110,7 +110,12 @@ class RawReader:
         if budget is not None and is_too_much(scan, count - 1, budget):
             return None
         engine = dialect.engine
-        last = self.message(scan.message(count - 1), engine)
+        # What every request does is spared the call.
+        last = (
+            message_input(orjson.loads(scan.message(count - 1)), self._content_format)
+            if engine == "sglang"
+            else self.message(scan.message(count - 1), engine)
+        )
         continuation = ""
         if engine == "sglang" and is_open(last):
             limit -= 1
@@ -157,7 +162,11 @@ class RawReader:
         count = fresh + len(last)
         tail = last if at < count else []
         if at < fresh:
-            tail = [self.message(scan.message(place), engine) for place in range(at, fresh)] + last
+            content_format = self._content_format
+            if engine == "sglang":
+                tail = [message_input(orjson.loads(scan.message(place)), content_format) for place in range(at, fresh)] + last
+            else:
+                tail = [self.message(scan.message(place), engine) for place in range(at, fresh)] + last
         frame = self._frame(turn, tail, context)
         if frame is not None:
             parts = frame.fill(tail)

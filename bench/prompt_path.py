@@ -11,17 +11,14 @@ lowest and the highest ratio that a single round had, of medians over its prompt
 """
 
 import argparse
-import inspect
 import statistics
-import tarfile
+import tempfile
 import time
-import typing
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import orjson
+from prompt_texts import KINDS, source, tokenizer_of_chinese
 
 from sglfast import shm
 from sglfast._blockhash import kernel
@@ -29,11 +26,11 @@ from sglfast._hashtree import TreeReader, TreeWriter
 from sglfast.prompt.keys import PromptReader, RequestKind
 from sglfast.prompt.lazy import LazyKeyer
 from sglfast.prompt.raw import RawReader
-from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
+from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
 from sglfast.shm import Variant
 
 VARIANTS = (Variant(64),)
-CHARS, MESSAGES = 32_768, 20
+BYTES, MESSAGES = 32_768, 20
 PROMPTS, ROUNDS = 40, 11
 WANTED = {"seen": 300, "cold": 60}
 Messages = list[dict[str, str]]
@@ -62,16 +59,9 @@ def ratio(plain: list[list[float]], other: list[list[float]]) -> str:
     return f"{best_us(plain) / best_us(other):.0f} ({min(single):.0f}..{max(single):.0f})"
 
 
-def source(kind: str) -> str:
-    """Text to talk about: Python's own documentation, or its own code."""
-    if kind == "prose":
-        return "".join(topics.values())
-    return "".join(Path(module.__file__ or "").read_text() for module in (argparse, typing, inspect, tarfile, zipfile))
-
-
 def conversation(text: str, number: int, newest: str) -> Messages:
-    """MESSAGES messages of CHARS characters together; another conversation for another number."""
-    size = CHARS // (MESSAGES - 1)
+    """MESSAGES messages of BYTES bytes together; another conversation for another number."""
+    size = BYTES * len(text) // len(text.encode()) // (MESSAGES - 1)
     begin = number * 4999
     turns = (text[begin + n * size : begin + (n + 1) * size] for n in range(MESSAGES - 1))
     messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
@@ -83,48 +73,58 @@ def body_of(messages: Messages) -> bytes:
     return orjson.dumps({"model": "demo", "messages": messages, "temperature": 0.7, "stream": True})
 
 
+def measure(kind: str, tokenizer: Tokenizer, writer: TreeWriter, tree: TreeReader) -> str:
+    """A line of the table."""
+    text, reader = source(kind), PromptReader(tokenizer)
+    base = conversation(text, 0, "")[:-1]
+    question = "and what of {}?" if text.isascii() else "那么{}呢？"
+    newest = [body_of([*base, {"role": "user", "content": question.format(number)}]) for number in range(PROMPTS)]
+    strangers = [body_of(conversation(text, number, question.format("now"))) for number in range(1, PROMPTS + 1)]
+
+    def keys_of(body: bytes) -> tuple[int, bytes]:
+        ids = reader.tokens_of(reader.text_of(RequestKind.CHAT, orjson.loads(body)))
+        return len(ids), reader.keys_of(ids, 64)
+
+    def plain(body: bytes) -> None:
+        tree.match(keys_of(body)[1])
+
+    def fresh() -> Callable[[bytes], None]:
+        raw = RawReader(LazyKeyer(tokenizer, 32 << 20))
+
+        def lazy(body: bytes) -> None:
+            keying = raw.begin(body, VARIANTS, 1024)
+            assert keying is not None
+            assert keying.run(tree.match)
+
+        return lazy
+
+    tokens, keys = keys_of(body_of(base))
+    writer.reset()
+    writer.store(0, 0, keys)
+    times: dict[str, list[list[float]]] = {"plain": [], "seen": [], "cold": []}
+    for _ in range(ROUNDS):
+        warm = fresh()
+        warm(body_of(base))
+        for name, call, bodies in (("plain", plain, newest), ("seen", warm, newest), ("cold", fresh(), strangers)):
+            times[name].append(round_us(call, bodies))
+    figures = [best_us(rounds) for rounds in times.values()]
+    ratios = [ratio(times["plain"], times[name]) for name in ("seen", "cold")]
+    return f"{kind:8}{tokens:8,}{figures[0]:10,.0f}{figures[1]:8.1f}{figures[2]:8.1f}{ratios[0]:>18}{ratios[1]:>18}"
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description="What the prompt path costs as a fraction of tokenizing everything.")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"only these of {', '.join(KINDS)}")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="of a model, instead of the demo's and the one trained here for Chinese")
+    options = parser.parse_args()
     _, segment = shm.create(max_workers=64, max_ranks=64, max_shards=1, capacity_blocks=1 << 16)
     writer, tree = TreeWriter(segment), TreeReader(segment)
-    tokenizer = load_tokenizer(DEMO_TOKENIZER_PATH)
-    reader = PromptReader(tokenizer)
     print(f"page 64, SHA-256 kernel {kernel()}; microseconds\n")
     print(f"{'text':8}{'tokens':>8}{'plain':>10}{'seen':>8}{'cold':>8}{'plain/seen':>18}{'plain/cold':>18}")
-    for kind in ("prose", "code"):
-        text = source(kind)
-        base = conversation(text, 0, "")[:-1]
-        newest = [body_of([*base, {"role": "user", "content": f"and what of {number}?"}]) for number in range(PROMPTS)]
-        strangers = [body_of(conversation(text, number, "and now?")) for number in range(1, PROMPTS + 1)]
-
-        def keys_of(body: bytes) -> tuple[int, bytes]:
-            ids = reader.tokens_of(reader.text_of(RequestKind.CHAT, orjson.loads(body)))
-            return len(ids), reader.keys_of(ids, 64)
-
-        def plain(body: bytes) -> None:
-            tree.match(keys_of(body)[1])
-
-        def fresh() -> Callable[[bytes], None]:
-            raw = RawReader(LazyKeyer(tokenizer, 32 << 20))
-
-            def lazy(body: bytes) -> None:
-                keying = raw.begin(body, VARIANTS, 1024)
-                assert keying is not None
-                assert keying.run(tree.match)
-
-            return lazy
-
-        tokens, keys = keys_of(body_of(base))
-        writer.reset()
-        writer.store(0, 0, keys)
-        times: dict[str, list[list[float]]] = {"plain": [], "seen": [], "cold": []}
-        for _ in range(ROUNDS):
-            warm = fresh()
-            warm(body_of(base))
-            for name, call, bodies in (("plain", plain, newest), ("seen", warm, newest), ("cold", fresh(), strangers)):
-                times[name].append(round_us(call, bodies))
-        figures = [best_us(rounds) for rounds in times.values()]
-        ratios = [ratio(times["plain"], times[name]) for name in ("seen", "cold")]
-        print(f"{kind:8}{tokens:8,}{figures[0]:10,.0f}{figures[1]:8.1f}{figures[2]:8.1f}{ratios[0]:>18}{ratios[1]:>18}")
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in options.kinds or KINDS:
+            path = options.tokenizer or (DEMO_TOKENIZER_PATH if kind in ("prose", "code") else tokenizer_of_chinese(Path(folder)))
+            print(measure(kind, load_tokenizer(path), writer, tree), flush=True)
     print(f"{'wanted':42}{WANTED['seen']:18}{WANTED['cold']:18}")
 
 

@@ -1,12 +1,14 @@
-/* Byte-pair encoding of one short word: the merges of a model, in a table by the pair that they merge.
+/* Byte-pair encoding of one word: the merges of a model, in a table by the pair that they merge.
  *
  *   merges [2^k] of {pair, rank, id}: left and right token -> how early the merge comes, and the token that it makes
  *
  * Law: the ids of a word are what is left when, as long as two neighbours have a merge, those of the lowest rank are merged, the first of
  * them where there are several (Sennrich, Haddow and Birch, "Neural Machine Translation of Rare Words with Subword Units", 3.2). It begins
- * with one token for each byte. Tokenizers keep a heap of pairs; for words of so few bytes a walk over all ranks is shorter.
+ * with one token for each byte. Tokenizers keep a heap of pairs, and so do we for long words, as scripts without spaces have them; for
+ * words of few bytes a walk over all ranks is shorter.
  *
- * Memory: 16 bytes a place, at most three quarters of them taken; 280,000 merges, as the largest models of today have, take 8 MiB.
+ * Memory: 16 bytes a place, at most three quarters of them taken; 280,000 merges, as the largest models of today have, take 8 MiB. 160 KiB
+ * to work with for long words.
  */
 #ifndef SF_BPE_H
 #define SF_BPE_H
@@ -15,7 +17,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define SF_BPE_MAX_BYTES 32
+#define SF_BPE_SHORT_BYTES 32
+#define SF_BPE_MAX_BYTES 4096
 #define SF_BPE_NONE UINT32_MAX
 
 typedef struct {
@@ -28,8 +31,17 @@ typedef struct {
     sf_merge_t *merges; /* NULL: there are none */
     uint32_t mask;
     int shift;
-    uint32_t letters[128]; /* the token of each ASCII byte; SF_BPE_NONE = there is none */
+    uint32_t letters[256]; /* the token of each byte; SF_BPE_NONE = there is none */
+    struct sf_bpe_long *work;
 } sf_bpe_t;
+
+/* A long word while it is merged. A token is known by its first byte's place; what has become part of the one before it has no pair. */
+struct sf_bpe_long {
+    const sf_merge_t *pairs[SF_BPE_MAX_BYTES]; /* of the token and the one behind it; NULL: no merge */
+    uint16_t before[SF_BPE_MAX_BYTES], behind[SF_BPE_MAX_BYTES];
+    uint64_t heap[3 * SF_BPE_MAX_BYTES]; /* rank << 32 | place, of pairs that were there once */
+    uint32_t n_heap;
+};
 
 /* The place of a pair, or the free one where it would stand. */
 static inline sf_merge_t *_sf_bpe_place(const sf_bpe_t *b, uint32_t left, uint32_t right) {
@@ -41,13 +53,18 @@ static inline sf_merge_t *_sf_bpe_place(const sf_bpe_t *b, uint32_t left, uint32
 
 /* triples: left, right and made token of each merge, in the order of their ranks; of a pair that comes twice the later one counts. 0, or
  * -1 without memory: then nothing is held. */
-static inline int sf_bpe_init(sf_bpe_t *b, const uint32_t *triples, uint32_t n, const uint32_t letters[128]) {
+static inline int sf_bpe_init(sf_bpe_t *b, const uint32_t *triples, uint32_t n, const uint32_t letters[256]) {
     int bits = 4;
     while (UINT64_C(3) << bits < (uint64_t)n * 4 + 4) bits++;
     b->mask = (UINT32_C(1) << bits) - 1;
     b->shift = 64 - bits;
     b->merges = malloc(((size_t)b->mask + 1) * sizeof *b->merges);
-    if (!b->merges) return -1;
+    b->work = malloc(sizeof *b->work);
+    if (!b->merges || !b->work) {
+        free(b->merges), free(b->work);
+        b->merges = NULL, b->work = NULL;
+        return -1;
+    }
     memset(b->merges, 0xff, ((size_t)b->mask + 1) * sizeof *b->merges);
     for (uint32_t rank = 0; rank < n; rank++) {
         const uint32_t *merge = triples + 3 * (size_t)rank;
@@ -57,14 +74,73 @@ static inline int sf_bpe_init(sf_bpe_t *b, const uint32_t *triples, uint32_t n, 
     return 0;
 }
 
-static inline void sf_bpe_free(sf_bpe_t *b) { free(b->merges); }
+static inline void sf_bpe_free(sf_bpe_t *b) { free(b->merges), free(b->work); }
 
-/* word: 1 to SF_BPE_MAX_BYTES bytes of ASCII; ids: room for as many. How many they are; 0 when a byte has no token of its own. */
+static inline void _sf_bpe_sink(uint64_t *heap, uint32_t n, uint32_t i) {
+    uint64_t item = heap[i];
+    for (uint32_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= item) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = item;
+}
+
+static inline void _sf_bpe_rise(uint64_t *heap, uint32_t i) {
+    uint64_t item = heap[i];
+    for (; i && heap[(i - 1) / 2] > item; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = item;
+}
+
+/* The pair that begins at `place` has become another one. */
+static inline void _sf_bpe_pair(const sf_bpe_t *b, const uint32_t *ids, uint32_t place, uint32_t n) {
+    struct sf_bpe_long *w = b->work;
+    uint32_t right = w->behind[place];
+    const sf_merge_t *pair = right < n ? _sf_bpe_place(b, ids[place], ids[right]) : NULL;
+    w->pairs[place] = pair && pair->rank != SF_BPE_NONE ? pair : NULL;
+    if (w->pairs[place]) w->heap[w->n_heap++] = (uint64_t)pair->rank << 32 | place;
+}
+
+/* ids: one for each of the `n` bytes. What is left of them comes to lie in front. */
+static inline uint32_t _sf_bpe_long(const sf_bpe_t *b, uint32_t *ids, uint32_t n) {
+    struct sf_bpe_long *w = b->work;
+    uint32_t left = 0;
+    w->n_heap = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        w->before[i] = (uint16_t)(i - 1), w->behind[i] = (uint16_t)(i + 1);
+        _sf_bpe_pair(b, ids, i, n);
+    }
+    for (uint32_t i = w->n_heap / 2; i--;) _sf_bpe_sink(w->heap, w->n_heap, i);
+    while (w->n_heap) {
+        uint64_t first = w->heap[0];
+        uint32_t place = (uint32_t)first, held;
+        w->heap[0] = w->heap[--w->n_heap];
+        _sf_bpe_sink(w->heap, w->n_heap, 0);
+        if (!w->pairs[place] || w->pairs[place]->rank != first >> 32) continue; /* no more; a pair that is gone never comes again */
+        ids[place] = w->pairs[place]->id;
+        uint32_t right = w->behind[place];
+        w->pairs[right] = NULL;
+        w->behind[place] = w->behind[right];
+        if (w->behind[place] < n) w->before[w->behind[place]] = (uint16_t)place;
+        held = w->n_heap;
+        _sf_bpe_pair(b, ids, place, n);
+        if (w->n_heap > held) _sf_bpe_rise(w->heap, held);
+        if (!place) continue;
+        held = w->n_heap;
+        _sf_bpe_pair(b, ids, w->before[place], n);
+        if (w->n_heap > held) _sf_bpe_rise(w->heap, held);
+    }
+    for (uint32_t i = 0; i < n; i = w->behind[i]) ids[left++] = ids[i];
+    return left;
+}
+
+/* word: 1 to SF_BPE_MAX_BYTES bytes; ids: room for as many. How many they are; 0 when a byte has no token of its own. */
 static inline uint32_t sf_bpe_word(const sf_bpe_t *b, const char *word, size_t n_bytes, uint32_t *ids) {
-    const sf_merge_t *pairs[SF_BPE_MAX_BYTES]; /* of each token and the one behind it */
+    const sf_merge_t *pairs[SF_BPE_SHORT_BYTES]; /* of each token and the one behind it */
     uint32_t n = (uint32_t)n_bytes;
     for (uint32_t i = 0; i < n; i++)
-        if ((ids[i] = b->letters[(uint8_t)word[i] & 127]) == SF_BPE_NONE) return 0;
+        if ((ids[i] = b->letters[(uint8_t)word[i]]) == SF_BPE_NONE) return 0;
+    if (n > SF_BPE_SHORT_BYTES) return _sf_bpe_long(b, ids, n);
     for (uint32_t i = 0; i + 1 < n; i++) pairs[i] = _sf_bpe_place(b, ids[i], ids[i + 1]);
     for (;;) {
         uint32_t at = 0, lowest = SF_BPE_NONE;

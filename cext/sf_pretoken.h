@@ -11,7 +11,8 @@
 
 #include <stdint.h>
 
-enum { SF_PRE_GPT2, SF_PRE_LLAMA3, SF_PRE_QWEN2, SF_PRE_KINDS };
+/* From DEEPSEEK3 on: for text of any script only (sf_unitoken.h). */
+enum { SF_PRE_GPT2, SF_PRE_LLAMA3, SF_PRE_QWEN2, SF_PRE_DEEPSEEK3, SF_PRE_KINDS };
 
 enum { _SF_OTHER, _SF_LETTER, _SF_DIGIT, _SF_SPACE };
 

@@ -82,174 +82,38 @@ cdef extern from "sf_pretoken.h" nogil:
         SF_PRE_GPT2
         SF_PRE_LLAMA3
         SF_PRE_QWEN2
+        SF_PRE_DEEPSEEK3
         SF_PRE_KINDS
 
     const char *sf_pretoken_end(int kind, const char *p, const char *end) noexcept
+
+cdef extern from "sf_unitoken.h" nogil:
+    enum:
+        SF_UNI_CHARS
+        SF_UNI_FOREIGN
+        SF_UNI_IDEOGRAPH
+
+    ctypedef struct sf_uni_stretch_t:
+        int last
+        int is_foreign
+
+    const char *sf_unitoken_end(const uint8_t *table, int kind, const char *p, const char *end) noexcept
+    const char *sf_uni_stretch_end(const uint8_t *table, const char *p, const char *end, sf_uni_stretch_t *stretch) noexcept
+    bint sf_uni_is_space(const uint8_t *table, const char *p) noexcept
+    const char *sf_uni_before(const char *p) noexcept
 
 
 GPT2 = SF_PRE_GPT2
 LLAMA3 = SF_PRE_LLAMA3
 QWEN2 = SF_PRE_QWEN2
+DEEPSEEK3 = SF_PRE_DEEPSEEK3
+SCRIPT_CHARS = SF_UNI_CHARS
+FOREIGN = SF_UNI_FOREIGN
+IDEOGRAPH = SF_UNI_IDEOGRAPH
 
 cdef array.array _ZERO = array.array("I")
 
-# Some ids that are known, and the run of words behind them that is not.
-cdef struct gap_t:
-    uint32_t n_ids
-    uint32_t is_word  # to be remembered
-    const char *start
-    const char *end
-
-
-cdef struct plan_t:
-    uint32_t *ids
-    size_t n_ids, ids_room
-    gap_t *gaps
-    size_t n_gaps, gaps_room
-    const char *turn  # where other threads get the GIL
-
-
-cdef int _add_ids(plan_t *plan, const uint32_t *ids, size_t n) noexcept nogil:
-    cdef void *grown
-    if plan.n_ids + n > plan.ids_room:
-        grown = realloc(plan.ids, (2 * plan.ids_room + n + 64) * sizeof(uint32_t))
-        if grown == NULL:
-            return -1
-        plan.ids = <uint32_t *> grown
-        plan.ids_room = 2 * plan.ids_room + n + 64
-    memcpy(plan.ids + plan.n_ids, ids, n * sizeof(uint32_t))
-    plan.n_ids += n
-    return 0
-
-
-cdef inline void _copy_ids(uint32_t *to, const uint32_t *ids, size_t n) noexcept nogil:
-    if n:  # an array without items has no memory, which memcpy does not take even for nothing
-        memcpy(to, ids, n * sizeof(uint32_t))
-
-
-cdef int _add_gap(plan_t *plan, const char *start, const char *end, bint is_word) noexcept nogil:
-    cdef void *grown
-    if plan.n_gaps == plan.gaps_room:
-        grown = realloc(plan.gaps, (2 * plan.gaps_room + 16) * sizeof(gap_t))
-        if grown == NULL:
-            return -1
-        plan.gaps = <gap_t *> grown
-        plan.gaps_room = 2 * plan.gaps_room + 16
-    plan.gaps[plan.n_gaps] = gap_t(<uint32_t> plan.n_ids, is_word, start, end)
-    plan.n_gaps += 1
-    return 0
-
-
-# So much text takes a millisecond when each word is new.
-cdef enum:
-    TURN_BYTES = 32768
-    TURN_US = 50
-
-
-cdef void _give_way(plan_t *plan, const char *p) noexcept nogil:
-    """Let another thread have the GIL. Others may change the table here: no pointer into it is kept over this.
-
-    With a pause, or nobody would get it: who waits is woken by the release, and finds it taken again.
-    """
-    cdef PyThreadState *state = PyEval_SaveThread()
-    usleep(TURN_US)
-    PyEval_RestoreThread(state)
-    plan.turn = p + TURN_BYTES
-
-
-# Bits of the hashes of words that are left to the tokenizer; some few others share theirs.
-cdef enum:
-    LEFT_BITS = 1 << 16
-
-
-# All that is known of words.
-cdef struct lexicon_t:
-    sf_words_t words
-    sf_bpe_t bpe
-    int kind  # of the pattern
-    uint64_t left[LEFT_BITS / 64]
-
-
-cdef inline bint _is_left(const lexicon_t *lexicon, uint64_t hash) noexcept nogil:
-    return lexicon.left[hash >> 48 >> 6] >> (hash >> 48 & 63) & 1
-
-
-cdef inline bint _is_space(char ch) noexcept nogil:
-    return ch == 32 or 9 <= ch <= 13
-
-
-cdef int _close_run(plan_t *plan, const char *run, const char *last, const char *end) noexcept nogil:
-    # last: the run's last word. White space in front of a word is cut before its last character, at the end of a text it is not: so a
-    # run that ends inside of white space is no text of its own.
-    if last > run and _is_space(last[0]) and _is_space((last - 1)[0]):
-        return _add_gap(plan, run, last, False) or _add_gap(plan, last, end, False)
-    return _add_gap(plan, run, end, False)
-
-
-cdef int _make_plan(lexicon_t *lexicon, const char *p, const char *end, plan_t *plan) noexcept nogil:
-    cdef const char *run = NULL  # begin of what is not known
-    cdef const char *last = NULL  # word of that
-    cdef const char *stretch
-    cdef const char *stop
-    cdef const sf_word_t *known
-    cdef const uint32_t *ids
-    cdef uint32_t merged[SF_BPE_MAX_BYTES]
-    cdef uint32_t n_ids
-    cdef uint64_t hash
-    cdef bint came
-    while p < end:
-        stretch = sf_stretch_end(p, end)
-        if not sf_is_ascii(p, stretch):
-            if run == NULL:
-                run = p
-            last = p
-            p = stretch
-        while p < stretch:
-            if p >= plan.turn:
-                _give_way(plan, p)
-            stop = sf_pretoken_end(lexicon.kind, p, stretch)
-            n_ids = 0
-            ids = NULL
-            came = False
-            if stop - p <= SF_WORDS_MAX_BYTES:
-                hash = sf_words_hash(&lexicon.words, p, stop - p)
-                known = sf_words_get(&lexicon.words, hash, p, stop - p)
-                if known != NULL:
-                    ids, n_ids = known.data, known.n_ids
-                else:
-                    came = sf_words_came(&lexicon.words, hash)
-                    if lexicon.bpe.merges != NULL and not _is_left(lexicon, hash):
-                        ids, n_ids = merged, sf_bpe_word(&lexicon.bpe, p, stop - p, merged)
-                        if came and n_ids:
-                            sf_words_put(&lexicon.words, p, stop - p, merged, n_ids)
-            if n_ids == 0 and not came:
-                if run == NULL:
-                    run = p
-                last = p
-            else:
-                if run != NULL and _close_run(plan, run, last, p):
-                    return -1
-                run = NULL
-                if _add_ids(plan, ids, n_ids) if n_ids else _add_gap(plan, p, stop, True):
-                    return -1
-            p = stop
-    return _add_gap(plan, run, end, False) if run != NULL else 0
-
-
-cdef int _make_whole_plan(lexicon_t *lexicon, const sf_tokens_t *tokens, const char *p, const char *end, plan_t *plan) noexcept nogil:
-    """With the added tokens, which stand between texts that are cut each for itself."""
-    cdef const sf_token_t *token = NULL
-    cdef const char *stop
-    while p < end:
-        stop = sf_tokens_find(tokens, p, end, &token)
-        if _make_plan(lexicon, p, stop, plan):
-            return -1
-        if stop < end:
-            if _add_ids(plan, &token.id, 1):
-                return -1
-            stop += token.n_bytes
-        p = stop
-    return 0
+include "wordplan.pxi"
 
 
 @cython.final
@@ -260,17 +124,23 @@ cdef class WordTable:
     cdef sf_tokens_t tokens
     cdef sf_token_t *token_list
     cdef tuple token_texts  # what the list points into
+    cdef bytes scripts  # what the lexicon points into
     cdef readonly Py_ssize_t size_bytes
     cdef readonly int pattern
 
-    def __cinit__(self, Py_ssize_t size_bytes, uint64_t seed, int pattern, dict tokens not None, letters=None, merges=None):
+    def __cinit__(self, Py_ssize_t size_bytes, uint64_t seed, int pattern, dict tokens not None, letters=None, merges=None,
+                  bytes scripts=None):
         if size_bytes < 65536 or size_bytes > 1 << 34:
             raise ValueError(f"a table of words takes from 64 KiB to 16 GiB, not {size_bytes} bytes")
         if pattern < 0 or pattern >= SF_PRE_KINDS:
             raise ValueError(f"there is no pattern {pattern}")
+        _check_scripts(scripts, pattern)
         self.size_bytes = size_bytes
         self.pattern = pattern
         self.lexicon.kind = pattern
+        if scripts is not None:
+            self.scripts = scripts
+            self.lexicon.scripts = <const uint8_t *> PyBytes_AS_STRING(scripts)
         if sf_words_init(&self.lexicon.words, size_bytes, seed):
             raise MemoryError
         if merges is not None:
@@ -301,18 +171,19 @@ cdef class WordTable:
         free(self.token_list)
 
     cdef _take_merges(self, array.array letters, array.array merges):
-        if letters is None or letters.typecode != "I" or merges.typecode != "I" or len(letters) != 128 or len(merges) % 3:
-            raise ValueError('letters are 128 ids and merges three ids each, both in arrays of type "I"')
+        if letters is None or letters.typecode != "I" or merges.typecode != "I" or len(letters) != 256 or len(merges) % 3:
+            raise ValueError('letters are 256 ids and merges three ids each, both in arrays of type "I"')
         if sf_bpe_init(&self.lexicon.bpe, merges.data.as_uints, len(merges) // 3, letters.data.as_uints):
             raise MemoryError
 
     def merged(self, str word not None):
         cdef uint32_t ids[SF_BPE_MAX_BYTES]
         cdef uint32_t n_ids, i
-        cdef Py_ssize_t size = PyUnicode_GET_LENGTH(word)
-        if self.lexicon.bpe.merges == NULL or not PyUnicode_IS_ASCII(word) or size == 0 or size > SF_BPE_MAX_BYTES:
+        cdef bytes utf8 = word.encode()
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(utf8)
+        if self.lexicon.bpe.merges == NULL or size == 0 or size > SF_BPE_MAX_BYTES:
             return None
-        n_ids = sf_bpe_word(&self.lexicon.bpe, <const char *> PyUnicode_DATA(word), size, ids)
+        n_ids = sf_bpe_word(&self.lexicon.bpe, PyBytes_AS_STRING(utf8), size, ids)
         return [ids[i] for i in range(n_ids)] if n_ids else None
 
     def leave(self, str word not None):
@@ -376,16 +247,27 @@ cdef class WordTable:
         return out
 
 
-def words_of(str text not None, int pattern):
-    if not PyUnicode_IS_ASCII(text) or pattern < 0 or pattern >= SF_PRE_KINDS:
-        raise ValueError("only ASCII text is cut, and by a pattern that there is")
-    cdef const char *base = <const char *> PyUnicode_DATA(text)
-    cdef const char *p = base
-    cdef const char *end = base + PyUnicode_GET_LENGTH(text)
+cdef int _check_scripts(bytes scripts, int pattern) except -1:
+    if scripts is None:
+        if pattern >= SF_PRE_DEEPSEEK3:
+            raise ValueError(f"pattern {pattern} needs a table of scripts")
+    elif PyBytes_GET_SIZE(scripts) != SF_UNI_CHARS:
+        raise ValueError(f"a table of scripts has {SF_UNI_CHARS} bytes, not {PyBytes_GET_SIZE(scripts)}")
+    return 0
+
+
+def words_of(str text not None, int pattern, bytes scripts=None):
+    if pattern < 0 or pattern >= SF_PRE_KINDS or (scripts is None and not PyUnicode_IS_ASCII(text)):
+        raise ValueError("only ASCII text is cut without a table of scripts, and only by a pattern that there is")
+    _check_scripts(scripts, pattern)
+    cdef bytes utf8 = text.encode()
+    cdef const uint8_t *table = <const uint8_t *> PyBytes_AS_STRING(scripts) if scripts is not None else NULL
+    cdef const char *p = PyBytes_AS_STRING(utf8)
+    cdef const char *end = p + PyBytes_GET_SIZE(utf8)
     cdef const char *stop
     cdef list words = []
     while p < end:
-        stop = sf_pretoken_end(pattern, p, end)
-        words.append(text[p - base:stop - base])
+        stop = sf_unitoken_end(table, pattern, p, end) if table != NULL else sf_pretoken_end(pattern, p, end)
+        words.append(PyUnicode_DecodeUTF8(p, stop - p, NULL))
         p = stop
     return words

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from sglfast._wordtable import WordTable
 from sglfast.errors import PromptError
+from sglfast.prompt.hard_texts import hard_text, hard_texts
 
 if TYPE_CHECKING:
     from sglfast.prompt.tokenizer import Tokenizer
@@ -46,17 +47,20 @@ _CACHED_CHARS = 128  # shorter pieces are as cheap by words as by a look-up
 _STATISTICS_CHARS = 1 << 22  # what was learned longer ago counts half
 # Without a place to cut for this long, the piece goes on: correctness before size.
 _CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
+# Of tokenizers with a known word pattern: letters of scripts of today, none of which NFC changes with what may stand behind the cut.
+_LETTERS = "A-Za-zÀ-ÖØ-öø-ɏΑ-ΡΣ-ωЁА-яёא-תء-غف-يぁ-ゔァ-ヺ一-龥가-힣"
+_WIDE_CUT = re.compile(f"(?<=[{_LETTERS}])(?: (?=[{_LETTERS}])|(?=[，。、！？；：（）「」『』《》【】“”‘’…—]))")
 _STRETCH_CHARS = 1 << 16
 _SPANNING_TRIED = 256  # entries of the vocabulary
 
 
-def _next_cut(text: str, start: int, stop: int) -> int:
-    """The first space between letters in text[start:stop], `stop` when there is none. In stretches: a search holds the GIL to its end."""
+def _next_cut(pattern: "re.Pattern[str]", text: str, start: int, stop: int) -> int:
+    """The first place to cut in text[start:stop], `stop` when there is none. In stretches: a search holds the GIL to its end."""
     while start < stop:
-        space = _CUT.search(text, start, min(start + _STRETCH_CHARS, stop))
+        space = pattern.search(text, start, min(start + _STRETCH_CHARS, stop))
         if space is not None:
             return space.start()
-        start += _STRETCH_CHARS - 1  # the letter behind a space must be seen, too
+        start += _STRETCH_CHARS - 1  # what stands behind the cut must be seen, too
     return stop
 
 
@@ -127,6 +131,7 @@ class PieceTokenizer:
         self.longest_token = max(map(len, added), default=0)
         self.border = border if border in clean else ""
         self._words: WordTable | None = None
+        self._cut_at = _CUT if tokenizer.word_pattern is None else _WIDE_CUT
         try:
             self.is_cutting = tokenizer.has_pre_tokenizer and not tokenizer.takes_spaces and self._keeps_theory(clean)
         except PromptError:  # the library fails on some texts
@@ -203,8 +208,8 @@ class PieceTokenizer:
                 border = token.end() if token is not None else size
             end = border
             if border - start > piece_chars + piece_chars // 2:
-                # No message border in reach: a space between letters, looked for before the border only.
-                end = _next_cut(text, start + piece_chars, border)
+                # No message border in reach: a place between words, looked for before the border only.
+                end = _next_cut(self._cut_at, text, start + piece_chars, border)
             yield end
             start = end
 
@@ -232,14 +237,14 @@ class PieceTokenizer:
             return None
         token_ids = {token: ids[0] for token, ids in zip(tokens, ids_of_tokens, strict=True)}
         seed = int.from_bytes(os.urandom(8))
-        merges = tokenizer.merges()
+        merges, scripts = tokenizer.merges(), tokenizer.scripts()
         table = None
         if merges is not None:
-            table = WordTable(size_bytes, seed, pattern, token_ids, merges.letters, merges.merges)
+            table = WordTable(size_bytes, seed, pattern, token_ids, merges.letters, merges.merges, scripts)
             if not _leave_others(table, merges.whole) or not self._keeps_words(table, tokens):
                 table = None
         if table is None:
-            table = WordTable(size_bytes, seed, pattern, token_ids)
+            table = WordTable(size_bytes, seed, pattern, token_ids, scripts=scripts)
             if not self._keeps_words(table, tokens):
                 return None
         words = tokenizer.first_words(min(_FIRST_WORDS, size_bytes // 256))
@@ -249,7 +254,7 @@ class PieceTokenizer:
 
     def _keeps_words(self, table: WordTable, tokens: list[str]) -> bool:
         encode, encode_all = self._tokenizer.encode, self._tokenizer.encode_all
-        for text in _hard_texts(tokens):
+        for text in hard_texts(tokens):
             ids = encode(text, False)
             if any(table.encode(text, encode_all).tolist() != ids for _ in range(3)):  # unknown, to be known, known
                 return False
@@ -258,11 +263,11 @@ class PieceTokenizer:
     def _keeps_theory(self, tokens: list[str]) -> bool:
         rng = random.Random(1)
         for _ in range(300):
-            left = _hard_text(rng, tokens, 8) + rng.choice("azAZ")
-            right = " " + rng.choice("azAZ") + _hard_text(rng, tokens, 8)
+            left = hard_text(rng, tokens, 8) + rng.choice("azAZ")
+            right = " " + rng.choice("azAZ") + hard_text(rng, tokens, 8)
             if tokens and rng.random() < 0.5:
                 left += rng.choice(tokens)
-                right = _hard_text(rng, tokens, 8)
+                right = hard_text(rng, tokens, 8)
             whole = self._tokenizer.encode(left + right, False)
             if whole != self._tokenizer.encode(left, False) + self._tokenizer.encode(right, False):
                 return False
@@ -281,61 +286,6 @@ def _leave_others(table: WordTable, whole: dict[str, int]) -> bool:
     for word in others:
         table.leave(word)
     return len(others) <= _WORDS_LEFT
-
-
-_HARD_PARTS = [
-    "a",
-    "B",
-    "don't",
-    " ",
-    "  ",
-    "\n",
-    "\t",
-    "'s",
-    "'LL",
-    "é",
-    "e\u0301",
-    "ß",
-    "漢字",
-    "12",
-    "3.4",
-    "!?",
-    "_x",
-    "🙂",
-    "\u200d",
-    "ﬁ",
-]
-_HARD_PARTS += ["word", "Word", "x y", "the", "ing"]
-_HARD_ASCII = [
-    *(chr(code) for code in range(128)),
-    "'",
-    " ",
-    " ",
-    "\n",
-    "\r\n",
-    "'re",
-    "'VE",
-    "'d",
-    " '",
-    "  ",
-    "   ",
-    "ab",
-    " cd",
-    "2026",
-    " 1",
-]
-
-
-def _hard_text(rng: random.Random, tokens: list[str], parts: int) -> str:
-    """A text of fewer than so many parts on which tokenizers are known to differ."""
-    return "".join(rng.choice(tokens if tokens and rng.random() < 0.1 else _HARD_PARTS) for _ in range(rng.randrange(parts)))
-
-
-def _hard_texts(tokens: list[str]) -> Iterator[str]:
-    rng = random.Random(2)
-    for _ in range(150):
-        yield _hard_text(rng, tokens, 12)
-        yield "".join(rng.choice(_HARD_ASCII) for _ in range(rng.randrange(24)))
 
 
 def _message_end(tokenizer: Tokenizer, added: re.Pattern[str] | None) -> str:

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
 from sglfast import _wordtable
 from sglfast.errors import ConfigError, PromptError
+from sglfast.prompt.scripts import scripts_of
 from sglfast.prompt.template import ChatTemplate
 
 DEMO_TOKENIZER_PATH: str = str(Path(__file__).parent / "demo_tokenizer")
@@ -41,7 +42,17 @@ BOS_FLAG_CLASSES = frozenset(f"{family}Tokenizer{suffix}" for family in ("Llama"
 LLAMA_CLASSES = {f"{family}Tokenizer{suffix}": family == "Llama" for family in ("Llama", "CodeLlama") for suffix in ("", "Fast")}
 # Of Llama 3 and of Qwen 2 and 3, as their tokenizer.json has them.
 _LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-WORD_PATTERNS = {_LLAMA3_WORDS: _wordtable.LLAMA3, _LLAMA3_WORDS.replace("{1,3}", ""): _wordtable.QWEN2}
+# Of DeepSeek V3 and R1, one cut after another.
+_DEEPSEEK3_WORDS = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
+WORD_PATTERNS = {
+    (_LLAMA3_WORDS,): _wordtable.LLAMA3,
+    (_LLAMA3_WORDS.replace("{1,3}", ""),): _wordtable.QWEN2,
+    _DEEPSEEK3_WORDS: _wordtable.DEEPSEEK3,
+}
 # How byte-level tokenizers write the bytes in their vocabulary: printable Latin-1 as it is, the others from U+0100 on.
 _AS_THEY_ARE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _AS_THEY_ARE]
@@ -56,7 +67,7 @@ ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 class Merges(NamedTuple):
     """A model of byte-pair encoding, as a WordTable wants it (sglfast/_wordtable.pyi).
 
-    whole: ASCII texts that are one token if they are a whole word, whatever the merges say, with its id.
+    whole: texts that are one token if they are a whole word, whatever the merges say, with its id.
     """
 
     letters: "array[int]"
@@ -113,38 +124,47 @@ class Tokenizer:
     @property
     def normalized_growth(self) -> int:
         """UTF-8 bytes that normalizing makes of one at most; 0 = unknown. No token holds less than a byte of normalized text."""
-        normalizer = self._rust.normalizer
-        if normalizer is None:
-            return 1
-        return 3 if isinstance(normalizer, normalizers.NFC) else 0  # UAX #15, table 6
+        match self._normalizers():
+            case []:
+                return 1
+            case ["NFC"]:
+                return 3  # UAX #15, table 6
+        return 0
+
+    def _normalizers(self) -> list[str]:
+        """What is done to a text before it is cut, step by step."""
+        if self._rust.normalizer is None:
+            return []
+        state = json.loads(self._rust.normalizer.__getstate__())
+        steps = state["normalizers"] if state["type"] == "Sequence" else [state]
+        return [step["type"] for step in steps]
 
     @property
     def word_pattern(self) -> int | None:
-        """How ASCII text is cut into words, when that is one of the patterns of _wordtable and nothing else is done to it; else None."""
+        """How text is cut into words, when that is one of the patterns of _wordtable and nothing else is done to it but NFC; else None."""
         if self._rust.pre_tokenizer is None or self.normalized_growth == 0:
             return None
         match json.loads(self._rust.pre_tokenizer.__getstate__()):
             case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
                 return _wordtable.GPT2
-            case {
-                "type": "Sequence",
-                "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
-                    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-                ],
-            }:
-                return WORD_PATTERNS.get(pattern)
+            case {"type": "Sequence", "pretokenizers": [*splits, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}:
+                return WORD_PATTERNS.get(tuple(map(_split_pattern, splits)))
         return None
 
+    def scripts(self) -> bytes | None:
+        """What each character is to a tokenizer with a `word_pattern` (prompt/scripts.py)."""
+        pattern = self.word_pattern
+        return None if pattern is None else scripts_of(pattern, bool(self._normalizers()))
+
     def merges(self) -> Merges | None:
-        """The model of a tokenizer that has a `word_pattern`, when what it does inside of an ASCII word is to merge and nothing else."""
+        """The model of a tokenizer that has a `word_pattern`, when what it does inside of a word is to merge and nothing else."""
         if not isinstance(self._rust.model, models.BPE):
             return None
         model = orjson.loads(self._rust.model.__getstate__())
         if any(model.get(field) for field in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
             return None
         vocab = model["vocab"]
-        letters = array("I", (vocab.get(_WRITTEN[byte], _NO_TOKEN) for byte in range(128)))
+        letters = array("I", (vocab.get(_WRITTEN[byte], _NO_TOKEN) for byte in range(256)))
         pairs = [merge if isinstance(merge, list) else merge.split(" ", 1) for merge in model["merges"]]
         merges = array("I", bytes(12 * len(pairs)))
         lefts, rights = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
@@ -152,7 +172,7 @@ class Tokenizer:
             merges[place::3] = array("I", map(vocab.__getitem__, texts))
         whole: dict[str, int] = {}
         if model.get("ignore_merges"):
-            whole = {text: token_id for entry, token_id in vocab.items() if (text := entry.translate(_BYTE_OF)).isascii()}
+            whole = {text: token_id for entry, token_id in vocab.items() if (text := _text_of(entry)) is not None}
         return Merges(letters, merges, whole)
 
     def first_words(self, count: int) -> list[str]:
@@ -181,6 +201,25 @@ class Tokenizer:
         """Return every lowercase ASCII word w of two or more letters whose " w" is an entry of the vocabulary, sorted."""
         entries = (self._rust.decode([token_id]) for token_id in range(self._rust.get_vocab_size(with_added_tokens=False)))
         return sorted({entry[1:] for entry in entries if re.fullmatch(" [a-z]{2,}", entry)})
+
+
+def _split_pattern(step: dict[str, Any]) -> str | None:
+    """The pattern of a step that cuts text at its matches, and between them; None of any other."""
+    match step:
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
+            return pattern.replace("\r", r"\r").replace("\n", r"\n")  # some files have the characters themselves
+    return None
+
+
+def _text_of(entry: str) -> str | None:
+    """The text of a byte-level tokenizer's entry; None when it is not one by itself."""
+    codes = entry.translate(_BYTE_OF)
+    if codes.isascii():
+        return codes
+    try:
+        return codes.encode("latin-1").decode()
+    except UnicodeError:
+        return None
 
 
 def _without_panic(error: BaseException) -> BaseException:

@@ -90,7 +90,7 @@ static inline const char *_sf_uni_gpt2_end(const _sf_uni_t *u, const char *p) {
 }
 
 static inline const char *_sf_uni_llama3_end(const _sf_uni_t *u, const char *p, int digits) {
-    const char *found = _sf_contraction(p, u->end, 0x20), *next, *behind;
+    const char *found = _sf_contraction(p, u->end, 0x20), *next = p, *behind;
     if (found) return found;
     int kind = _sf_uni_kind(u, p, &next);
     if (kind == _SF_LETTER) return _sf_uni_run(u, next, _SF_BIT(_SF_LETTER), _SF_ANY);

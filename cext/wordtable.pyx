@@ -41,6 +41,7 @@ cdef extern from "sf_bpe.h" nogil:
         sf_merge_t *merges
 
     int sf_bpe_init(sf_bpe_t *bpe, const uint32_t *triples, uint32_t n, const uint32_t *letters) noexcept
+    void sf_bpe_find_signs(sf_bpe_t *bpe, const uint32_t *joins, uint32_t n_tokens) noexcept
     void sf_bpe_free(sf_bpe_t *bpe) noexcept
     uint32_t sf_bpe_word(const sf_bpe_t *bpe, const char *word, size_t n_bytes, uint32_t *ids) noexcept
 
@@ -128,7 +129,7 @@ cdef class WordTable:
     cdef readonly Py_ssize_t size_bytes
     cdef readonly int pattern
 
-    def __cinit__(self, Py_ssize_t size_bytes, uint64_t seed, int pattern, dict tokens not None, letters=None, merges=None,
+    def __cinit__(self, Py_ssize_t size_bytes, uint64_t seed, int pattern, dict tokens not None, letters=None, merges=None, joins=None,
                   bytes scripts=None):
         if size_bytes < 65536 or size_bytes > 1 << 34:
             raise ValueError(f"a table of words takes from 64 KiB to 16 GiB, not {size_bytes} bytes")
@@ -144,7 +145,7 @@ cdef class WordTable:
         if sf_words_init(&self.lexicon.words, size_bytes, seed):
             raise MemoryError
         if merges is not None:
-            self._take_merges(letters, merges)
+            self._take_merges(letters, merges, joins)
         # As sf_tokens_t wants them.
         self.token_texts = tuple(sorted([text.encode() for text in tokens], key=lambda text: (-len(text), text)))
         lengths = [-len(text) for text in self.token_texts]
@@ -170,11 +171,15 @@ cdef class WordTable:
         sf_bpe_free(&self.lexicon.bpe)
         free(self.token_list)
 
-    cdef _take_merges(self, array.array letters, array.array merges):
+    cdef _take_merges(self, array.array letters, array.array merges, array.array joins):
         if letters is None or letters.typecode != "I" or merges.typecode != "I" or len(letters) != 256 or len(merges) % 3:
             raise ValueError('letters are 256 ids and merges three ids each, both in arrays of type "I"')
         if sf_bpe_init(&self.lexicon.bpe, merges.data.as_uints, len(merges) // 3, letters.data.as_uints):
             raise MemoryError
+        if joins is not None:
+            if joins.typecode != "I":
+                raise ValueError('joins are ranks, in an array of type "I"')
+            sf_bpe_find_signs(&self.lexicon.bpe, joins.data.as_uints, len(joins))
 
     def merged(self, str word not None):
         cdef uint32_t ids[SF_BPE_MAX_BYTES]

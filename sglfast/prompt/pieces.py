@@ -64,6 +64,13 @@ def _next_cut(pattern: "re.Pattern[str]", text: str, start: int, stop: int) -> i
     return stop
 
 
+def _first_chars(text: str, start: int, first_chars: int) -> int:
+    """Length of a first piece that has about as many tokens as `first_chars` of ASCII: half of it where most is written in signs."""
+    least = max(_SHORTEST_CHARS, first_chars // 2)
+    is_dense = len(text[start : start + least].encode("utf-8", "surrogatepass")) > 2 * least  # a sign is three bytes long
+    return least if is_dense else first_chars
+
+
 class PieceCache:
     """Least recently used pieces, bounded by the bytes of their texts and ids."""
 
@@ -199,7 +206,10 @@ class PieceTokenizer:
         border = -1  # end of the first added token behind a piece of at least the shortest length
         while start < size:
             behind = start - first
-            piece_chars = next((chars for limit, chars in _SIZES if behind < limit), PIECE_CHARS) if behind else first_chars
+            if behind:
+                piece_chars = next((chars for limit, chars in _SIZES if behind < limit), PIECE_CHARS)
+            else:
+                piece_chars = first_chars if text.isascii() else _first_chars(text, start, first_chars)
             if size - start <= _SHORTEST_CHARS or not self.is_cutting:
                 yield size
                 return
@@ -240,7 +250,7 @@ class PieceTokenizer:
         merges, scripts = tokenizer.merges(), tokenizer.scripts()
         table = None
         if merges is not None:
-            table = WordTable(size_bytes, seed, pattern, token_ids, merges.letters, merges.merges, scripts)
+            table = WordTable(size_bytes, seed, pattern, token_ids, merges.letters, merges.merges, merges.joins, scripts)
             if not _leave_others(table, merges.whole) or not self._keeps_words(table, tokens):
                 table = None
         if table is None:

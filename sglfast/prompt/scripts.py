@@ -59,7 +59,8 @@ def _matches(regex: str) -> list[range]:
 @cache
 def _changing() -> list[int]:
     """Characters that NFC changes, or that Python does not know, or that may change with another one before or behind them."""
-    seconds = {parts[1] for code in range(0x10000) if len(parts := unicodedata.decomposition(chr(code)).split()) == 2}
+    pairs = (unicodedata.decomposition(chr(code)).split() for code in range(0x10000))
+    seconds = {pair[1] for pair in pairs if len(pair) == 2 and not pair[0].startswith("<")}
     return [code for codes in _REACH for code in codes if code >= 0x80 and _is_changing(code, seconds)]
 
 

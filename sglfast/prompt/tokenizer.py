@@ -67,11 +67,13 @@ ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 class Merges(NamedTuple):
     """A model of byte-pair encoding, as a WordTable wants it (sglfast/_wordtable.pyi).
 
-    whole: texts that are one token if they are a whole word, whatever the merges say, with its id.
+    joins: of each token that is a part of a character at its begin or end, the rank of the first merge by which it joins bytes outside
+    of it that are no ASCII; 2^32 - 1 of all others. whole: texts that are one token if they are a whole word, whatever the merges say, with its id.
     """
 
     letters: "array[int]"
     merges: "array[int]"
+    joins: "array[int]"
     whole: dict[str, int]
 
 
@@ -173,7 +175,7 @@ class Tokenizer:
         whole: dict[str, int] = {}
         if model.get("ignore_merges"):
             whole = {text: token_id for entry, token_id in vocab.items() if (text := _text_of(entry)) is not None}
-        return Merges(letters, merges, whole)
+        return Merges(letters, merges, _joins(vocab, pairs), whole)
 
     def first_words(self, count: int) -> list[str]:
         """Return the texts of the first `count` entries of the vocabulary, which are the most frequent where merges are learned."""
@@ -220,6 +222,22 @@ def _text_of(entry: str) -> str | None:
         return codes.encode("latin-1").decode()
     except UnicodeError:
         return None
+
+
+def _joins(vocab: dict[str, int], pairs: list[list[str]]) -> "array[int]":
+    """Merges.joins of a byte-level model: a merge counts where it joins bytes across a border between two characters."""
+    joins = array("I", [_NO_TOKEN]) * (max(vocab.values(), default=0) + 1)
+    broken = {entry for entry in vocab if not entry.isascii() and _text_of(entry) is None}
+    for rank, (left, right) in enumerate(pairs):
+        if left not in broken and right not in broken:
+            continue
+        outer, inner = _BYTE_OF.get(ord(left[-1]), 0), _BYTE_OF.get(ord(right[0]), 0)
+        if inner & 0xC0 == 0x80 or outer < 0x80 or inner < 0x80:
+            continue  # inside of a character, or beside ASCII
+        for entry in (left, right):
+            if entry in broken:
+                joins[vocab[entry]] = min(joins[vocab[entry]], rank)
+    return joins
 
 
 def _without_panic(error: BaseException) -> BaseException:

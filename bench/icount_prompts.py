@@ -16,6 +16,12 @@ def prompt_path_of_a_32_kb_chat_that_nobody_owns() -> Call:
     return prompt_path(is_seen=False)
 
 
+def prompt_path_of_a_32_kb_chinese_chat_that_nobody_owns() -> Call:
+    """As above, without spaces; the demo tokenizer knows no Chinese, so each character stays three tokens."""
+    clauses = ("为每一个说过的词", "，都有一块标记在那里", "；谁见过它", "、谁就不必再算一遍。")
+    return prompt_path(is_seen=False, text="".join(clauses) * 17)
+
+
 def split_of_a_32_kb_chat_into_its_messages() -> Call:
     """What both begin with, with an escape in every 60 characters or so."""
     from sglfast._jsonscan import scan_chat
@@ -36,7 +42,7 @@ def words_of_2_kb_to_token_ids() -> Call:
     return partial(table.encode, text, lambda runs: [])
 
 
-def prompt_path(*, is_seen: bool) -> Call:
+def prompt_path(*, is_seen: bool, text: str = "for every word that was said before there is a block of tokens " * 27) -> Call:
     from itertools import cycle
 
     from sglfast._hashtree import TreeReader, TreeWriter
@@ -49,7 +55,6 @@ def prompt_path(*, is_seen: bool) -> Call:
     _, segment = create(max_workers=64, max_ranks=64, max_shards=1, capacity_blocks=1 << 16)
     tokenizer = load_tokenizer(DEMO_TOKENIZER_PATH)
     raw, tree = RawReader(LazyKeyer(tokenizer, 32 << 20)), TreeReader(segment)
-    text = "for every word that was said before there is a block of tokens " * 27
     texts = [f"{n} {text}" for n in range(19)]
     variants = (Variant(64),)
     if is_seen:
@@ -82,6 +87,7 @@ def chat_body(texts: list[str]) -> bytes:
 PROMPT_CASES: tuple[Callable[[], Call], ...] = (
     prompt_path_of_a_32_kb_chat_seen_but_for_its_newest_message,
     prompt_path_of_a_32_kb_chat_that_nobody_owns,
+    prompt_path_of_a_32_kb_chinese_chat_that_nobody_owns,
     split_of_a_32_kb_chat_into_its_messages,
     words_of_2_kb_to_token_ids,
 )

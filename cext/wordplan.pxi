@@ -119,67 +119,103 @@ cdef inline const char *_character(const char *p, const char *end) noexcept nogi
     return p
 
 
-cdef int _make_plan(lexicon_t *lexicon, const char *p, const char *end, plan_t *plan) noexcept nogil:
-    cdef const char *run = NULL  # begin of what is not known
-    cdef const char *last = NULL  # word of that
-    cdef const char *stretch
+# What is not known of a text yet: from where on, and the last word of that.
+cdef struct run_t:
+    const char *start  # NULL: there is none
+    const char *last
+
+
+cdef inline uint32_t _ids_of(lexicon_t *lexicon, const char *p, size_t size, uint32_t *merged, const uint32_t **ids, bint *came) noexcept nogil:
+    """How many ids a word has, and where they are; 0 for one that is not known, which is to be remembered if it `came` before."""
+    cdef uint64_t hash
+    cdef const sf_word_t *known
+    cdef uint32_t n_ids
+    came[0] = False
+    if size <= SF_WORDS_MAX_BYTES:
+        hash = sf_words_hash(&lexicon.words, p, size)
+        known = sf_words_get(&lexicon.words, hash, p, size)
+        if known != NULL:
+            ids[0] = known.data
+            return known.n_ids
+        came[0] = sf_words_came(&lexicon.words, hash)
+    elif size > SF_BPE_MAX_BYTES or lexicon.bpe.merges == NULL:
+        return 0
+    else:
+        hash = sf_words_hash(&lexicon.words, p, size)
+    if lexicon.bpe.merges == NULL or _is_left(lexicon, hash):
+        return 0
+    ids[0] = merged
+    n_ids = sf_bpe_word(&lexicon.bpe, p, size, merged)
+    if came[0] and n_ids:
+        sf_words_put(&lexicon.words, p, size, merged, n_ids)
+    return n_ids
+
+
+cdef int _take(lexicon_t *lexicon, plan_t *plan, run_t *run, const char *p, const char *stop, const uint32_t *ids, uint32_t n_ids,
+                      bint came) noexcept nogil:
+    if n_ids == 0 and not came:
+        if run.start == NULL:
+            run.start = p
+        run.last = p
+        return 0
+    if run.start != NULL and _close_run(lexicon, plan, run.start, run.last, p):
+        return -1
+    run.start = NULL
+    return _add_ids(plan, ids, n_ids) if n_ids else _add_gap(plan, p, stop, True)
+
+
+cdef int _plan_scripts(lexicon_t *lexicon, plan_t *plan, run_t *run, const char *p, const char *end) noexcept nogil:
+    """A stretch that is not all ASCII, or of a pattern that is written out for all scripts at once."""
+    cdef uint32_t merged[SF_BPE_MAX_BYTES]
+    cdef const uint32_t *ids = NULL
     cdef const char *part
     cdef const char *stop
-    cdef const sf_word_t *known
-    cdef const uint32_t *ids
-    cdef uint32_t merged[SF_BPE_MAX_BYTES]
     cdef uint32_t n_ids
-    cdef uint64_t hash
-    cdef bint came, is_ascii, is_foreign
+    cdef bint is_foreign, came
+    while p < end:
+        part = _part_end(lexicon, plan, p, end, &is_foreign)
+        if is_foreign:
+            if run.start == NULL:
+                run.start = p
+            run.last = p
+            p = part
+        while p < part:
+            if p >= plan.turn:
+                _give_way(plan, p)
+            stop = sf_unitoken_end(lexicon.scripts, lexicon.kind, p, part)
+            n_ids = _ids_of(lexicon, p, stop - p, merged, &ids, &came)
+            if _take(lexicon, plan, run, p, stop, ids, n_ids, came):
+                return -1
+            p = stop
+    return 0
+
+
+cdef int _make_plan(lexicon_t *lexicon, const char *p, const char *end, plan_t *plan) noexcept nogil:
+    cdef run_t run = run_t(NULL, NULL)
+    cdef uint32_t merged[SF_BPE_MAX_BYTES]
+    cdef const uint32_t *ids = NULL
+    cdef const char *stretch
+    cdef const char *stop
+    cdef uint32_t n_ids
+    cdef bint came
     while p < end:
         stretch = sf_stretch_end(p, end)
-        is_ascii = sf_is_ascii(p, stretch)
+        if lexicon.kind >= SF_PRE_DEEPSEEK3 or not sf_is_ascii(p, stretch):
+            if _plan_scripts(lexicon, plan, &run, p, stretch):
+                return -1
+            p = stretch
         while p < stretch:
-            part = stretch
-            if not is_ascii:
-                part = _part_end(lexicon, plan, p, stretch, &is_foreign)
-                if is_foreign:
-                    if run == NULL:
-                        run = p
-                    last = p
-                    p = part
-                    continue
-            while p < part:
-                if p >= plan.turn:
-                    _give_way(plan, p)
-                if is_ascii and lexicon.kind < SF_PRE_DEEPSEEK3:
-                    stop = sf_pretoken_end(lexicon.kind, p, part)
-                else:
-                    stop = sf_unitoken_end(lexicon.scripts, lexicon.kind, p, part)
-                n_ids = 0
-                ids = NULL
-                came = False
-                if stop - p <= SF_WORDS_MAX_BYTES:
-                    hash = sf_words_hash(&lexicon.words, p, stop - p)
-                    known = sf_words_get(&lexicon.words, hash, p, stop - p)
-                    if known != NULL:
-                        ids, n_ids = known.data, known.n_ids
-                    else:
-                        came = sf_words_came(&lexicon.words, hash)
-                        if lexicon.bpe.merges != NULL and not _is_left(lexicon, hash):
-                            ids, n_ids = merged, sf_bpe_word(&lexicon.bpe, p, stop - p, merged)
-                            if came and n_ids:
-                                sf_words_put(&lexicon.words, p, stop - p, merged, n_ids)
-                elif stop - p <= SF_BPE_MAX_BYTES and lexicon.bpe.merges != NULL:
-                    if not _is_left(lexicon, sf_words_hash(&lexicon.words, p, stop - p)):
-                        ids, n_ids = merged, sf_bpe_word(&lexicon.bpe, p, stop - p, merged)
-                if n_ids == 0 and not came:
-                    if run == NULL:
-                        run = p
-                    last = p
-                else:
-                    if run != NULL and _close_run(lexicon, plan, run, last, p):
-                        return -1
-                    run = NULL
-                    if _add_ids(plan, ids, n_ids) if n_ids else _add_gap(plan, p, stop, True):
-                        return -1
-                p = stop
-    return _add_gap(plan, run, end, False) if run != NULL else 0
+            if p >= plan.turn:
+                _give_way(plan, p)
+            stop = sf_pretoken_end(lexicon.kind, p, stretch)
+            n_ids = _ids_of(lexicon, p, stop - p, merged, &ids, &came)
+            if n_ids and run.start == NULL:  # nearly always
+                if _add_ids(plan, ids, n_ids):
+                    return -1
+            elif _take(lexicon, plan, &run, p, stop, ids, n_ids, came):
+                return -1
+            p = stop
+    return _add_gap(plan, run.start, end, False) if run.start != NULL else 0
 
 
 cdef int _make_whole_plan(lexicon_t *lexicon, const sf_tokens_t *tokens, const char *p, const char *end, plan_t *plan) noexcept nogil:

@@ -5,16 +5,22 @@ from typing import final
 GPT2: int
 LLAMA3: int
 QWEN2: int
+DEEPSEEK3: int
+SCRIPT_CHARS: int  # length of a table of scripts in bytes, which are the characters from U+0000 on
+FOREIGN: int
+IDEOGRAPH: int
 
 @final
 class WordTable:
     """Words that came twice and their token ids, in `size_bytes` of memory (at least 64 KiB); what was used least recently goes first.
 
-    seed: 64 random bits, so that nobody can choose words that fall on one place; pattern: GPT2, LLAMA3 or QWEN2, how the tokenizer cuts
-    ASCII text into words; tokens: what is taken out of a text before all else, with its id; the longest where several begin at one
-    place. letters, merges: a model of byte-pair encoding, for words that are not known: the id of each of the 128 ASCII bytes, and
-    of each merge the left, the right and the made token, in the order of their ranks; arrays of type "I". 2^32 - 1 stands for a byte
-    without a token. The merges take up to 43 bytes each, beside `size_bytes`. Raises ValueError, MemoryError.
+    seed: 64 random bits, so that nobody can choose words that fall on one place; pattern: GPT2, LLAMA3, QWEN2 or DEEPSEEK3, how the tokenizer
+    cuts text into words; tokens: what is taken out of a text before all else, with its id; the longest where several begin at one
+    place. letters, merges: a model of byte-pair encoding, for words that are not known: the id of each of the 256 bytes, and of
+    each merge the left, the right and the made token, in the order of their ranks; arrays of type "I". 2^32 - 1 stands for a byte without
+    a token. joins: by token, the lowest rank by which it joins what stands outside of the character that it begins or ends, or
+    2^32 - 1 (cext/sf_bpe.h says what for); None = not known. scripts: what each character is (prompt/scripts.py); None = only ASCII text
+    is cut. The merges take up to 43 bytes each and 1 MiB, beside `size_bytes`. Raises ValueError, MemoryError.
     """
 
     size_bytes: int
@@ -27,6 +33,8 @@ class WordTable:
         tokens: dict[str, int],
         letters: array[int] | None = None,
         merges: array[int] | None = None,
+        joins: array[int] | None = None,
+        scripts: bytes | None = None,
     ) -> WordTable: ...
     def encode(self, text: str, encode_all: Callable[[list[str]], Sequence[Sequence[int]]]) -> array[int]:
         """Token ids of a text, as an array of type "I".
@@ -44,5 +52,6 @@ class WordTable:
     def learn(self, word: str, ids: Sequence[int]) -> None:
         """Enter a word at once; what is long is not entered."""
 
-def words_of(text: str, pattern: int) -> list[str]:
-    """An ASCII text cut by a pattern. Raises ValueError for another text."""
+def words_of(text: str, pattern: int, scripts: bytes | None = None) -> list[str]:
+    """A text cut by a pattern; one with characters that are FOREIGN is cut in some way. Raises ValueError where there is no table of
+    scripts and the text is not ASCII, or the pattern cannot do without."""

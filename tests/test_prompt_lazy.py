@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizer_kinds import all_kinds
+from unicode_texts import cjk_texts, unicode_texts
 
 from sglfast import shm
 from sglfast._blockhash import chain_seed, token_keys
@@ -116,7 +117,7 @@ part = st.one_of(
         ["<|im_end|>\n", "<|im_end|>\n<|im_start|>user\n", "<s>", "</s>", "the quick brown fox ", "x = f(y)\n", "a" * 300, " "]
     ),
 )
-message = st.builds(lambda parts, times: "".join(parts) * times, st.lists(part, max_size=8), st.integers(1, 30))
+message = st.builds(lambda parts, times: "".join(parts) * times, st.lists(part | cjk_texts | unicode_texts, max_size=8), st.integers(1, 30))
 # Conversations that grow and branch: (how many messages of the one before are kept, new messages).
 conversation = st.lists(st.tuples(st.integers(0, 6), st.lists(message, min_size=1, max_size=3)), min_size=1, max_size=5)
 # What ranks own: (rank, prompt, variant, blocks from the first, a hole at).
@@ -194,6 +195,17 @@ def test_a_cold_prompt_costs_a_piece_or_two_whatever_its_length(counting: Counti
     assert found.is_estimated
     assert counting.chars < 800 < 900_000 < len(text)
     assert found.tokens == pytest.approx(len(counting.inner.encode(text, False)), rel=0.3)
+
+
+def test_a_cold_prompt_without_spaces_costs_a_piece_or_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    keyer = LazyKeyer(load_tokenizer(DEMO_TOKENIZER_PATH), 1 << 22)
+    asked: list[str] = []
+    encode_piece = keyer.pieces.encode_piece
+    monkeypatch.setattr(keyer.pieces, "encode_piece", lambda piece: asked.append(piece) or encode_piece(piece))  # type: ignore[func-returns-value]
+    text = "".join(f"<|im_start|>user\n第{n}句话" + "今天天气很好，我们去公园。" * 400 + "<|im_end|>\n" for n in range(40))
+    found = lazy(keyer, PromptText(text=text), [Variant(64)], nobody)
+    assert found.is_estimated
+    assert 100 < sum(map(len, asked)) < 400 < 200_000 < len(text)
 
 
 def test_a_seen_conversation_costs_its_newest_message_up_to_the_first_unowned_block(counting: Counting) -> None:

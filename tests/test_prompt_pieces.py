@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizer_kinds import all_kinds
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RustTokenizer
+from unicode_texts import cjk_texts, unicode_texts
 
 from sglfast.errors import PromptError
 from sglfast.prompt import pieces as pieces_module
@@ -36,7 +37,7 @@ part = st.one_of(
 
 
 @settings(max_examples=60)
-@given(parts=st.lists(part, min_size=1, max_size=30), times=st.integers(1, 60), special=st.booleans())
+@given(parts=st.lists(part | cjk_texts | unicode_texts, min_size=1, max_size=30), times=st.integers(1, 60), special=st.booleans())
 def test_ids_equal_those_of_the_whole_text(tokenizers: dict[str, Tokenizer], parts: list[str], times: int, special: bool) -> None:
     text = "".join(parts) * times
     for kind, tokenizer in tokenizers.items():
@@ -190,9 +191,23 @@ def test_the_estimate_learns(tokenizers: dict[str, Tokenizer]) -> None:
 
 def test_a_long_run_without_a_place_to_cut_stays_whole(tokenizers: dict[str, Tokenizer]) -> None:
     pieces = PieceTokenizer(tokenizers["demo"], 1 << 20)
-    text = "漢" * (3 * PIECE_CHARS)
+    text = "漢" * (3 * PIECE_CHARS)  # a word
     assert pieces.cut(text) == [text]
     assert list(pieces.encode(text, False)) == tokenizers["demo"].encode(text, False)
+
+
+def test_text_without_spaces_is_cut_at_its_punctuation(tokenizers: dict[str, Tokenizer]) -> None:
+    text = "今天天气很好，我们去公园。下雨了！" * 500
+    mixed = "한국어 문장을 씁니다 " * 300 + "По-русски тоже есть слова " * 300 + "ひらがなとカタカナ、" * 300
+    for kind in ("demo", "byte_level", "deepseek3"):
+        pieces = PieceTokenizer(tokenizers[kind], 1 << 20)
+        sizes = [len(piece) for piece in pieces.cut(text)]
+        assert sizes[0] < 200, "a first piece of dense text is short"
+        assert max(sizes) <= 1.5 * PIECE_CHARS
+        assert max(map(len, pieces.cut(mixed))) <= 1.5 * PIECE_CHARS
+    # Nobody knows where others may be cut.
+    for kind in ("unigram", "llama2"):
+        assert max(map(len, PieceTokenizer(tokenizers[kind], 1 << 20).cut(text))) == len(text)
 
 
 def test_the_cache_is_bounded_and_drops_the_least_recently_used() -> None:
@@ -211,6 +226,8 @@ def test_a_cut_is_found_wherever_stretches_of_the_search_end(monkeypatch: pytest
     monkeypatch.setattr(pieces_module, "_STRETCH_CHARS", 4)
     for at in range(1, 12):
         text = "1" * at + "a b" + "2" * 9
-        assert pieces_module._next_cut(text, 0, len(text)) == at + 1
-        assert pieces_module._next_cut(text, 0, at + 2) == at + 2, "the letter behind it is not in reach"
-        assert pieces_module._next_cut(text, at + 2, len(text)) == len(text)
+        assert pieces_module._next_cut(pieces_module._CUT, text, 0, len(text)) == at + 1
+        assert pieces_module._next_cut(pieces_module._CUT, text, 0, at + 2) == at + 2, "the letter behind it is not in reach"
+        assert pieces_module._next_cut(pieces_module._CUT, text, at + 2, len(text)) == len(text)
+        text = "1" * at + "字，" + "2" * 9
+        assert pieces_module._next_cut(pieces_module._WIDE_CUT, text, 0, len(text)) == at + 1

@@ -9,11 +9,18 @@ from tokenizers import Tokenizer as RustTokenizer
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
 
 LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+)
 CORPUS = [
     "the quick brown fox jumps over the lazy dog's back",
     "def f(x):\n    return x + 1\n",
     "été à la plage, naïve café",
     "漢字かな交じり文",
+    "的一是不了人，我在有他。这中大来上国的人，他是大国的人！",
+    "、한국어 문장。カタカナの・ー（中国）《国人》２０２６年",
 ] * 20
 
 
@@ -36,11 +43,14 @@ def build(kind: str, folder: Path) -> Tokenizer:
         trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=specials)
     else:
         rust = RustTokenizer(models.BPE())
-        rust.normalizer = normalizers.NFC()
-        rust.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(LLAMA3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        if kind == "byte_level":
+            rust.normalizer = normalizers.NFC()
+        patterns = DEEPSEEK3 if kind == "deepseek3" else (LLAMA3,)
+        splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+        rust.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        if kind == "gpt2":
+            rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     rust.train_from_iterator(CORPUS, trainer)
     rust.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "tokenizer_class": "LlamaTokenizerFast"}))
@@ -50,7 +60,7 @@ def build(kind: str, folder: Path) -> Tokenizer:
 def all_kinds(folder: Path) -> dict[str, Tokenizer]:
     """One of each kind, by name; `folder` takes their files."""
     found = {"demo": load_tokenizer(DEMO_TOKENIZER_PATH)}
-    for kind in ("byte_level", "wordpiece", "unigram", "llama2"):
+    for kind in ("byte_level", "deepseek3", "wordpiece", "unigram", "llama2"):
         (folder / kind).mkdir()
         found[kind] = build(kind, folder / kind)
     return found

@@ -92,6 +92,8 @@ def _sentence(rng: random.Random, words: _Bag, others: list[str]) -> str:
     for _ in range(rng.randrange(1, 5)):
         clause = words.take(rng, rng.randrange(3, 10))
         if others and rng.random() < 0.5:
-            clause.insert(rng.randrange(len(clause)), rng.choice((rng.choice(_ASIDES), rng.choice(_EMOJI), "".join(rng.choices(others, k=3)))))
+            clause.insert(
+                rng.randrange(len(clause)), rng.choice((rng.choice(_ASIDES), rng.choice(_EMOJI), "".join(rng.choices(others, k=3))))
+            )
         clauses.append("".join(clause))
     return rng.choice("，，，、；：").join(clauses) + rng.choice("。。。！？")

@@ -1,5 +1,5 @@
-# What a text becomes before the tokenizer is asked: ids that are known, and between them the runs of text that are not.
-# Included by wordtable.pyx.
+# Part of wordtable.pyx, which documents it: what a text becomes before the tokenizer is asked, which is ids that are known, and between
+# them the runs of text that are not.
 
 # Some ids that are known, and the run of words behind them that is not.
 cdef struct gap_t:
@@ -125,34 +125,28 @@ cdef struct run_t:
     const char *last
 
 
-cdef inline uint32_t _ids_of(lexicon_t *lexicon, const char *p, size_t size, uint32_t *merged, const uint32_t **ids, bint *came) noexcept nogil:
-    """How many ids a word has, and where they are; 0 for one that is not known, which is to be remembered if it `came` before."""
-    cdef uint64_t hash
-    cdef const sf_word_t *known
-    cdef uint32_t n_ids
-    came[0] = False
-    if size <= SF_WORDS_MAX_BYTES:
-        hash = sf_words_hash(&lexicon.words, p, size)
-        known = sf_words_get(&lexicon.words, hash, p, size)
-        if known != NULL:
-            ids[0] = known.data
-            return known.n_ids
-        came[0] = sf_words_came(&lexicon.words, hash)
-    elif size > SF_BPE_MAX_BYTES or lexicon.bpe.merges == NULL:
-        return 0
+cdef inline const sf_word_t *_find(lexicon_t *lexicon, const char *p, size_t size, uint64_t *hash) noexcept nogil:
+    hash[0] = sf_words_hash(&lexicon.words, p, size) if size <= SF_BPE_MAX_BYTES else 0
+    return sf_words_get(&lexicon.words, hash[0], p, size) if size <= SF_WORDS_MAX_BYTES else NULL
+
+
+cdef int _take(lexicon_t *lexicon, plan_t *plan, run_t *run, const char *p, const char *stop, uint64_t hash,
+               const sf_word_t *known) noexcept nogil:
+    """A word into the plan. known, hash: as `_find` has them."""
+    cdef uint32_t merged[SF_BPE_MAX_BYTES]
+    cdef const uint32_t *ids = merged
+    cdef uint32_t n_ids = 0
+    cdef size_t size = stop - p
+    cdef bint came = False
+    if known != NULL:
+        ids, n_ids = known.data, known.n_ids
     else:
-        hash = sf_words_hash(&lexicon.words, p, size)
-    if lexicon.bpe.merges == NULL or _is_left(lexicon, hash):
-        return 0
-    ids[0] = merged
-    n_ids = sf_bpe_word(&lexicon.bpe, p, size, merged)
-    if came[0] and n_ids:
-        sf_words_put(&lexicon.words, p, size, merged, n_ids)
-    return n_ids
-
-
-cdef int _take(lexicon_t *lexicon, plan_t *plan, run_t *run, const char *p, const char *stop, const uint32_t *ids, uint32_t n_ids,
-                      bint came) noexcept nogil:
+        if size <= SF_WORDS_MAX_BYTES:
+            came = sf_words_came(&lexicon.words, hash)
+        if size <= SF_BPE_MAX_BYTES and lexicon.bpe.merges != NULL and not _is_left(lexicon, hash):
+            n_ids = sf_bpe_word(&lexicon.bpe, p, size, merged)
+            if came and n_ids:
+                sf_words_put(&lexicon.words, p, size, merged, n_ids)
     if n_ids == 0 and not came:
         if run.start == NULL:
             run.start = p
@@ -166,12 +160,11 @@ cdef int _take(lexicon_t *lexicon, plan_t *plan, run_t *run, const char *p, cons
 
 cdef int _plan_scripts(lexicon_t *lexicon, plan_t *plan, run_t *run, const char *p, const char *end) noexcept nogil:
     """A stretch that is not all ASCII, or of a pattern that is written out for all scripts at once."""
-    cdef uint32_t merged[SF_BPE_MAX_BYTES]
-    cdef const uint32_t *ids = NULL
     cdef const char *part
     cdef const char *stop
-    cdef uint32_t n_ids
-    cdef bint is_foreign, came
+    cdef const sf_word_t *known
+    cdef uint64_t hash
+    cdef bint is_foreign
     while p < end:
         part = _part_end(lexicon, plan, p, end, &is_foreign)
         if is_foreign:
@@ -183,8 +176,8 @@ cdef int _plan_scripts(lexicon_t *lexicon, plan_t *plan, run_t *run, const char 
             if p >= plan.turn:
                 _give_way(plan, p)
             stop = sf_unitoken_end(lexicon.scripts, lexicon.kind, p, part)
-            n_ids = _ids_of(lexicon, p, stop - p, merged, &ids, &came)
-            if _take(lexicon, plan, run, p, stop, ids, n_ids, came):
+            known = _find(lexicon, p, stop - p, &hash)
+            if _take(lexicon, plan, run, p, stop, hash, known):
                 return -1
             p = stop
     return 0
@@ -192,12 +185,10 @@ cdef int _plan_scripts(lexicon_t *lexicon, plan_t *plan, run_t *run, const char 
 
 cdef int _make_plan(lexicon_t *lexicon, const char *p, const char *end, plan_t *plan) noexcept nogil:
     cdef run_t run = run_t(NULL, NULL)
-    cdef uint32_t merged[SF_BPE_MAX_BYTES]
-    cdef const uint32_t *ids = NULL
     cdef const char *stretch
     cdef const char *stop
-    cdef uint32_t n_ids
-    cdef bint came
+    cdef const sf_word_t *known
+    cdef uint64_t hash
     while p < end:
         stretch = sf_stretch_end(p, end)
         if lexicon.kind >= SF_PRE_DEEPSEEK3 or not sf_is_ascii(p, stretch):
@@ -208,11 +199,11 @@ cdef int _make_plan(lexicon_t *lexicon, const char *p, const char *end, plan_t *
             if p >= plan.turn:
                 _give_way(plan, p)
             stop = sf_pretoken_end(lexicon.kind, p, stretch)
-            n_ids = _ids_of(lexicon, p, stop - p, merged, &ids, &came)
-            if n_ids and run.start == NULL:  # nearly always
-                if _add_ids(plan, ids, n_ids):
+            known = _find(lexicon, p, stop - p, &hash)
+            if known != NULL and known.n_ids and run.start == NULL:  # nearly always
+                if _add_ids(plan, known.data, known.n_ids):
                     return -1
-            elif _take(lexicon, plan, &run, p, stop, ids, n_ids, came):
+            elif _take(lexicon, plan, &run, p, stop, hash, known):
                 return -1
             p = stop
     return _add_gap(plan, run.start, end, False) if run.start != NULL else 0

@@ -47,7 +47,9 @@ def test_each_character_is_cut_from_its_neighbours_as_the_patterns_do_it(kind: i
     table = scripts_of(kind, False)
     for begin in range(0, len(table), 256):
         for around in ("a{}b", "字{}字", "、{}1", " {} ", "'{}", "\u0301{}\u200d", "\x00{}\x00"):
-            text = without_foreign("|".join(around.format(chr(code)) for code in range(begin, begin + 256) if not 0xD800 <= code < 0xE000), table)
+            text = without_foreign(
+                "|".join(around.format(chr(code)) for code in range(begin, begin + 256) if not 0xD800 <= code < 0xE000), table
+            )
             assert words_of(text, kind, table) == [part for part, _ in SPLITS[kind].pre_tokenize_str(text)], (hex(begin), around)
 
 
@@ -64,7 +66,9 @@ def test_text_without_foreign_characters_is_not_changed_by_nfc(left: str, right:
 def test_most_of_what_people_write_is_not_foreign() -> None:
     for table in (scripts_of(GPT2, False), scripts_of(QWEN2, True)):
         assert len(table) == SCRIPT_CHARS
-        assert {char for char in HAN + MARKS + "あア한éй🙂\ufe0f\u200d\u3000 a1" if ord(char) >= SCRIPT_CHARS or table[ord(char)] & FOREIGN} <= {"𠀋", "豈"}
+        assert {
+            char for char in HAN + MARKS + "あア한éй🙂\ufe0f\u200d\u3000 a1" if ord(char) >= SCRIPT_CHARS or table[ord(char)] & FOREIGN
+        } <= {"𠀋", "豈"}
         assert not any(byte & FOREIGN for byte in table[:128])
 
 

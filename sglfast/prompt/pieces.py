@@ -4,8 +4,9 @@ Runs in: shards (the loop and the tokenizer's thread), simulator; any thread may
 Theory: a tokenizer first takes added tokens (such as <|im_end|>) out of the text, then cuts the rest into words (pre-tokenizer), and
     merges inside a word only. So the ids of a text are the ids of its pieces, when every cut lies behind an added token that no other
     can overlap, or before a space that stands between two ASCII letters: nearly every word pattern in use ends a word there.
-    Of a tokenizer that cuts ASCII text by a pattern that is known, the ids of a piece are put together from those of its words
-    (cext/wordtable.pyx), which most texts share; a new word is merged there too, so that the tokenizer is asked for what is not ASCII only.
+    Of a tokenizer that cuts text by a pattern that is known, the ids of a piece are put together from those of its words
+    (cext/wordtable.pyx), which most texts share; a new word is merged there too, so that the tokenizer is asked for little. All of these
+    patterns end a word behind a letter that no letter and no mark follows, so text without spaces is cut before its punctuation.
     Cuts depend on the text before them alone, so texts that begin alike are cut alike and share pieces. The first pieces are short:
     most prompts are known, or known to be unknown, after a few hundred characters (prompt/lazy.py).
 Contract: `encode` equals the tokenizer's own result, always. Whether a tokenizer keeps the theory is tried once, at construction, with

@@ -46,7 +46,8 @@ _LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
 _DEEPSEEK3_WORDS = (
     r"\p{N}{1,3}",
     "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 WORD_PATTERNS = {
     (_LLAMA3_WORDS,): _wordtable.LLAMA3,
@@ -68,7 +69,8 @@ class Merges(NamedTuple):
     """A model of byte-pair encoding, as a WordTable wants it (sglfast/_wordtable.pyi).
 
     joins: of each token that is a part of a character at its begin or end, the rank of the first merge by which it joins bytes outside
-    of it that are no ASCII; 2^32 - 1 of all others. whole: texts that are one token if they are a whole word, whatever the merges say, with its id.
+    of it that are no ASCII; 2^32 - 1 of all others. whole: texts that are one token if they are a whole word, whatever the merges say,
+    with its id.
     """
 
     letters: "array[int]"

@@ -49,7 +49,7 @@ _DEEPSEEK3_WORDS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
-WORD_PATTERNS = {
+WORD_PATTERNS: dict[tuple[str | None, ...], int] = {
     (_LLAMA3_WORDS,): _wordtable.LLAMA3,
     (_LLAMA3_WORDS.replace("{1,3}", ""),): _wordtable.QWEN2,
     _DEEPSEEK3_WORDS: _wordtable.DEEPSEEK3,

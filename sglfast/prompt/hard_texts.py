@@ -28,7 +28,7 @@ _HARD_PARTS = [
     "\u200d",
     "ﬁ",
 ]
-_HARD_PARTS += ["word", "Word", "x y", "the", "ing"]
+_HARD_PARTS += ["word", "Word", "x y", "the", "ing", "今天，我们", "。", "\u3000", "한국어", "かな・ー", "👩\u200d💻", "\ufe0f", "２０"]
 _HARD_ASCII = [
     *(chr(code) for code in range(128)),
     "'",

@@ -276,7 +276,10 @@ class PieceTokenizer:
         for _ in range(300):
             left = hard_text(rng, tokens, 8) + rng.choice("azAZ")
             right = " " + rng.choice("azAZ") + hard_text(rng, tokens, 8)
-            if tokens and rng.random() < 0.5:
+            if self._cut_at is _WIDE_CUT and rng.random() < 0.3:
+                left += rng.choice("字なア한éй")
+                right = rng.choice("，。、！（「…") + hard_text(rng, tokens, 8)
+            elif tokens and rng.random() < 0.5:
                 left += rng.choice(tokens)
                 right = hard_text(rng, tokens, 8)
             whole = self._tokenizer.encode(left + right, False)

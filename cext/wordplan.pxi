@@ -126,7 +126,7 @@ cdef struct run_t:
 
 
 cdef inline const sf_word_t *_find(lexicon_t *lexicon, const char *p, size_t size, uint64_t *hash) noexcept nogil:
-    hash[0] = sf_words_hash(&lexicon.words, p, size) if size <= SF_BPE_MAX_BYTES else 0
+    hash[0] = sf_words_hash(&lexicon.words, p, size)
     return sf_words_get(&lexicon.words, hash[0], p, size) if size <= SF_WORDS_MAX_BYTES else NULL
 
 
@@ -200,7 +200,7 @@ cdef int _make_plan(lexicon_t *lexicon, const char *p, const char *end, plan_t *
                 _give_way(plan, p)
             stop = sf_pretoken_end(lexicon.kind, p, stretch)
             known = _find(lexicon, p, stop - p, &hash)
-            if known != NULL and known.n_ids and run.start == NULL:  # nearly always
+            if known != NULL and run.start == NULL:  # nearly always
                 if _add_ids(plan, known.data, known.n_ids):
                     return -1
             elif _take(lexicon, plan, &run, p, stop, hash, known):

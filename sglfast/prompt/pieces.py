@@ -55,7 +55,7 @@ _STRETCH_CHARS = 1 << 16
 _SPANNING_TRIED = 256  # entries of the vocabulary
 
 
-def _next_cut(pattern: "re.Pattern[str]", text: str, start: int, stop: int) -> int:
+def _next_cut(pattern: re.Pattern[str], text: str, start: int, stop: int) -> int:
     """The first place to cut in text[start:stop], `stop` when there is none. In stretches: a search holds the GIL to its end."""
     while start < stop:
         space = pattern.search(text, start, min(start + _STRETCH_CHARS, stop))

@@ -125,7 +125,7 @@ static inline const char *_sf_uni_deepseek3_end(_sf_uni_t *u, const char *p) {
     if (kind != _SF_PUNCT && !_sf_is_line_end(*p) && second >= 0 && letters >> second & 1) return _sf_uni_run(u, behind, letters, _SF_ANY);
     if (kind == _SF_PUNCT || (*p == ' ' && second == _SF_PUNCT)) {
         found = _sf_uni_run(u, next, _SF_BIT(_SF_PUNCT), _SF_ANY);
-        while (found < u->end && _sf_is_line_end(*found)) found++; /* never of the second cut, nor a digit */
+        while (!u->flag && found < u->end && _sf_is_line_end(*found)) found++; /* no digit, nor of the second cut, which U+309B is */
         return found;
     }
     if (kind == _SF_SPACE) return _sf_uni_space(u, p, 1);

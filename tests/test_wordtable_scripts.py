@@ -43,6 +43,22 @@ def test_words_are_what_the_patterns_match(text: str, kind: int) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(PATTERNS))
+def test_all_neighbours_of_all_sorts(kind: int) -> None:
+    """Of each sort of character that a pattern tells apart one at least, in all orders of up to four."""
+    table = scripts_of(kind, False)
+    sorts = without_foreign("as'1!\n\r\t \u00a0\u3000字ー゛・。０é\u0301\u3099\u3097\u200d\x00😀", table)
+    for first in sorts:
+        for second in sorts:
+            # One text for many: what stands between two of them is a letter, a digit or an ideograph, never the same in a row.
+            parts = [f"{first}{second}{third}{fourth}" for third in sorts for fourth in sorts]
+            for between in ("|", "x", "字"):
+                text = between.join(parts)
+                assert words_of(text, kind, table) == [part for part, _ in SPLITS[kind].pre_tokenize_str(text)], (first, second, between)
+            for part in parts[:: len(sorts) - 1]:
+                assert words_of(part, kind, table) == [word for word, _ in SPLITS[kind].pre_tokenize_str(part)]
+
+
+@pytest.mark.parametrize("kind", sorted(PATTERNS))
 def test_each_character_is_cut_from_its_neighbours_as_the_patterns_do_it(kind: int) -> None:
     table = scripts_of(kind, False)
     for begin in range(0, len(table), 256):

@@ -11,13 +11,17 @@ What depends on flags of the worker that nobody tells is taken at its default: -
     --default-chat-template-kwargs, --exclude-tools-when-tool-choice-none.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from sglfast.prompt.chat import ChatInput, UnkeyableError
-from sglfast.prompt.template import ContentFormat
+
+if TYPE_CHECKING:
+    from sglfast.prompt.vllm_format import ContentFormat
 
 # What a content part can hold besides the fields that templates see.
 _PART_FIELDS = frozenset(

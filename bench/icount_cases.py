@@ -155,6 +155,7 @@ def choice_for_a_32_kb_chat_that_nobody_owns_with_predictions() -> Call:
     import asyncio
     import logging
 
+    from sglfast._counters import W_INFLIGHT_TOKENS
     from sglfast._predicted import PredictionWriter
     from sglfast._workers import READY, WorkerTable
     from sglfast.boot import Boot
@@ -174,6 +175,8 @@ def choice_for_a_32_kb_chat_that_nobody_owns_with_predictions() -> Call:
     boot = Boot(config=config, segment=segment, control=None, shard=0, listener=None, control_address="")  # type: ignore[arg-type]
     router = Shard(boot, asyncio.new_event_loop(), None, logging.getLogger("icount")).router
     router.refresh()
+    for i in range(1, 4):  # so that it is always the same one: where its predictions lie in the table decides about some of the cost
+        router._shard.column.add_worker(i, W_INFLIGHT_TOKENS, 1)
     pool, facts, body = router.pools["m"], Facts(8000, {Variant(64): bytes(range(8))}, is_estimated=True), chat_of_32_kb()
 
     def choose() -> None:

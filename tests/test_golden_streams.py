@@ -89,4 +89,5 @@ def test_every_query_is_answered_exactly(path: Path, route: KeyRoute) -> None:
     assert all(index.mismatch == "" for index in indexes)
     for index in indexes:
         index.retire()
+        index.wipe()
     assert tree.writer.live_blocks == 0

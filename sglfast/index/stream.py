@@ -268,8 +268,10 @@ class RankStream(StreamState):
         self._request = None
         is_behind = self.next_seq is None or self.next_seq <= self._highest
         if is_ended and not is_behind and request.n_batches <= _CONFIRM_ABOVE_BATCHES:
-            self._is_resumed = False
             self._looks.reset()
+            if self._is_resumed and self._loss:
+                self._looks.plan(now_s)  # what the former process could not have, this one may
+            self._is_resumed = False
             return
         if self.next_seq == request.front and (is_behind or not is_ended):
             self._tries += 1
@@ -304,7 +306,7 @@ class RankStream(StreamState):
 
     def _look(self, now_s: float) -> None:
         """Does it speak again? Only if that could better anything."""
-        if self._loss == 0 or self._was_lost or (self.next_seq is not None and self._known_from is None and not self._is_unproven):
+        if self._loss == 0 or self._was_lost:
             self._looks.end()
             return
         start_seq, last_print = 0, 0
@@ -335,7 +337,8 @@ class RankStream(StreamState):
                 self._restart("another engine process answers", now_s)
                 self._ask(now_s)
             return False
-        if front is not None and self._known_from is not None and seq >= self._known_from:
+        # Of blocks that a former process left it is not known how far back they go.
+        if front is not None and seq >= (1 if self._known_from is None else self._known_from):
             self._loss = NOT_KEPT if seq else self._loss
             return False
         if front is not None:

@@ -4,7 +4,7 @@ import struct
 from dataclasses import dataclass, field
 
 from sglfast.index.held import Limits
-from sglfast.index.sink import Outcome
+from sglfast.index.sink import Outcome, Resume
 from sglfast.index.stream import RankStream
 
 LIMITS = Limits(replay_timeout_s=1.0, max_tries=3, max_held_batches=100, max_held_bytes=10_000)
@@ -51,9 +51,9 @@ class Bench:
 
     has_runs = False
 
-    def __init__(self, *, has_replay: bool, limits: Limits = LIMITS) -> None:
+    def __init__(self, *, has_replay: bool, limits: Limits = LIMITS, resume: Resume | None = None) -> None:
         self.sink = Recorder()
-        self.stream = RankStream(self.sink, has_replay=has_replay, limits=limits)
+        self.stream = RankStream(self.sink, has_replay=has_replay, limits=limits, resume=resume)
         self.now_s = 100.0
 
     def connect(self) -> list[object]:

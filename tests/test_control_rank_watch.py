@@ -39,6 +39,8 @@ def test_once_for_many_refusals_and_once_in_a_while() -> None:
         assert look(10.1 + PAUSE_S) == [1], "it is not forgotten meanwhile"
         assert look(20.0) == []
         assert look(20.1, 0, 1) == [0, 1]
+        workers.learn(0, spoken(facts(ranks=1, rank_ways="hhr")))
+        assert look(25.0, 0) == [0], "shards wait for that, also when it has been asked just now"
         workers.remove(1)
         assert look(30.0, 1) == []
-        assert seen.text.count("refuses a data-parallel rank") == 5
+        assert seen.text.count("refuses a data-parallel rank") == 6

@@ -1,10 +1,11 @@
 """A replay socket that was mute and speaks again: when it is asked, what is made of what it says, and what is not."""
 
 import pytest
-from stream_bench import LIMITS, Bench
+from stream_bench import LIMITS, Bench, payload
 
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
-from sglfast.index.stream_state import LOST, NOT_KEPT, REPLAYING, UNKNOWN_HISTORY
+from sglfast.index.sink import Resume
+from sglfast.index.stream_state import LOST, NOT_KEPT, REPLAYING, UNKNOWN_HISTORY, print_of
 
 
 def mute(bench: Bench) -> list[object]:
@@ -66,6 +67,31 @@ def test_a_socket_that_breaks_off_again_is_asked_more_seldom() -> None:
     at_s = bench.now_s
     bench.timeout()
     assert bench.now_s - at_s == 2.0
+
+
+def test_a_batch_that_was_lost_meanwhile_is_not_found_again_by_the_engine_being_the_same() -> None:
+    bench = Bench(has_replay=True)
+    bench.live(*range(100))
+    bench.reconnect()
+    mute(bench)
+    bench.sink.lossy.add(100)
+    bench.live(100)
+    bench.timeout()
+    bench.replay(99, 100, end=True)
+    assert bench.status[0] == RANK_DEGRADED
+
+
+@pytest.mark.parametrize(("oldest", "is_healed"), [(0, True), (1, False)])
+def test_a_loss_that_a_killed_process_left_is_healed_by_the_whole_history_only(oldest: int, is_healed: bool) -> None:
+    bench = Bench(has_replay=True, resume=Resume(5, print_of(payload(4)), LOST))
+    assert bench.connect() == [("ask", 4)]
+    assert bench.replay(4, end=True) == []
+    assert bench.status == (RANK_DEGRADED, LOST)
+    assert bench.timeout() == [("ask", 0)]
+    applied = bench.replay(*range(oldest, 5), end=True)
+    assert applied == (["clear", 0, 1, 2, 3, 4] if is_healed else [])
+    assert bench.status == ((RANK_EXACT, 0) if is_healed else (RANK_DEGRADED, NOT_KEPT))
+    assert bench.stream.deadline_s is None, "it is asked once"
 
 
 def test_a_buffer_that_does_not_reach_back_brings_nothing_and_is_not_asked_again() -> None:

@@ -39,11 +39,12 @@ class RankWatch:
 
     def look(self, now_s: float) -> None:
         """Ask those workers that have refused a rank since they were asked last. now_s: monotonic."""
-        steered = [view for view in self._workers.views if view.record.rank_ways]
         seen, self._seen = self._seen, {}
         not_before_s, self._not_before_s = self._not_before_s, {}
-        for view in steered:
+        for view in self._workers.views:
             key = view.worker_idx, view.generation
+            if not view.record.rank_ways and key not in seen:
+                continue  # a worker that has only one rank for a while is still asked: shards wait for that
             refusals = self._totals.worker(view.worker_idx)[words.W_RANK_REFUSED]
             asked_for = seen.get(key, refusals)  # what a slot has counted before is its former worker's
             if refusals != asked_for and now_s >= not_before_s.get(key, 0.0):

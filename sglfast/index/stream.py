@@ -405,6 +405,7 @@ class RankStream(StreamState):
             self._loss = 0
         if outcome.is_lossy:
             self._loss = LOST
+            self._is_unproven = False  # even if the engine is the one that was left
 
     def _drain(self) -> None:
         while self.next_seq is not None and (payload := self._held.get(self.next_seq)) is not None:

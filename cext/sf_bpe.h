@@ -120,7 +120,7 @@ static inline uint32_t _sf_bpe_begin(const sf_bpe_t *b, const uint8_t *word, siz
     return n;
 }
 
-/* The token of a sign, when its bytes become one before any part of it joins what stands outside. */
+/* The token of a sign, when its bytes become one before any part of it, or all of it, joins what stands outside. */
 static inline uint32_t _sf_bpe_sign(const sf_bpe_t *b, const uint8_t bytes[3], const uint32_t *joins, uint32_t n_tokens) {
     uint32_t left = b->letters[bytes[0]], middle = b->letters[bytes[1]], right = b->letters[bytes[2]], highest, second;
     sf_made_t front = b->of_letters[bytes[0] << 8 | bytes[1]], back = b->of_letters[bytes[1] << 8 | bytes[2]], whole;
@@ -131,11 +131,13 @@ static inline uint32_t _sf_bpe_sign(const sf_bpe_t *b, const uint8_t bytes[3], c
     if (whole.rank == SF_BPE_NONE || second >= n_tokens) return SF_BPE_NONE;
     highest = is_front ? front.rank : back.rank;
     if (whole.rank > highest) highest = whole.rank;
+    /* The sign itself, too: another that is finished later in truth may be what the one before it joins first. */
+    if (whole.id >= n_tokens || joins[whole.id] <= highest) return SF_BPE_NONE;
     return joins[left] > highest && joins[right] > highest && joins[second] > highest ? whole.id : SF_BPE_NONE;
 }
 
-/* Find out which signs may begin as one token. joins: of each of the `n_tokens` tokens the lowest rank by which it, being a part of a
- * character at its begin or end, joins what stands outside and is no ASCII. */
+/* Find out which signs may begin as one token. joins: of each of the `n_tokens` tokens the lowest rank by which it, being a
+ * character or having a part of one at its begin or end, joins what stands outside and is no ASCII. */
 static inline void sf_bpe_find_signs(sf_bpe_t *b, const uint32_t *joins, uint32_t n_tokens) {
     for (uint32_t code = 0x800; code < SF_BPE_SIGNS; code++) {
         uint8_t bytes[3] = {(uint8_t)(0xe0 | code >> 12), (uint8_t)(0x80 | (code >> 6 & 0x3f)), (uint8_t)(0x80 | (code & 0x3f))};

@@ -129,6 +129,25 @@ def test_added_tokens_that_reach_over_a_cut(added: list[AddedToken], text: str, 
         assert list(pieces.encode(long, False)) == tokenizer.encode(long, False), before
 
 
+@pytest.mark.parametrize(
+    ("added", "normalizer", "text"),
+    [
+        # What is looked for in the normalized text may be no token there, or have gone to one that is looked for before.
+        ([AddedToken("<a>", normalized=True)], normalizers.NFC(), "x <a>\u0338 y"),
+        ([AddedToken("<tool>", normalized=True), AddedToken(">>", normalized=False)], None, "x <tool>>y"),
+        ([AddedToken("<tool>", normalized=True), AddedToken("oo", normalized=False)], None, "x <tool>y"),
+    ],
+)
+def test_tokens_of_the_normalized_text(
+    added: list[AddedToken], normalizer: normalizers.Normalizer | None, text: str, tmp_path: Path
+) -> None:
+    tokenizer = with_tokens(tmp_path, *added, normalizer=normalizer)
+    pieces = PieceTokenizer(tokenizer, 1 << 20)
+    assert not pieces.has_words
+    for long in (text, text * 200, "x" * 300 + text):
+        assert list(pieces.encode(long, False)) == tokenizer.encode(long, False)
+
+
 def test_tokens_that_nothing_overlaps_are_clean() -> None:
     assert clean_tokens(["<|im_start|>", "<|im_end|>"], ["<|im_start|>", "<|im_end|>", "\n\n"]) == ["<|im_start|>", "<|im_end|>"]
     assert clean_tokens(["<1>", "<11>"], ["<1>", "<11>"]) == ["<1>", "<11>"]

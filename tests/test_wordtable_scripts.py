@@ -187,6 +187,21 @@ def test_merges_are_those_of_the_tokenizer(tokenizer: Tokenizer, texts: list[str
         assert pieces.encode(text, False).tolist() == tokenizer.encode(text, False)
 
 
+def test_a_sign_that_its_neighbour_would_join_too_early_is_no_token_at_first() -> None:
+    """The last sign is whole only behind the join of the first two, which so comes before that of the last two."""
+    written = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    first, second, third = (written.pre_tokenize_str(sign)[0][0] for sign in "你好我")
+    order = [(part[0], part[1]) for part in (first, second)] + [(part[:2], part[2]) for part in (first, second)]
+    order += [(third[0], third[1]), (second, third), (first, second), (third[:2], third[2])]
+    order = list(dict.fromkeys(order))
+    entries = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *(left + right for left, right in order)])
+    rust = RustTokenizer(models.BPE({entry: number for number, entry in enumerate(entries)}, order))
+    rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces = PieceTokenizer(Tokenizer(rust, None, {}), 1 << 20)
+    assert pieces.has_words
+    assert list(pieces.encode("你好我", False)) == rust.encode("你好我", add_special_tokens=False).ids
+
+
 def test_a_file_with_line_ends_in_its_pattern_is_known(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     rust = RustTokenizer.from_buffer(build("deepseek3", tmp_path / "a")._rust.to_str().replace(r"\\r\\n", r"\r\n").encode())

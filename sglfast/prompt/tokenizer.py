@@ -185,9 +185,27 @@ class Tokenizer:
         return [text for text in self._rust.decode_batch([[token_id] for token_id in range(size)]) if text.isascii()]
 
     def added_tokens(self) -> dict[str, bool]:
-        """Texts that are taken out before all else -> whether the token stands alone (strips no spaces, needs no word border)."""
+        """Texts that are taken out before all else -> whether the token stands alone: strips no spaces, needs no word border.
+
+        Those that are looked for in the normalized text stand alone where nothing is normalized and none of the others, which are
+        taken out before them, may begin inside.
+        """
         tokens = self._rust.get_added_tokens_decoder().values()
-        return {token.content: not (token.lstrip or token.rstrip or token.single_word) for token in tokens}
+        firsts = {token.content for token in tokens if not token.normalized}
+        begins = {text[:size] for text in firsts for size in range(1, len(text) + 1)}
+        is_normalizing = bool(self._normalizers())
+
+        def is_late(text: str) -> bool:
+            return (
+                is_normalizing
+                or any(text[at:] in begins for at in range(1, len(text)))
+                or any(text[at:end] in firsts for at in range(len(text)) for end in range(at + 1, len(text) + 1))
+            )
+
+        return {
+            token.content: not (token.lstrip or token.rstrip or token.single_word or (token.normalized and is_late(token.content)))
+            for token in tokens
+        }
 
     @property
     def takes_spaces(self) -> bool:
@@ -229,7 +247,7 @@ def _text_of(entry: str) -> str | None:
 def _joins(vocab: dict[str, int], pairs: list[list[str]]) -> "array[int]":
     """Merges.joins of a byte-level model: a merge counts where it joins bytes across a border between two characters."""
     joins = array("I", [_NO_TOKEN]) * (max(vocab.values(), default=0) + 1)
-    broken = {entry for entry in vocab if not entry.isascii() and _text_of(entry) is None}
+    broken = {entry for entry in vocab if not entry.isascii() and ((text := _text_of(entry)) is None or len(text) == 1)}
     for rank, (left, right) in enumerate(pairs):
         if left not in broken and right not in broken:
             continue

@@ -127,13 +127,13 @@ cdef uint64_t resolve_names(table_t *table, sf_kv_t *kv, const sf_kv_event_t *ev
 
 
 cdef bint is_known_copy(table_t *table, const sf_kv_t *kv, const sf_kv_event_t *event) noexcept nogil:
-    """Does a store outside the device name nothing but known blocks? Then its names tell their keys, as in TokenRoute.place."""
+    """Does a store outside the device name a known block? Then its names tell the keys, as in TokenRoute.place."""
     cdef uint64_t i, hash_
     for i in range(event.count):
         hash_ = _word(kv.keys, event.start + i)
-        if not table_find(table, hash_ if hash_ else HASH_ZERO).hash:
-            return False
-    return True
+        if table_find(table, hash_ if hash_ else HASH_ZERO).hash:
+            return True
+    return False
 
 
 cdef int place_events(table_t *table, sf_kv_t *kv, placed_t *placed) noexcept nogil:

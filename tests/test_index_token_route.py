@@ -328,6 +328,19 @@ def test_a_copy_of_known_blocks_has_their_keys() -> None:
         assert house.overlap(TOKENS, tiers=2) == 2, "what nobody knows is named by its tokens"
 
 
+def test_a_copy_of_blocks_of_which_some_are_known_makes_no_other_keys_of_them() -> None:
+    for is_usual in (False, True):
+        house = House()
+        house.apply(stored([1, 2], TOKENS[:8], extra_keys=[["s"], None]))
+        house.apply(removed([2]))
+        house.index.has_agreed = is_usual
+        house.apply(stored([1, 2], TOKENS[:8], medium="CPU"))
+        assert [house.asked(TOKENS, cache_salt=salt, tiers=2) for salt in ("s", "")] == [1, 0]
+        assert house.index.counters.orphans == 1
+        house.apply(removed([1]), removed([1, 2], medium="CPU"))
+        assert house.index.owned_blocks == house.index.mapped_blocks == 0
+
+
 def test_a_salt_may_have_an_adapters_name() -> None:
     house = House()
     house.apply(stored([1], TOKENS[:4], lora_name="ad", extra_keys=[["ad", "ad"]]))

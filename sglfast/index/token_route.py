@@ -60,10 +60,11 @@ class TokenRoute:
             return b""
         n_blocks = len(event.keys) // 8
         if tier_mask(event.medium) != DEVICE:
-            # A copy of blocks that are known by their names. Some offloading connectors tell its tokens, but not what was hashed
-            # beside these; keys made of such events would be other ones, and nobody would remove the first ones.
+            # A copy of blocks of which some are known by their names. Some offloading connectors tell its tokens, but not what was
+            # hashed beside these; keys made of such events would be other ones, and nobody would remove the first ones.
             _, keys = self._map.find(event.keys)
-            if len(keys) == len(event.keys):
+            if keys:
+                self.orphans += n_blocks - len(keys) // 8
                 return keys
         packed = token_ids(event.token_ids)
         units = decode_token_ids(event.token_ids) if packed is None else memoryview(packed).cast("I")

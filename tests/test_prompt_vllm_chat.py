@@ -60,3 +60,15 @@ def test_older_versions_agree_on_what_is_usual() -> None:
         if not old["refused"] and (new["refused"] or any(in_order(new[what]) != in_order(old[what]) for what in ("messages", "tools")))
     ]
     assert len(differ) == 17
+
+
+@pytest.mark.parametrize("kind", [["text"], {"a": 1}, 5])
+def test_a_part_of_no_known_type_is_named(kind: object) -> None:
+    body = {"messages": [{"role": "user", "content": [{"type": kind, "text": "x"}]}]}
+    with pytest.raises(UnkeyableError, match="type of a content part must be a string"):
+        chat_input(body, "string")
+
+
+def test_a_call_id_that_is_null_is_none() -> None:
+    given = chat_input({"messages": [{"role": "tool", "content": "hi", "tool_call_id": None}]}, "string")
+    assert given.messages == [{"role": "tool", "content": "hi"}]

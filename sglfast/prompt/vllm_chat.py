@@ -103,7 +103,7 @@ def message_input(raw: object, content_format: ContentFormat) -> dict[str, Any]:
             raise UnkeyableError("media", "the assistant's reasoning is given as embeddings")
         if thoughts is not None:
             message["reasoning"] = message["reasoning_content"] = thoughts
-    elif role == "tool" and "tool_call_id" in raw:
+    elif role == "tool" and raw.get("tool_call_id") is not None:
         message["tool_call_id"] = raw["tool_call_id"]
     for field in ("name", "task"):
         if isinstance(raw.get(field), str):
@@ -138,6 +138,8 @@ def _part(raw: object) -> dict[str, Any] | None:
     if not isinstance(raw, dict):
         raise _malformed("a content part must be an object or a string")
     kind = raw.get("type")
+    if kind is not None and not isinstance(kind, str):
+        raise _malformed("the type of a content part must be a string")
     if raw.get("uuid") is not None or kind in _MEDIA_TYPES:
         raise UnkeyableError("media", f"a content part of type {kind!r}: its token ids are known to the engine alone")
     if kind == "tool_reference" and isinstance(raw.get("name"), str):

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from sglfast.errors import PromptError
 from sglfast.prompt import stable as stable_module
 from sglfast.prompt.frames import FrameMaker
-from sglfast.prompt.stable import Border, NotStableError, Run, StableTemplate
+from sglfast.prompt.kept import NotStableError
+from sglfast.prompt.stable import Border, Run, StableTemplate
 from sglfast.prompt.template import ChatTemplate
 from sglfast.prompt.train import CHAT_TEMPLATE
 
@@ -145,7 +146,7 @@ def test_frames_are_what_is_printed_whatever_the_texts_are(
     opening = messages[0]
     role = opening["role"] if len(opening) == 2 and type(opening["content"]) is str else None
     for border in first.borders:
-        frame = maker.make(border, role, roles, variables)
+        frame = maker.make(border, role, roles, variables, lambda: opening)
         if frame is None or border.needed > border.at:
             continue
         for shift in range(3):
@@ -171,7 +172,9 @@ def test_plain_messages_have_frames(name: str) -> None:
     run = run_of(name, PLAIN, None, {})
     run.go_on()
     border = run.borders[-1 if name != "zephyr" else -2]
-    frame = FrameMaker(template).make(border, "user", ("user", "assistant", "user")[border.at % 2 :], template.variables(None, {}))
+    frame = FrameMaker(template).make(
+        border, "user", ("user", "assistant", "user")[border.at % 2 :], template.variables(None, {}), lambda: PLAIN[0]
+    )
     assert frame is not None
     assert frame.borders
 
@@ -183,7 +186,7 @@ def test_what_depends_on_a_text_has_none(name: str) -> None:
     run = run_of(name, PLAIN, None, {})
     run.go_on()
     for border in run.borders:
-        frame = FrameMaker(template).make(border, "user", ("assistant",), template.variables(None, {}))
+        frame = FrameMaker(template).make(border, "user", ("assistant",), template.variables(None, {}), lambda: PLAIN[0])
         assert frame is None
 
 
@@ -220,7 +223,7 @@ def test_every_question_to_a_text_is_answered_right_or_not_at_all(question: str)
     first = template.run(2, start.__getitem__, template.variables(None, {}))
     text_of(first)
     for border in first.borders:
-        frame = FrameMaker(template).make(border, "user", ("user", "user"), template.variables(None, {}))
+        frame = FrameMaker(template).make(border, "user", ("user", "user"), template.variables(None, {}), lambda: start[0])
         for content in ("a", "", " a ", "2", "[]", "0"):
             tail = [{"role": "user", "content": content}, {"role": "user", "content": "x" + content}]
             messages = start[: border.at] + tail

@@ -2,18 +2,21 @@
 
 Runs in: shards (the loop and the tokenizer's thread). A Frame is immutable.
 Contract: for messages of the same roles that have a text and nothing else, filling a Frame gives what a Run from the same border prints,
-    whatever the texts are; `fill` says None where that depends on a text that is empty.
+    whatever the texts are; `fill` says None where that depends on a text that is empty, or on a word that the template looks for in it.
 Why it holds: the frame is printed by the template itself, run on Text objects in place of the texts. A Text can be put together with
-    strings, trimmed, and asked whether it is empty (the answer is noted); whatever else is done to it raises, and then there is no
-    frame. So no step can have depended on what stands in a text, and each hole is where a text goes as it is, or trimmed.
+    strings, trimmed, and asked whether it is empty, or begins with, ends with or has a word (it says no, and that is noted); whatever
+    else is done to it raises, and then there is no frame. So no step can have depended on anything else that stands in a text, and each
+    hole is where a text goes as it is, or trimmed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from jinja2 import Environment
 
-from sglfast.prompt.stable import Border, Message, NotStableError, Run, StableTemplate
+from sglfast.prompt.kept import NotStableError
+from sglfast.prompt.scans import Message
+from sglfast.prompt.stable import Border, Run, StableTemplate
 
 _MAX_PARTS = 64
 
@@ -28,14 +31,28 @@ class Hole:
         self.is_trimmed = is_trimmed
 
 
+class Asked(NamedTuple):
+    """A question of a template that was answered with no: where the text of `hole` has `word`."""
+
+    hole: Hole
+    where: str
+    word: str
+
+    def is_wrong(self, text: str) -> bool:
+        """Whether the answer for this text is yes."""
+        if self.where == "begin":
+            return text.startswith(self.word)
+        return text.endswith(self.word) if self.where == "end" else self.word in text
+
+
 class Text:
     """Strings and holes, as a template sees them: a text of which nothing is known."""
 
     __slots__ = ("_noted", "_parts")
 
-    def __init__(self, parts: tuple[str | Hole, ...], noted: list[Hole]) -> None:
+    def __init__(self, parts: tuple[str | Hole, ...], noted: list[Hole | Asked]) -> None:
         self._parts = parts
-        self._noted = noted  # holes that were asked whether they are empty, and were taken not to be
+        self._noted = noted  # holes that were asked whether they are empty, and were taken not to be; other questions
 
     def _joined(self, others: Sequence[object], *, is_before: bool) -> "Text":
         parts: tuple[str | Hole, ...] = ()
@@ -43,7 +60,7 @@ class Text:
             if type(other) is Text:
                 parts += other._parts
             elif type(other) is str:
-                parts += (other,)
+                parts += (other,) if other else ()
             else:
                 raise NotStableError("a text is put together with what is none")
         return Text(parts + self._parts if is_before else self._parts + parts, self._noted)
@@ -64,10 +81,30 @@ class Text:
 
     def strip(self) -> "Text":
         """A method of strings that templates use."""
-        hole = self._parts[0]
-        if len(self._parts) != 1 or isinstance(hole, str):
-            raise NotStableError("a text with something around it is trimmed")
-        return Text((Hole(hole.at, True),), self._noted)
+        return Text((Hole(self._hole().at, True),), self._noted)
+
+    def startswith(self, word: object) -> bool:
+        """As `strip`."""
+        return self._ask("begin", word)
+
+    def endswith(self, word: object) -> bool:
+        """As `strip`."""
+        return self._ask("end", word)
+
+    def __contains__(self, word: object) -> bool:
+        return self._ask("in", word)
+
+    def _hole(self) -> Hole:
+        hole = self._parts[0] if len(self._parts) == 1 else ""
+        if isinstance(hole, str):
+            raise NotStableError("a text with something around it is looked at")
+        return hole
+
+    def _ask(self, where: str, word: object) -> bool:
+        if type(word) is not str:
+            raise NotStableError("what a template prints depends on a text")
+        self._noted.append(Asked(self._hole(), where, word))
+        return False
 
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("__"):
@@ -78,19 +115,20 @@ class Text:
         raise NotStableError("what a template prints depends on a text")
 
     # jinja2 takes a TypeError of these for an answer, or Python has one of its own.
-    __eq__ = __ne__ = __hash__ = __getitem__ = __contains__ = __iter__ = __len__ = __int__ = __float__ = __index__ = _refuse
+    __eq__ = __ne__ = __hash__ = __getitem__ = __iter__ = __len__ = __int__ = __float__ = __index__ = _refuse
     __str__ = __repr__ = __format__ = __mod__ = __rmod__ = __mul__ = __rmul__ = _refuse
 
 
 class Frame:
     """What is printed behind a border: strings, and holes for texts of messages, counted from the border on."""
 
-    __slots__ = ("_not_empty", "_parts", "borders")
+    __slots__ = ("_asked", "_not_empty", "_parts", "borders")
 
-    def __init__(self, parts: tuple[str | Hole, ...], not_empty: tuple[Hole, ...], borders: tuple[Border, ...]) -> None:
+    def __init__(self, parts: tuple[str | Hole, ...], noted: list[Hole | Asked], borders: tuple[Border, ...]) -> None:
         """borders: `chars` of each is the number of parts before it."""
         self._parts = parts
-        self._not_empty = not_empty
+        self._not_empty = tuple(item for item in noted if isinstance(item, Hole))
+        self._asked = tuple(item for item in noted if isinstance(item, Asked))
         self.borders = borders
 
     def fill(self, messages: Sequence[Message]) -> list[str] | None:
@@ -98,6 +136,10 @@ class Frame:
         for hole in self._not_empty:
             content = messages[hole.at]["content"]
             if not (content.strip() if hole.is_trimmed else content):
+                return None
+        for asked in self._asked:
+            content = messages[asked.hole.at]["content"]
+            if asked.is_wrong(content.strip() if asked.hole.is_trimmed else content):
                 return None
         parts = []
         for part in self._parts:
@@ -115,12 +157,15 @@ class FrameMaker:
     def __init__(self, template: StableTemplate) -> None:
         self._template = template.twin(_for_texts)
 
-    def make(self, border: Border, opening_role: str | None, roles: Sequence[str], variables: Mapping[str, Any]) -> Frame | None:
+    def make(
+        self, border: Border, opening_role: str | None, roles: Sequence[str], variables: Mapping[str, Any], opening: Callable[[], Message]
+    ) -> Frame | None:
         """The frame of messages of these roles behind a border; None when there is none.
 
-        opening_role: of the conversation's first message, if that has nothing but a text besides.
+        opening_role: of the conversation's first message, if that has nothing but a text besides; opening: that message, for scans,
+        whose outcome is the same in all conversations that have the border's `form`.
         """
-        noted: list[Hole] = []
+        noted: list[Hole | Asked] = []
         known: dict[int, Message] = {}
 
         def message_at(at: int) -> Message:
@@ -131,7 +176,10 @@ class FrameMaker:
                 known[at] = {"role": role, "content": Text((Hole(at - border.at, False),), noted)}
             return known[at]
 
-        run = self._template.run(border.at + len(roles), message_at, variables, border)
+        def glance_at(at: int) -> Message:
+            return message_at(at) if at or not border.at else opening()
+
+        run = self._template.run(border.at + len(roles), message_at, variables, border, glance_at)
         try:
             ends = _go_through(run)
         except Exception:  # a template can raise anything
@@ -142,11 +190,11 @@ class FrameMaker:
             run.has_lost_borders
             or len(parts) > _MAX_PARTS
             or any(isinstance(part, Hole) and part.at < 0 for part in parts)
-            or any(hole.at < 0 for hole in noted)
+            or any((item.hole if isinstance(item, Asked) else item).at < 0 for item in noted)
         ):
             return None
         borders = tuple(found._replace(chars=ends[found.chars]) for found in run.borders)
-        return Frame(parts, tuple(noted), borders)
+        return Frame(parts, noted, borders)
 
 
 def _go_through(run: Run) -> list[int]:

@@ -3,8 +3,8 @@
 Runs in: shard, when the tokenizer is loaded.
 Contract: in a template that `is_orderly` takes, nothing is carried from one turn of a loop to the next but attributes of namespaces, and
     nothing decides about the text but its variables and the clock. `mark_loops` changes a syntax tree so that each loop that may be
-    the one over the messages asks the filter LOOP_FILTER what to walk over, and what is printed before it is left out where the test
-    KNOWN_TEST says so; nothing else changes. A template that is refused costs speed, not exactness.
+    the one over the messages asks the filter LOOP_FILTER what to walk over, or SCAN_FILTER where it prints nothing; and what is printed
+    before it is left out where the test KNOWN_TEST says so; nothing else changes. A template that is refused costs speed, not exactness.
 Why a list of what is refused is enough for the first: jinja2's own `set` does not outlive a turn, its sandbox lets no template change
     a list or a dict, and what else has a memory is few: iterators that were begun, `loop.changed`, cyclers and joiners, chance.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from jinja2 import nodes
 
-LOOP_FILTER, KNOWN_TEST = "sglfast_loop", "sglfast_known"
+LOOP_FILTER, SCAN_FILTER, KNOWN_TEST = "sglfast_loop", "sglfast_scan", "sglfast_known"
 
 _FOREIGN = (nodes.Extends, nodes.Include, nodes.Import, nodes.FromImport, nodes.Block, nodes.EvalContextModifier)
 _MEMORIES = frozenset({"cycler", "joiner", "lipsum", "changed"})
@@ -57,6 +57,15 @@ def _is_plain(node: nodes.For) -> bool:
     return not node.recursive and node.test is None and not node.else_ and isinstance(node.target, nodes.Name)
 
 
+def _prints(node: nodes.Output) -> bool:
+    """Whether it is there to print something: what raises is not, nor is the space around other things."""
+    return any(child.data.strip() if isinstance(child, nodes.TemplateData) else not _raises(child) for child in node.nodes)
+
+
+def _raises(node: nodes.Expr) -> bool:
+    return isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name == "raise_exception"
+
+
 class _Marking:
     def __init__(self, n_loops: int, pure_calls: frozenset[str]) -> None:
         self._n_loops = n_loops
@@ -71,7 +80,8 @@ class _Marking:
                 for branch in _branches(node):
                     self.mark(branch)
             elif isinstance(node, nodes.For) and _is_plain(node):
-                node.iter = nodes.Filter(node.iter, LOOP_FILTER, [nodes.Const(self._marked)], [], None, None, lineno=node.lineno)
+                name = LOOP_FILTER if any(map(_prints, node.find_all(nodes.Output))) else SCAN_FILTER
+                node.iter = nodes.Filter(node.iter, name, [nodes.Const(self._marked)], [], None, None, lineno=node.lineno)
                 self._marked += 1
             elif isinstance(node, nodes.Output) and self._only_prints(node):
                 messages = nodes.Name("messages", "load", lineno=node.lineno)

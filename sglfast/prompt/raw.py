@@ -9,6 +9,7 @@ How: cext/sf_json.h splits the body into messages and names each beginning of th
     begins (prompt/stable.py). Other bytes for the same text are not found; then the text's own digest may be (prompt/prefixes.py).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,11 +23,13 @@ from sglfast.prompt import vllm_chat
 from sglfast.prompt.adapters import asked_for
 from sglfast.prompt.chat import closed, is_open, kwargs_input, message_input, tools_input
 from sglfast.prompt.frames import Frame, FrameMaker
+from sglfast.prompt.kept import NotStableError
 from sglfast.prompt.keys import PromptText, cache_salt_of, given_of, text_of_chat
 from sglfast.prompt.lazy import Keying, LazyKeyer
 from sglfast.prompt.prefixes import Prefix
+from sglfast.prompt.scans import Message
 from sglfast.prompt.seen import Kind, SeenKeying, Turn, Turns
-from sglfast.prompt.stable import Message, Run, StableTemplate
+from sglfast.prompt.stable import Run, StableTemplate
 from sglfast.prompt.template import RESERVED_KWARGS
 from sglfast.shm import Dialect, Engine, Variant, dialect_of
 
@@ -127,12 +130,21 @@ class RawReader:
             else:
                 return None
         kind = context.kind(variants, template.stamp(), self.keyer.prefixes.seed)
-        turn = self.keyer.prefixes.first(scan.beginnings(limit, _LAST_NAMES, _FIRST_NAMES, kind.name))
-        if turn is not None:
+        names = scan.beginnings(limit, _LAST_NAMES, _FIRST_NAMES, kind.name)
+        turn = self.keyer.prefixes.first(names)
+        while turn is not None:
             assert isinstance(turn, Turn)
             if budget is not None and is_too_much(scan, turn.border.at, budget):
                 return None
-            return self._seen(template, scan, limit, context, turn, kind, [last] if count == len(scan) else [], continuation, engine)
+            try:
+                return self._seen(template, scan, limit, context, turn, kind, [last] if count == len(scan) else [], continuation, engine)
+            except NotStableError:
+                if not turn.border.form:
+                    raise
+                # What a scan of the whole found may have changed what was printed before the border, but not before an earlier one.
+                place = next((at for at, name in enumerate(names) if self.keyer.prefixes.get(name) is turn), len(names))
+                names = names[place + 1 :]
+                turn = self.keyer.prefixes.first(names)
         messages = _Messages(self, scan, budget, last, engine)
         run = template.run(count, messages.at, context.variables)
         if context.has_tools or not scan.is_flat(0):
@@ -167,7 +179,7 @@ class RawReader:
                 tail = [message_input(orjson.loads(scan.message(place)), content_format) for place in range(at, fresh)] + last
             else:
                 tail = [self.message(scan.message(place), engine) for place in range(at, fresh)] + last
-        frame = self._frame(turn, tail, context)
+        frame = self._frame(turn, tail, context, scan, engine)
         if frame is not None:
             parts = frame.fill(tail)
             if parts is not None:
@@ -184,7 +196,7 @@ counts_chars=False, continuation=continuation, salt=context.cache_salt, asked=co
 counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=context.asked,
 )  # fmt: skip
 
-    def _frame(self, turn: Turn, tail: list[Message], context: Context) -> Frame | None:
+    def _frame(self, turn: Turn, tail: list[Message], context: Context, scan: ChatScan, engine: Engine) -> Frame | None:
         if len(tail) > _FRAME_MESSAGES:
             return None
         roles: tuple[str, ...] = ()
@@ -199,7 +211,8 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
                 frames.clear()
             frames[roles] = False  # what comes once is not worth one
         elif frame is False:
-            frame = frames[roles] = self._frames.make(turn.border, turn.opening_role, roles, context.variables)
+            opening = functools.partial(self.opening, scan, lambda at: self.message(scan.message(at), engine), engine)
+            frame = frames[roles] = self._frames.make(turn.border, turn.opening_role, roles, context.variables, opening)
         return frame if isinstance(frame, Frame) else None
 
     def _context(self, template: StableTemplate, scan: ChatScan, dialect: Dialect) -> Context | None:

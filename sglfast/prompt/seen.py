@@ -116,10 +116,12 @@ class Turns:
         opening_role: str | None, chain_bytes: int,
     ) -> None:  # fmt: skip
         """Remember a border under the name of the messages that it needs."""
-        at, needed, _, loop, values = border
+        at, needed, _, loop, values, form, ranges, roles = border
         state = repr(values) if values else ""
         if len(state) <= _STATE_CHARS:
-            family = (kind.name, at, loop, state, opening_role)
+            family: tuple[object, ...] = (kind.name, at, loop, state, opening_role)
+            if form:
+                family += (form, ranges, *roles[:at])
             frames = self._families.get(family)
             if frames is None:
                 frames = self._families[family] = {}

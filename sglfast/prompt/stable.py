@@ -6,41 +6,40 @@ Contract: the text of a Run that was started at a border of an earlier Run is wh
     border, or NotStableError, and the caller renders the whole.
 Why it holds. A template is a program without input but its variables, so two runs go the same way as long as all they have read is
     the same. Here it gets its messages from a View, which notes what is read: `needed` counts the messages that any step so far has
-    looked at, and a run that has asked for their number, or come to their end, has no more borders. What stands before a border
-    was printed by steps that read no more than that. To begin at the border, the same program runs again on the whole conversation,
+    looked at, and a run that has asked for their number, or come to their end, in its loop has no more borders; what it has found out
+    about them before the loop is compared (prompt/scans.py). What stands before a border was printed by steps that read no more than
+    that. To begin at the border, the same program runs again on the whole conversation,
     but its loop over the messages starts in the middle: everything before the loop is set anew (only what it would print is left
     out), and the one thing that jinja2 carries from one turn of a loop to the next, the attributes of namespaces, is put back as
     it was. Templates with any other memory are refused (prompt/orderly.py).
     The clock is read through the Run: its words are part of what must be the same (`stamp`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, Template
-from jinja2.runtime import Context, LoopContext
+from jinja2.runtime import Context
 from jinja2.utils import Namespace
 
-from sglfast.prompt.orderly import KNOWN_TEST, LOOP_FILTER, is_orderly, mark_loops
+from sglfast.prompt.kept import NotStableError, is_plain, size_bytes
+from sglfast.prompt.orderly import KNOWN_TEST, LOOP_FILTER, SCAN_FILTER, is_orderly, mark_loops
+from sglfast.prompt.scans import Glance, Message, Range, Scan, Slot, add_tests, attributes_of, range_of
 from sglfast.prompt.template import ChatTemplate, make_environment, strftime_now
-
-Message = dict[str, Any]
+from sglfast.prompt.views import View, Walk, WatchedLoop, enter, is_known, scan
 
 _OF_THE_RUN = object()  # stands for a function that each run has of its own
 _CLOCK_FORMATS = 8
-_VALUES = 64  # plain values in one namespace attribute that holds a list or a dict
-
-
-class NotStableError(Exception):
-    """The template does something with the conversation that cannot be followed here."""
 
 
 class Border(NamedTuple):
     """A place between two messages of a rendered conversation.
 
     at: number of the message behind it; needed: messages, from the first, that decide about all text before it; chars: of the run's text
-    before it; loop: which loop over which rest of the messages; state: what each namespace has that it had not before the loop.
+    before it; loop: which loop over which rest of the messages; state: what each namespace has that it had not before the loop; form,
+    ranges: with what a scan of the whole conversation came to the loop (Scan.end), and within what its numbers must be; roles: those that
+    the scan has asked for, of this conversation's messages from the first on; they save parsing where messages[:at] are the same.
     """
 
     at: int
@@ -48,13 +47,21 @@ class Border(NamedTuple):
     chars: int
     loop: tuple[int, int]
     state: tuple[dict[str, Any], ...]
+    form: bytes = b""
+    ranges: tuple[Range, ...] = ()
+    roles: Sequence[str] = ()
 
     @property
     def size_bytes(self) -> int:
         """What it costs to remember."""
         if not self.state:
-            return 200
-        return 200 + sum(200 + sum(100 + len(name) + _size_bytes(value) for name, value in values.items()) for values in self.state)
+            return 200 + 8 * len(self.roles)
+        return (
+            200
+            + 100 * len(self.ranges)
+            + 8 * len(self.roles)
+            + sum(200 + sum(100 + len(name) + size_bytes(value) for name, value in values.items()) for values in self.state)
+        )
 
 
 class StableTemplate:
@@ -65,7 +72,7 @@ class StableTemplate:
         environment = _watching_environment()
         template = Template.from_code(environment, code, environment.make_globals(None))
         words = template.root_render_func.__globals__
-        words["LoopContext"] = _WatchedLoop
+        words["LoopContext"] = WatchedLoop
         if change is not None:
             change(environment, words)
         self._code = code
@@ -102,16 +109,21 @@ class StableTemplate:
         functions = dict.fromkeys(("namespace", "strftime_now"), _OF_THE_RUN)
         return {**self._globals, **functions, **self._chat.special_tokens, **kwargs, **own}
 
-    def run(self, count: int, message_at: Callable[[int], Message], variables: Mapping[str, Any], start: Border | None = None) -> "Run":
-        """Render `count` messages, or what stands behind a border. message_at: is asked for messages when they are needed."""
-        run = Run(self, count, message_at, start)
+    def run(
+        self, count: int, message_at: Callable[[int], Message], variables: Mapping[str, Any], start: Border | None = None,
+        glance_at: Callable[[int], Message] | None = None,
+    ) -> "Run":  # fmt: skip
+        """Render `count` messages, or what stands behind a border. message_at: is asked for messages when they are needed; glance_at: the
+        same for scans of the whole conversation."""
+        run = Run(self, count, message_at, start, glance_at)
         mine = dict(variables)
         mine["messages"] = View(run, 0)
         if mine["namespace"] is _OF_THE_RUN:
             mine["namespace"] = run.namespace
         if mine["strftime_now"] is _OF_THE_RUN:
             mine["strftime_now"] = run.strftime_now
-        run.rendering = self._render(Context(self._environment, mine, None, {}))
+        run.context = Context(self._environment, mine, None, {})
+        run.rendering = self._render(run.context)
         return run
 
 
@@ -119,24 +131,33 @@ class Run:
     """One rendering, as far as it was asked for: its text bit by bit in `parts`, and the borders that it has passed."""
 
     __slots__ = (
-        "_attributes", "_before", "_is_whole", "_loop", "_message_at", "_namespaces", "_needed", "_start",
-        "borders", "chars", "clock", "count", "has_lost_borders", "parts", "rendering", "template",
+        "_attributes", "_before", "_form", "_glance_at", "_is_whole", "_loop", "_message_at", "_namespaces", "_needed", "_roles",
+        "_scan", "_slots", "_start", "borders", "chars", "clock", "context", "count", "has_lost_borders", "parts", "rendering", "template",
     )  # fmt: skip
 
-    def __init__(self, template: StableTemplate, count: int, message_at: Callable[[int], Message], start: Border | None) -> None:
+    def __init__(
+        self, template: StableTemplate, count: int, message_at: Callable[[int], Message], start: Border | None,
+        glance_at: Callable[[int], Message] | None,
+    ) -> None:  # fmt: skip
         """Use StableTemplate.run."""
         self.template = template
         self.count = count
         self.rendering: Iterator[str] = iter(())
+        self.context: Context
         self.parts: list[str] = []
         self.chars = 0
         self.borders: list[Border] = []
         self.clock: dict[str, str] = {}
         self.has_lost_borders = False  # by something in a namespace that cannot be kept
         self._message_at = message_at
+        self._glance_at = glance_at or message_at
+        self._roles: list[str] = []  # of messages, from the first, that a scan has asked for
         self._start = start
         self._needed = start.needed if start is not None else 0
-        self._is_whole = False  # the number of messages has made a difference
+        self._is_whole = False  # the number of messages has made a difference in the loop
+        self._scan: Scan | None = None  # it has made one before the loop
+        self._form = b""
+        self._slots: list[Slot] = []
         self._loop: tuple[int, int] | None = None
         self._namespaces: list[Namespace] = []
         self._attributes: list[dict[str, Any]] = []  # of the namespaces that were there before the loop
@@ -190,37 +211,62 @@ class Run:
 
     def take(self, index: int) -> Message:
         """A message that the template looks at."""
-        if index >= self._needed:
+        if index >= self._needed and (self._scan is None or self._loop is not None):
             self._needed = index + 1
         return self._message_at(index)
 
+    def glances(self, indexes: range) -> list[Glance]:
+        """Messages that a scan may look at."""
+        return [Glance(self._glance_at, index, self._roles) for index in indexes]
+
     def see_end(self) -> None:
         """The template has learned how many messages there are."""
-        self._is_whole = True
+        if self._loop is not None:
+            self._is_whole = True
+        elif self._scan is None:
+            self._scan = Scan(self._namespaces, len(self.parts))
+            if self._start is not None:
+                self._roles = list(self._start.roles[: self._start.at])
+
+    @property
+    def is_scanning(self) -> bool:
+        """The template has looked at the end, and its loop has not begun."""
+        return self._scan is not None and self._loop is None
 
     @property
     def is_before_start(self) -> bool:
         """What is printed now is known."""
-        return self._start is not None and self._loop is None
+        return self._start is not None and self._loop is None and self._scan is None
 
-    def enter(self, view: "View", loop: int) -> "View | _Walk":
+    def enter(self, view: View, loop: int) -> View | Walk:
         """A loop over messages begins: the first one is the one with borders."""
         if self._loop is not None:
             return view
         offset = view._offset
         self._loop = (loop, offset)
-        self._attributes = [made._Namespace__attrs for made in self._namespaces]
-        self._before = [dict(attributes) for attributes in self._attributes]
+        self._attributes = [attributes_of(made) for made in self._namespaces]
         start = self._start
+        if self._scan is not None:
+            self._end_scan(self._scan, start)
+        self._before = [dict(attributes) for attributes in self._attributes]
         if start is None:
-            return _Walk(self, offset, offset)
-        if start.loop != self._loop or len(start.state) != len(self._attributes):
+            return Walk(self, offset, offset)
+        if start.loop != self._loop or len(start.state) != len(self._attributes) or start.form != self._form:
             raise NotStableError("not the way that led to the border")
         for attributes, values in zip(self._attributes, start.state, strict=True):
             attributes.update(values)
         self.parts.clear()
         self.chars = 0
-        return _Walk(self, offset, start.at)
+        return Walk(self, offset, start.at)
+
+    def _end_scan(self, scan: Scan, start: Border | None) -> None:
+        try:
+            self._form = scan.end(self.context.vars, self.parts, () if start is None else start.ranges, self.see_end)
+        except NotStableError:
+            if start is not None:
+                raise
+            self._is_whole = True
+        self._slots = scan.slots
 
     def pass_border(self, index: int) -> None:
         """All turns of the loop before message `index` are over."""
@@ -229,155 +275,24 @@ class Run:
         state: tuple[dict[str, Any], ...] = ()
         for attributes, before in zip(self._attributes, self._before, strict=True):
             changed = {name: value for name, value in attributes.items() if name not in before or before[name] is not value}
-            if changed and not all(map(_is_plain, changed.values())):
+            if changed and not all(map(is_plain, changed.values())):
                 self.has_lost_borders = True
                 return
             state += (changed,)
         needed = self._needed
-        self.borders.append(Border(index, needed if needed > index else index, self.chars, self._loop, state))
-
-
-class View:
-    """The messages as a template sees them, from one of them on: a list that notes what is read.
-
-    No list's subclass: what is not spelled out here would be answered by an empty list; so it is refused.
-    """
-
-    __slots__ = ("_offset", "_run")
-
-    def __init__(self, run: Run, offset: int) -> None:
-        self._run = run
-        self._offset = offset
-
-    def __len__(self) -> int:
-        self._run.see_end()
-        return max(0, self._run.count - self._offset)
-
-    def __bool__(self) -> bool:
-        run = self._run
-        if self._offset >= run.count:
-            run.see_end()
-            return False
-        run.take(self._offset)
-        return True
-
-    def __iter__(self) -> Iterator[Message]:
-        run = self._run
-        for index in range(self._offset, run.count):
-            yield run.take(index)
-        run.see_end()
-
-    def __getitem__(self, key: Any) -> Any:
-        run = self._run
-        if type(key) is int and key >= 0:
-            if self._offset + key < run.count:
-                return run.take(self._offset + key)
-        elif type(key) is slice and key.stop is None and key.step in (None, 1) and (key.start is None or _is_place(key.start)):
-            return View(run, self._offset + (key.start or 0))
-        # Anything else depends on the end, or is what a list refuses too.
-        run.see_end()
-        return [run.take(index) for index in range(self._offset, run.count)][key]
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise NotStableError(f"messages.{name}")
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise NotStableError("the messages are used as a whole")
-
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
-    __add__ = __radd__ = __mul__ = __rmul__ = __mod__ = __contains__ = _refuse
-    __str__ = __repr__ = __format__ = __hash__ = _refuse
-
-
-class _Walk:
-    """What the loop over the messages walks over: all of a View, or its rest from message `first` on."""
-
-    __slots__ = ("first", "offset", "run")
-
-    def __init__(self, run: Run, offset: int, first: int) -> None:
-        self.run = run
-        self.offset = offset
-        self.first = first
-
-    def __len__(self) -> int:
-        self.run.see_end()
-        return max(0, self.run.count - self.offset)
-
-    def __iter__(self) -> Iterator[Message]:
-        """For a loop that does not use `loop`: every step is one from turn to turn."""
-        run = self.run
-        for index in range(self.first, run.count):
-            run.pass_border(index)
-            yield run.take(index)
-        run.pass_border(run.count)
-        run.see_end()
-
-    def ahead(self) -> Iterator[Message]:
-        """For a loop that may look ahead: borders are passed by the loop itself."""
-        run = self.run
-        for index in range(self.first, run.count):
-            yield run.take(index)
-        run.see_end()
-
-
-class _WatchedLoop(LoopContext):
-    """jinja2's `loop`, begun in the middle where a _Walk says so."""
-
-    _walk: _Walk | None = None
-
-    def __init__(self, iterable: Any, undefined: Any, recurse: Any = None, depth0: int = 0) -> None:
-        super().__init__(iterable, undefined, recurse, depth0)
-        if type(iterable) is _Walk:
-            self._walk = iterable
-            self._iterator = iterable.ahead()  # type: ignore[assignment]
-            self.index0 = iterable.first - iterable.offset - 1
-            if self.index0 >= 0 and iterable.run.template.has_previtem:
-                self._current = iterable.run.take(iterable.first - 1)
-
-    def __next__(self) -> Any:
-        walk = self._walk
-        if walk is not None:
-            walk.run.pass_border(walk.offset + self.index0 + 1)
-        return super().__next__()
+        if needed < index:
+            needed = index
+        if self._scan is None:
+            self.borders.append(Border(index, needed, self.chars, self._loop, state))
+        else:
+            ranges = tuple(map(range_of, self._slots))
+            self.borders.append(Border(index, needed, self.chars, self._loop, state, self._form, ranges, self._roles))
 
 
 def _watching_environment() -> Environment:
     environment = make_environment()
-    environment.filters[LOOP_FILTER] = _enter
-    environment.tests[KNOWN_TEST] = _is_known
+    environment.filters[LOOP_FILTER] = enter
+    environment.filters[SCAN_FILTER] = scan
+    add_tests(environment)
+    environment.tests[KNOWN_TEST] = is_known
     return environment
-
-
-def _enter(value: Any, loop: int) -> Any:
-    return value._run.enter(value, loop) if type(value) is View else value
-
-
-def _is_known(value: Any) -> bool:
-    return type(value) is View and value._run.is_before_start
-
-
-def _is_place(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a value is data that nothing can change: lists and dicts too, since the sandbox lets no template change them."""
-    if value is None or type(value) in (str, int, bool, float):
-        return True
-    if type(value) in (list, tuple):
-        return depth < 3 and len(value) <= _VALUES and all(_is_plain(item, depth + 1) for item in value)
-    if type(value) is dict:
-        return depth < 3 and len(value) <= _VALUES and all(_is_plain(item, depth + 1) for pair in value.items() for item in pair)
-    return False
-
-
-def _size_bytes(value: Any) -> int:
-    if type(value) is str:
-        return 50 + 4 * len(value)
-    if type(value) in (list, tuple):
-        return 60 + sum(8 + _size_bytes(item) for item in value)
-    if type(value) is dict:
-        return 100 + sum(_size_bytes(key) + _size_bytes(item) for key, item in value.items())
-    return 32

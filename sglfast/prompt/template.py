@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Macro
+from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from sglfast.errors import ConfigError, PromptError
 from sglfast.prompt.vllm_format import ContentFormat as ContentFormat
@@ -151,19 +152,28 @@ class _Generation(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox with a short way to `message.content`, which else is an exception caught and two calls."""
+    """The sandbox with a short way to `message.content`, which else is an exception caught and two calls, to `ns.found`, `loop.last`."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """As jinja2: an attribute, else an item, else undefined. A plain dict has no attributes but those of its class."""
-        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+        kind = type(obj)
+        if kind is dict and attribute not in _DICT_ATTRIBUTES:
             try:
                 return obj[attribute]
             except KeyError:
                 return self.undefined(obj=obj, name=attribute)
+        if kind is Namespace:
+            value = obj._Namespace__attrs.get(attribute)
+            if type(value) in _DATA and not attribute.startswith("_"):
+                return value
+        elif isinstance(obj, LoopContext) and attribute in _LOOP_NUMBERS:
+            return getattr(obj, attribute)
         return super().getattr(obj, attribute)
 
 
 _DICT_ATTRIBUTES = frozenset(dir(dict))
+_DATA = frozenset({str, int, bool, list, dict})
+_LOOP_NUMBERS = frozenset({"index", "index0", "first", "last"})
 
 
 @functools.cache

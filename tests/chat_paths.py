@@ -40,7 +40,18 @@ NAMES = [
     "stateful",
     "neighbours",
 ]
-NAMES += ["command_r", "granite", "counting_macro", "whole_messages", "clock", "remembered", "mistral_tools"]
+NAMES += [
+    "command_r",
+    "granite",
+    "counting_macro",
+    "whole_messages",
+    "clock",
+    "remembered",
+    "mistral_tools",
+    "thinker",
+    "forward",
+    "last_by_range",
+]
 Body = dict[str, Any]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "dict"}}}
 

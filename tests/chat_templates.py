@@ -1,7 +1,7 @@
 """Chat templates that do what those of well-known models do, in our own short words, and some that do what none should.
 
 TEMPLATES: name -> source. MIDDLE: those whose plain conversations can be rendered from the middle; NEVER: those that are refused or
-read the whole conversation before they print anything.
+print what depends on the end of the conversation.
 """
 
 # ruff: noqa: E501
@@ -70,6 +70,86 @@ QWEN3 = """\
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}
 """
+
+# As above, with calls and their answers, the thoughts of answers behind the last question, and a field of their own for them.
+THINKER = """\
+{%- if tools %}{{- '<|im_start|>system\\n' + tools | tojson + (messages[0].content if messages[0].role == 'system' else '') + '<|im_end|>\\n' }}
+{%- elif messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}
+{%- set ns = namespace(looking=true, last=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- set index = (messages|length - 1) - loop.index0 %}
+    {%- if ns.looking and message.role == 'user' and not (message.content.startswith('<tool_response>') and message.content.endswith('</tool_response>')) %}
+        {%- set ns.looking = false %}{%- set ns.last = index %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set content = message.content %}{%- set thoughts = '' %}
+        {%- if message.reasoning_content is defined and message.reasoning_content is not none %}
+            {%- set thoughts = message.reasoning_content %}
+        {%- elif '</think>' in message.content %}
+            {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}
+            {%- set thoughts = message.content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last and (loop.last or (not loop.last and thoughts)) %}
+            {{- '<|im_start|>assistant\\n<think>' + thoughts.strip('\\n') + '</think>' + content.lstrip('\\n') }}
+        {%- else %}{{- '<|im_start|>assistant\\n' + content }}{%- endif %}
+        {%- for call in message.tool_calls or [] %}
+            {%- if (loop.first and content) or not loop.first %}{{- '\\n' }}{%- endif %}
+            {{- '<call>' + call.function.name + ' ' }}
+            {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}
+        {%- endfor %}
+        {{- '<|im_end|>\\n' }}
+    {%- elif message.role == 'tool' %}
+        {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {{- '<tool_response>' + message.content + '</tool_response>' }}
+        {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think></think>' }}{%- endif %}
+{%- endif %}
+"""
+
+# Looks for the last question from the front; a macro for texts.
+FORWARD = """\
+{%- macro visible(content) -%}
+    {%- if content is string -%}{{- content }}
+    {%- elif content is iterable and content is not mapping -%}{%- for item in content -%}{{- item.text }}{%- endfor -%}
+    {%- else -%}{{- content }}{%- endif -%}
+{%- endmacro -%}
+{%- set ns = namespace(last=-1, questions=0) %}
+{%- for m in messages %}
+    {%- if m.role == 'user' %}
+        {% set ns.last = loop.index0 -%}{%- set ns.questions = ns.questions + 1 -%}
+    {%- endif %}
+    {%- if m.role == 'wizard' %}{{ raise_exception('no wizards') }}{%- endif %}
+{%- endfor %}
+{% for m in messages %}
+{%- if m.role == 'user' -%}<|user|>{{ visible(m.content) }}{{- '/nothink' if (enable_thinking is defined and not enable_thinking and not visible(m.content).endswith('/nothink')) else '' -}}
+{%- elif m.role == 'assistant' -%}<|assistant|>
+{%- set thoughts = '' %}{%- set content = visible(m.content) %}
+{%- if m.reasoning_content is string %}{%- set thoughts = m.reasoning_content %}
+{%- elif '</think>' in content %}{%- set thoughts = content.split('</think>') | first -%}{%- set content = content.split('</think>') | last -%}
+{%- endif %}
+{%- if loop.index0 > ns.last and thoughts -%}{{ '<think>' + thoughts.strip() + '</think>' }}{%- else -%}{{ '<think></think>' }}{%- endif -%}
+{%- if content.strip() -%}{{ content.strip() }}{%- endif -%}
+{%- else -%}{{ '<|' + m.role + '|>' + visible(m.content) }}{%- endif -%}<|im_end|>
+{%- endfor -%}<|assistant|>"""
+
+# Puts something before the last question, found from the end by its number.
+LAST_BY_RANGE = """\
+{%- set ns = namespace(last=-1) -%}
+{%- for at in range(messages|length - 1, -1, -1) -%}
+    {%- if messages[at]['role'] == 'user' and not messages[at].get('tool_calls') -%}{%- set ns.last = at -%}{%- break -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+    {%- if loop.index0 == ns.last -%}{{ '[the question]' }}{%- endif -%}
+    {{ message.role ~ ': ' ~ message.content ~ '<|im_end|>\\n' }}
+{%- endfor -%}>"""
 
 # A header with the date, the system message apart, the rest walked over; macros.
 LLAMA3 = """\
@@ -309,19 +389,9 @@ TEMPLATES = {name.lower(): value for name, value in list(globals().items()) if n
 MIDDLE = [
     *("chatml", "qwen25", "llama3", "mistral", "gemma", "gemma3", "phi3", "zephyr", "stateful", "neighbours", "command_r", "granite"),
     *("counting_macro", "whole_messages", "generation", "clock", "cycle", "remembered", "leaks", "twice"),
+    *("qwen3", "thinker", "forward", "last_by_range", "deepseek"),
 ]
 NEVER = [
-    *(
-        "qwen3",
-        "mistral_tools",
-        "deepseek",
-        "length_first",
-        "reversed_index",
-        "last_first",
-        "iterator",
-        "tool_iterator",
-        "cycler",
-        "joiner",
-    ),
+    *("mistral_tools", "length_first", "reversed_index", "last_first", "iterator", "tool_iterator", "cycler", "joiner"),
     *("changed", "chance", "filtered", "else", "nested", "buffered"),
 ]

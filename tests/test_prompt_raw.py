@@ -58,6 +58,7 @@ TEXT = st.builds(
     st.lists(
         st.one_of(
             st.text(max_size=5),
+            st.sampled_from(["<think>", "<tool_response>"]),
             st.sampled_from(["the quick brown fox ", "x = f(y)\n", '"', "\\", "\\u0041", "é漢🙂", "<|im_end|>\n", "</think>", "a" * 90]),
         ),
         max_size=4,
@@ -70,6 +71,9 @@ MESSAGE = st.one_of(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXT}, optional={"name": TEXT}),
     st.fixed_dictionaries({"role": st.just("assistant"), "content": TEXT | st.none(), "tool_calls": st.just([CALL])}),
     st.fixed_dictionaries({"role": st.just("tool"), "content": TEXT, "tool_call_id": st.just("1")}),
+    st.fixed_dictionaries(
+        {"role": st.just("assistant"), "content": TEXT, "reasoning_content": TEXT}, optional={"tool_calls": st.just([CALL])}
+    ),
     st.fixed_dictionaries(
         {"role": st.just("user"), "content": st.lists(TEXT.map(lambda text: {"type": "text", "text": text}), max_size=2)}
     ),

@@ -81,7 +81,7 @@ class Turns:
         self._endings: dict[str, array[int]] = {}
 
     def remember(self, scan: ChatScan, limit: int, kind: Kind, run: Run, end: int, prefix: Prefix, text: str) -> bool:
-        """Remember the first border of a whole text that is not before text[:end]; False when there is none that can be used."""
+        """Remember the first border of a whole text that is not before text[:end]; False when none is sure to be used again."""
         border = next((border for border in run.borders if border.chars >= end), None)
         stamp = self._template.stamp()
         if border is None or not 0 < border.needed <= limit or border.chars > end + _REST_CHARS or not run.is_stamped(stamp):
@@ -92,7 +92,7 @@ class Turns:
         if stamp != kind.stamp:
             kind = Kind.of(kind.context, kind.variants, stamp, self.keyer.prefixes.seed)
         self.put(scan, kind, prefix.chains, prefix.keys, border, text[end : border.chars], role, chain_bytes)
-        return True
+        return not border.form
 
     def ending(self, text: str) -> "array[int]":
         """Token ids of what stands behind the last message: nearly always the same few characters."""

@@ -219,12 +219,19 @@ class Run:
         """Messages that a scan may look at."""
         return [Glance(self._glance_at, index, self._roles) for index in indexes]
 
-    def see_end(self) -> None:
-        """The template has learned how many messages there are."""
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the run is: messages needed, and how much is printed."""
+        return self._needed, len(self.parts)
+
+    def see_end(self, begun: tuple[int, int] | None = None) -> None:
+        """The template has learned how many messages there are. begun: `place` where it began to go through them, if that was earlier."""
         if self._loop is not None:
             self._is_whole = True
         elif self._scan is None:
-            self._scan = Scan(self._namespaces, len(self.parts))
+            # What was read meanwhile is of the scan, too, and what was printed.
+            self._needed, printed = begun or self.place
+            self._scan = Scan(self._namespaces, printed)
             if self._start is not None:
                 self._roles = list(self._start.roles[: self._start.at])
 

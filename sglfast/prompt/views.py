@@ -44,9 +44,10 @@ class View:
 
     def __iter__(self) -> Iterator[Message]:
         run = self._run
+        begun = run.place
         for index in range(self._offset, run.count):
             yield run.take(index)
-        run.see_end()
+        run.see_end(begun)
 
     def __getitem__(self, key: Any) -> Any:
         run = self._run

@@ -224,6 +224,15 @@ class PieceTokenizer:
             yield end
             start = end
 
+    def last_cut(self, text: str, low: int, high: int) -> int:
+        """A cut in text[low : high + 1], behind the last added token if one ends there; 0 for none."""
+        if self._added is not None:
+            ends = [token.end() for token in self._added.finditer(text, max(0, low - self.longest_token), high)]
+            if ends and ends[-1] > low:
+                return ends[-1]
+        cut = _next_cut(self._cut_at, text, low, high)
+        return cut if cut < high else 0
+
     def last_borders(self, text: str, count: int) -> list[int]:
         """Cuts of a text from left to right: ends of the first and of at most `count` last tokens of the kind that ends messages."""
         border = self.border

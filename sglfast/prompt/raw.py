@@ -318,6 +318,13 @@ class RawKeying(Keying):
         if not self._reader._turns.remember(self._scan, self._limit, self._kind_of_turns, self._rendering, end, prefix, self._text):
             super()._remember(end, prefix)
 
+    def _place_of_cut(self, last_border: int) -> int:
+        return self._reader._turns.place_of_cut(self._rendering, self._limit, last_border, self._text)
+
+    def _remember_cut(self, prefix: Prefix) -> None:
+        scan, kind = self._scan, self._kind_of_turns
+        self._reader._turns.remember(scan, self._limit, kind, self._rendering, self._cut, prefix, self._text)
+
 
 def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages, dialect: Dialect) -> Callable[[], str]:
     def rest() -> str:

@@ -164,17 +164,19 @@ def range_of(slot: Slot) -> Range:
 class Scan:
     """The part of a run behind the first step that depends on the conversation's end, up to the loop over its messages."""
 
-    __slots__ = ("_before", "_namespaces", "parts", "slots")
+    __slots__ = ("_before", "_namespaces", "form", "parts", "roles", "slots")
 
-    def __init__(self, namespaces: list[Namespace], parts: int) -> None:
-        """namespaces: those of the run, which may get more; parts: how many were printed before."""
+    def __init__(self, namespaces: list[Namespace], parts: int, roles: list[str]) -> None:
+        """namespaces: those of the run, which may get more; parts: how many were printed before; roles: see Glance."""
         self._namespaces = namespaces
         self._before = [dict(attributes_of(made)) for made in namespaces]
         self.parts = parts
+        self.roles = roles
+        self.form = b""
         self.slots: list[Slot] = []
 
-    def end(self, variables: dict[str, Any], printed: list[str], ranges: tuple[Range, ...], take: Callable[[], None]) -> bytes:
-        """The loop begins: numbers become slots. Returns what it comes with, in 16 bytes; raises NotStableError when that cannot be told.
+    def end(self, variables: dict[str, Any], printed: list[str], ranges: tuple[Range, ...], take: Callable[[], None]) -> None:
+        """The loop begins: numbers become slots, `form` is 16 bytes for all else. Raises NotStableError when that cannot be told.
 
         variables: all that were set; printed: so far; ranges: what is known already about slots; see Slot.
         """
@@ -195,7 +197,7 @@ class Scan:
                 else:
                     whole.append((place, name, form_of(value, places)))
         whole.append(sorted((name, form_of(value, places)) for name, value in variables.items()))
-        return blake2b(repr(whole).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        self.form = blake2b(repr(whole).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def attributes_of(namespace: Namespace) -> dict[str, Any]:

@@ -79,6 +79,30 @@ class Turns:
         self._template = template
         self._families: OrderedDict[object, Frames] = OrderedDict()
         self._endings: dict[str, array[int]] = {}
+        self.has_marks = self._finds_marks()
+
+    def _finds_marks(self) -> bool:
+        """Whether the template prints the token that ends messages shortly before its borders, also before the last one."""
+        mark = self.keyer.pieces.border
+        messages = [{"role": role, "content": "words"} for role in ("user", "assistant", "user")]
+        run = self._template.run(3, messages.__getitem__, self._template.variables(None, {}))
+        try:
+            run.go_on()
+        except Exception:  # a template can raise anything
+            return True
+        if not run.borders:
+            return True
+        at = "".join(run.parts).rfind(mark) + len(mark) if mark else -1
+        return run.borders[-1].chars - _REST_CHARS <= at <= run.borders[-1].chars
+
+    def place_of_cut(self, run: Run, limit: int, last_border: int, text: str) -> int:
+        """Where to remember a whole text, if that is not at the last token that ends a message; -1 for nowhere."""
+        if self.has_marks:
+            return -1
+        chars = next((border.chars for border in reversed(run.borders) if 0 < border.needed <= limit), 0)
+        if chars - _REST_CHARS <= last_border <= chars:
+            return -1
+        return self.keyer.pieces.last_cut(text, max(0, chars - _REST_CHARS), chars) or -1
 
     def remember(self, scan: ChatScan, limit: int, kind: Kind, run: Run, end: int, prefix: Prefix, text: str) -> bool:
         """Remember the first border of a whole text that is not before text[:end]; False when none is sure to be used again."""
@@ -188,9 +212,12 @@ class SeenKeying:
         chains, keys = turn.chains, list(turn.keys)
         live = [not known or probe(known) == len(known) >> 3 for known in keys]
         border = pieces.border
-        cut = text.rfind(border) + 1 if border else 0
-        if cut:
-            cut += len(border) - 1
+        if turns.has_marks:
+            cut = text.rfind(border) + 1 if border else 0
+            if cut:
+                cut += len(border) - 1
+        else:
+            cut = self.place_of_cut(text)
         more = 0  # tokens behind those in the chains
         try:
             if cut:
@@ -214,6 +241,14 @@ class SeenKeying:
         tokens = chains[0].tokens + more if chains else 0
         capped = {variant: known[: 8 * pages_max(tokens, variant)] for variant, known in zip(variants, keys, strict=True)}
         self._keys = Keys(tokens, False, capped)
+
+    def place_of_cut(self, text: str) -> int:
+        """Where to remember the text behind the turn, if its template prints no tokens that tell; 0 for nowhere."""
+        for border in reversed(self._borders):
+            if border.needed <= self._limit:
+                at = len(self._turn.rest) + (border.chars if self._counts_chars else sum(map(len, self._parts[: border.chars])))
+                return self._turns.keyer.pieces.last_cut(text, max(0, at - _REST_CHARS), at)
+        return 0
 
     def _estimate(self, chains: tuple[KeyChain, ...], keys: list[bytes], rest_chars: int) -> None:
         tokens = chains[0].tokens if chains else 0
@@ -255,7 +290,10 @@ class _LongKeying(Keying):
         prompt = PromptText(text=text, continuation=seen._continuation, cache_salt=seen._salt)
         super().__init__(seen._turns.keyer, prompt, seen._kind.variants, seen._asked)
         self._seen = seen
-        self._begin_behind(seen._turn.chains, seen._turn.keys)
+        self._begin_behind(seen._turn.chains, seen._turn.keys, -1 if seen._turns.has_marks else seen.place_of_cut(text) or -1)
 
     def _remember(self, end: int, prefix: Prefix) -> None:
         self._seen.remember(end, prefix.chains, prefix.keys, self._text)
+
+    def _remember_cut(self, prefix: Prefix) -> None:
+        self._seen.remember(self._cut, prefix.chains, prefix.keys, self._text)

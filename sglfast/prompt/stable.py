@@ -25,7 +25,7 @@ from jinja2.utils import Namespace
 
 from sglfast.prompt.kept import NotStableError, is_plain, size_bytes
 from sglfast.prompt.orderly import KNOWN_TEST, LOOP_FILTER, SCAN_FILTER, is_orderly, mark_loops
-from sglfast.prompt.scans import Glance, Message, Range, Scan, Slot, add_tests, attributes_of, range_of
+from sglfast.prompt.scans import Glance, Message, Range, Scan, add_tests, attributes_of, range_of
 from sglfast.prompt.template import ChatTemplate, make_environment, strftime_now
 from sglfast.prompt.views import View, Walk, WatchedLoop, enter, is_known, scan
 
@@ -131,8 +131,7 @@ class Run:
     """One rendering, as far as it was asked for: its text bit by bit in `parts`, and the borders that it has passed."""
 
     __slots__ = (
-        "_attributes", "_before", "_form", "_glance_at", "_is_whole", "_loop", "_message_at", "_namespaces", "_needed", "_roles",
-        "_scan", "_slots", "_start", "borders", "chars", "clock", "context", "count", "has_lost_borders", "parts", "rendering", "template",
+        "_attributes", "_before", "_glance_at", "_is_whole", "_loop", "_message_at", "_namespaces", "_needed", "_scan", "_start", "borders", "chars", "clock", "context", "count", "has_lost_borders", "parts", "rendering", "template",
     )  # fmt: skip
 
     def __init__(
@@ -151,13 +150,10 @@ class Run:
         self.has_lost_borders = False  # by something in a namespace that cannot be kept
         self._message_at = message_at
         self._glance_at = glance_at or message_at
-        self._roles: list[str] = []  # of messages, from the first, that a scan has asked for
         self._start = start
         self._needed = start.needed if start is not None else 0
         self._is_whole = False  # the number of messages has made a difference in the loop
         self._scan: Scan | None = None  # it has made one before the loop
-        self._form = b""
-        self._slots: list[Slot] = []
         self._loop: tuple[int, int] | None = None
         self._namespaces: list[Namespace] = []
         self._attributes: list[dict[str, Any]] = []  # of the namespaces that were there before the loop
@@ -216,8 +212,10 @@ class Run:
         return self._message_at(index)
 
     def glances(self, indexes: range) -> list[Glance]:
-        """Messages that a scan may look at."""
-        return [Glance(self._glance_at, index, self._roles) for index in indexes]
+        """Messages that a scan, which has begun, may look at."""
+        assert self._scan is not None
+        roles = self._scan.roles
+        return [Glance(self._glance_at, index, roles) for index in indexes]
 
     @property
     def place(self) -> tuple[int, int]:
@@ -231,9 +229,8 @@ class Run:
         elif self._scan is None:
             # What was read meanwhile is of the scan, too, and what was printed.
             self._needed, printed = begun or self.place
-            self._scan = Scan(self._namespaces, printed)
-            if self._start is not None:
-                self._roles = list(self._start.roles[: self._start.at])
+            start = self._start
+            self._scan = Scan(self._namespaces, printed, list(start.roles[: start.at]) if start is not None else [])
 
     @property
     def is_scanning(self) -> bool:
@@ -258,7 +255,11 @@ class Run:
         self._before = [dict(attributes) for attributes in self._attributes]
         if start is None:
             return Walk(self, offset, offset)
-        if start.loop != self._loop or len(start.state) != len(self._attributes) or start.form != self._form:
+        if (
+            start.loop != self._loop
+            or len(start.state) != len(self._attributes)
+            or start.form != (b"" if self._scan is None else self._scan.form)
+        ):
             raise NotStableError("not the way that led to the border")
         for attributes, values in zip(self._attributes, start.state, strict=True):
             attributes.update(values)
@@ -268,12 +269,11 @@ class Run:
 
     def _end_scan(self, scan: Scan, start: Border | None) -> None:
         try:
-            self._form = scan.end(self.context.vars, self.parts, () if start is None else start.ranges, self.see_end)
+            scan.end(self.context.vars, self.parts, () if start is None else start.ranges, self.see_end)
         except NotStableError:
             if start is not None:
                 raise
             self._is_whole = True
-        self._slots = scan.slots
 
     def pass_border(self, index: int) -> None:
         """All turns of the loop before message `index` are over."""
@@ -289,11 +289,12 @@ class Run:
         needed = self._needed
         if needed < index:
             needed = index
-        if self._scan is None:
+        scan = self._scan
+        if scan is None:
             self.borders.append(Border(index, needed, self.chars, self._loop, state))
         else:
-            ranges = tuple(map(range_of, self._slots))
-            self.borders.append(Border(index, needed, self.chars, self._loop, state, self._form, ranges, self._roles))
+            ranges = tuple(map(range_of, scan.slots))
+            self.borders.append(Border(index, needed, self.chars, self._loop, state, scan.form, ranges, scan.roles))
 
 
 def _watching_environment() -> Environment:

@@ -97,6 +97,36 @@ def test_a_conversation_that_goes_on_is_read_turn_by_turn(counted: Counted) -> N
         assert found == Keys(whole.tokens, False, {Variant(16): whole.keys[Variant(16)]})
 
 
+@pytest.mark.parametrize("name", ["thinker", "qwen3", "forward", "deepseek"])
+def test_a_scan_of_the_whole_does_not_read_what_was_seen(
+    name: str, tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(monkeypatch, tokenizers[name])
+    counted.keys(chat(*LONG[:17]))
+    for number in range(4):
+        body = chat(*LONG[:18], f"and what of {number}?")
+        found = counted.keys(body)
+        assert len(counted.parsed) <= 5
+        whole = plain(counted.path.tokenizer, body)
+        assert whole is not None
+        assert found.keys[Variant(16)] == whole.keys[Variant(16)]
+    assert counted.frames == 1
+
+
+def test_thoughts_behind_the_last_question_end_what_is_known(tokenizers: dict[str, Tokenizer]) -> None:
+    path = Chats(tokenizers["thinker"], 1 << 22)
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages: list[Any] = [{"role": "user", "content": LONG[0]}]
+    for number in range(1, 7):
+        messages.append({"role": "assistant", "content": "", "reasoning_content": LONG[number], "tool_calls": [call]})
+        messages.append({"role": "tool", "content": LONG[-number]})
+        if number == 4:
+            messages += [{"role": "assistant", "content": LONG[9]}, {"role": "user", "content": "why?"}]
+        body = orjson.dumps({"messages": messages})
+        found, whole = path.keys(body, VARIANTS, everybody), plain(path.tokenizer, body)
+        assert found == whole
+
+
 def test_of_an_unowned_conversation_only_the_beginning_is_read(counted: Counted) -> None:
     body = chat(*LONG)
     found = counted.keys(body, nobody)

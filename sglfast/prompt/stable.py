@@ -131,7 +131,8 @@ class Run:
     """One rendering, as far as it was asked for: its text bit by bit in `parts`, and the borders that it has passed."""
 
     __slots__ = (
-        "_attributes", "_before", "_glance_at", "_is_whole", "_loop", "_message_at", "_namespaces", "_needed", "_scan", "_start", "borders", "chars", "clock", "context", "count", "has_lost_borders", "parts", "rendering", "template",
+        "_attributes", "_before", "_glance_at", "_is_whole", "_loop", "_message_at", "_namespaces", "_needed", "_scan", "_start",
+        "borders", "chars", "clock", "context", "count", "has_lost_borders", "parts", "rendering", "template",
     )  # fmt: skip
 
     def __init__(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 from edge_harness import Edge, wait_until
 from raw_client import post
-from scripted_worker import Call, Worker, answer, echoes, says
+from scripted_worker import Call, Worker, answer, echoes, says, then_closes
 from test_relay_rank import NAME, RANKS, SENT, steered
 
 from sglfast import _counters as c
@@ -109,6 +109,51 @@ def test_a_refusal_without_end_is_passed_on(edge: Edge, workers: list[Worker]) -
     workers[0].plan(says(answer(long, status="400 Bad Request")))
     assert edge.ask(post(SENT)).body == long
     assert len(workers[0].calls) == 1
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_refusal_of_another_kind_is_an_answer_like_any_other(workers: list[Worker], pieces: int) -> None:
+    """It is counted where it came from, and its head says where that was, as without steering."""
+    found = []
+    data = answer(b'{"message":"no such thing"}', status="400 Bad Request")
+    for dp_aware in (False, True):
+        with steered(workers[:1], dp_aware=dp_aware) as edge:
+            workers[0].plan(says(*([data] if pieces == 1 else [data[:-5], data[-5:]])))
+            got = edge.ask(post(SENT, "x-sglfast-kv: 1"))
+            counted = [edge.worker_word(0, word) for word in (c.W_BYTES_OUT, c.W_CLIENT_ERRORS, c.W_ERRORS, c.W_REQUESTS)]
+            found.append((got.status, got.body, [value.split(b";")[0] for value in got.header("x-sglfast-kv")], counted))
+    assert found[0] == found[1]
+    assert found[1][2], "the line that it asked for"
+    assert found[1][3] == [27, 1, 0, 1]
+
+
+def test_a_refusal_that_stalls_is_passed_on_as_far_as_it_has_come(edge: Edge, workers: list[Worker]) -> None:
+    workers[0].plan(says(answer(b"x" * 40, status="400 Bad Request")[:-20]))
+    with edge.client() as client:
+        client.send(post(SENT))
+        assert client.read_head().status == 400
+        assert client.read_exactly(20) == b"x" * 20
+        workers[0].calls[0].send(b"y" * 20)
+        assert client.read_exactly(20) == b"y" * 20
+        workers[0].plan(echoes)
+        assert client.ask(post(SENT)).body == SENT, "the connection is of use"
+    assert told(workers[0].calls) == [True, True]
+
+
+@pytest.mark.parametrize("disable_retries", [False, True])
+def test_a_refusal_that_is_cut_is_passed_on_as_it_is(workers: list[Worker], disable_retries: bool) -> None:
+    """As one to a request that named no rank: it is no failed attempt."""
+    cut = answer(b"x" * 40, status="400 Bad Request")[:-20]
+    with steered(workers[:2], disable_retries=disable_retries, retry_initial_backoff_ms=1) as edge:
+        for worker in workers[:2]:
+            worker.plan(then_closes(cut))
+        with edge.client() as client:
+            client.send(post(SENT))
+            assert client.read_head().status == 400
+            assert client.read_to_end() == b"x" * 20
+        assert sum(len(worker.calls) for worker in workers[:2]) == 1
+        assert edge.word(c.S_RETRIES) == 0
+        assert edge.word(c.S_STREAMS_CUT) == 1
 
 
 def test_it_is_done_in_the_body_of_generate_too(edge: Edge, workers: list[Worker]) -> None:

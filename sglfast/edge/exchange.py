@@ -245,20 +245,21 @@ class Exchange(Leg):
         assert route is not None
         if self.pair is not None and self.pair.held is not None:  # a stream without a byte
             self.release_head()
-            if not self.is_over:
-                self.leave_worker(outcome_word)
-                self.finish()
-                self.client.on_exchange_end()
-            return
-        dp_rank = self.dp_rank
-        self.leave_worker(outcome_word)
-        if self.status != REFUSED:
-            self.attempts().end_held(route)
-        elif is_about_rank(self.attempts().held_body):
-            doubt_rank(self.shard, route, dp_rank)
-            self.attempts().again(route)
+        elif self.status == REFUSED and not is_about_rank(self.attempts().held_body):
+            self.attempts().release()
         else:
-            self.attempts().answer()
+            dp_rank = self.dp_rank
+            self.leave_worker(outcome_word)
+            if self.status == REFUSED:
+                doubt_rank(self.shard, route, dp_rank)
+                self.attempts().again(route)
+            else:
+                self.attempts().end_held(route)
+            return
+        if not self.is_over:  # writing can tell that the client is gone
+            self.leave_worker(outcome_word)
+            self.finish()
+            self.client.on_exchange_end()
 
     def unchunked(self, kept: bytes) -> bytes:
         """An answer in chunks for a client that knows none: its head lines without that, and the connection's end is its end."""
@@ -287,6 +288,10 @@ class Exchange(Leg):
         self._broke(self.route, connection, errors.UPSTREAM_BAD_RESPONSE)
 
     def _broke(self, route: Route, connection: UpstreamConnection, reason: errors.Reason) -> None:
+        if self.failed_attempts is not None:
+            self.failed_attempts.release_refusal()
+        if self.is_over:
+            return
         self.leave_worker(_counters.W_ERRORS)
         if self.has_answer:
             self._cut(connection, errors.UPSTREAM_BODY_INCOMPLETE)
@@ -297,10 +302,13 @@ class Exchange(Leg):
         """Has the worker been silent for too long? A client that does not read stops this clock. From the sweep, by `needs_tick`.
 
         Before the answer's head is complete its bytes are no progress: the whole head has to come in time. Whatever its progress,
-        no request lasts longer than `--stale-request-timeout-secs`.
+        no request lasts longer than `--stale-request-timeout-secs`. A refusal that is kept because it may be for a rank is passed on when
+        it stalls.
         """
-        config = self.shard.config
+        config, attempts = self.shard.config, self.failed_attempts
         was_active, self.was_active = self.was_active, False
+        if attempts is not None and (not was_active or now_s > self.deadline_s) and attempts.release_refusal():
+            return
         if now_s - self.started_s > config.stale_request_timeout_secs and (self.has_answer or now_s <= self.deadline_s):
             self.shard.column.add(_counters.S_STALE)
             self._expire(errors.STALE_REQUEST_EXPIRED, _counters.W_CANCELLED if self.has_answer else _counters.W_ERRORS)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from sglfast import _counters, errors
 from sglfast.edge.breaker import NO_PROBE
+from sglfast.edge.rank_refusal import REFUSED
 
 if TYPE_CHECKING:
     import asyncio
@@ -193,8 +194,20 @@ class Attempts:
         held = self._held
         assert held is not None
         if not held.add(data):
-            self._held = None
-            self._exchange.begin_answer(held.head, held.body)  # too long to be an error: it is the answer
+            self.release()  # too long to be an error: it is the answer
+
+    def release(self) -> None:
+        """What was kept is the answer, with what may still come of it."""
+        held, self._held = self._held, None
+        assert held is not None
+        self._exchange.begin_answer(held.head, held.body)
+
+    def release_refusal(self) -> bool:
+        """The same for one that was kept only because it may be for a rank of ours; False: there is none."""
+        if self._held is None or self._held.head.status != REFUSED:
+            return False
+        self.release()
+        return True
 
     def end_held(self, route: Route) -> None:
         """It is complete, and has left its worker."""
@@ -209,9 +222,8 @@ class Attempts:
 
     def answer(self) -> None:
         """The client gets the answer that was kept, which is complete."""
-        exchange, held = self._exchange, self._held
-        assert held is not None
-        exchange.begin_answer(held.head, held.body)
+        exchange = self._exchange
+        self.release()
         if not exchange.is_over:  # writing can tell that the client is gone
             exchange.finish()
             exchange.client.on_exchange_end()

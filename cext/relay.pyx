@@ -145,8 +145,8 @@ cdef class ExchangeBase:
 
     cdef object steer(self, route, UpstreamBase upstream):
         # Ask for the route's rank, unless the client asks for one itself, or the worker cannot be told. One that has failed this request
-        # is asked again without: a rank that is ill is idle, and would be chosen each time. Returns the route as it is then: at the
-        # rank that the client asks for.
+        # is asked again without: a rank that is ill is idle, and would be chosen each time. None is asked for when one was refused.
+        # Returns the route as it is then: at the rank that the client asks for.
         cdef bytes ways = upstream.rank_ways
         cdef Py_ssize_t kind = self.endpoint.kind
         cdef const char *body = PyBytes_AS_STRING(self.body)
@@ -157,7 +157,7 @@ cdef class ExchangeBase:
             self.predicted_tokens = -1  # nobody knows which rank gets it
         elif self.head.names_rank or sf_names_rank(body, size):
             return self.at_named_rank(route)
-        elif self.failed_attempts is not None and self.failed_attempts.has_tried(route):
+        elif self.failed_attempts is not None and self.failed_attempts.names_no_rank(route):
             self.predicted_tokens = -1
         else:
             self.rank_way = way

@@ -185,6 +185,33 @@ def test_the_second_attempt_may_fail_like_any_other(workers: list[Worker]) -> No
         assert told(workers[0].calls) == [True, False]
 
 
+def test_the_breaker_hears_of_a_failure_behind_a_refused_rank(workers: list[Worker]) -> None:
+    with steered(workers[:1], cb_failure_threshold=2, disable_circuit_breaker=False, disable_retries=True) as edge:
+        edge.allowed_log = ("circuit is open",)
+
+        def script(call: Call) -> None:
+            refusal, failure = answer(REFUSAL, status="400 Bad Request"), answer(b"no", status="500 Internal Server Error")
+            says(refusal if call.header(NAME) else failure)(call)
+
+        workers[0].plan(script)
+        assert [edge.ask(post(SENT)).status for _ in range(3)] == [500, 500, 503]
+        assert told(workers[0].calls) == [True, False, False]
+        assert edge.worker_word(0, c.W_ERRORS) == 2
+
+
+def test_a_request_whose_rank_was_refused_names_none_at_the_next_worker(workers: list[Worker]) -> None:
+    """It is sent again once for that, however many workers have come back with fewer ranks."""
+    with steered(workers[:2], disable_retries=False, retry_initial_backoff_ms=1, policy="round_robin") as edge:
+
+        def script(call: Call) -> None:
+            (refuses_ranks if call.header(NAME) else says(answer(b"no", status="500 Internal Server Error")))(call)
+
+        for worker in workers[:2]:
+            worker.plan(script)
+        assert edge.ask(post(SENT)).status == 500
+        assert [told(worker.calls).count(True) for worker in workers[:2]] in ([1, 0], [0, 1])
+
+
 # ---- the doubt itself ----
 
 

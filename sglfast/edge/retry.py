@@ -80,14 +80,15 @@ class HeldAnswer:
 
 
 class Attempts:
-    """The attempts of one exchange that came to nothing; made when the first does. tried: their workers, and those that were refused."""
+    """The attempts of one exchange that came to nothing; made when the first does. tried: their workers."""
 
-    __slots__ = ("_exchange", "_failures", "_has_retried", "_held", "_pause", "_tried")
+    __slots__ = ("_exchange", "_failures", "_has_retried", "_held", "_is_rank_refused", "_pause", "_tried")
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
         self._failures = 0
         self._has_retried = False
+        self._is_rank_refused = False
         self._tried: tuple[int, ...] = ()
         self._held: HeldAnswer | None = None
         self._pause: asyncio.TimerHandle | None = None  # before the next attempt
@@ -103,6 +104,10 @@ class Attempts:
     def has_tried(self, route: Route) -> bool:
         """Was this worker asked before."""
         return route.upstream.worker_idx in self._tried
+
+    def names_no_rank(self, route: Route) -> bool:
+        """Is the request to leave the rank to this worker: it has failed there, or a worker has refused the rank that it named."""
+        return self._is_rank_refused or self.has_tried(route)
 
     def has_other(self, route: Route, at: Upstream) -> bool:
         """Is there a worker to give the request to instead of this one, which is out of the pool, and may it be."""
@@ -231,7 +236,7 @@ class Attempts:
     def again(self, route: Route) -> None:
         """The answer that was kept is for what we have added to the request: send it to the same worker as its client wrote it."""
         exchange, self._held = self._exchange, None
-        self._tried += (route.upstream.worker_idx,)
+        self._is_rank_refused = True  # the worker has not failed: its breaker is to hear of the first time that it does
         exchange.is_resent = exchange.decodes_chunks = False
         exchange.probe = NO_PROBE
         exchange.send(route)

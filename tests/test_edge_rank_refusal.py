@@ -120,6 +120,7 @@ def test_a_refusal_of_another_kind_is_an_answer_like_any_other(workers: list[Wor
         with steered(workers[:1], dp_aware=dp_aware) as edge:
             workers[0].plan(says(*([data] if pieces == 1 else [data[:-5], data[-5:]])))
             got = edge.ask(post(SENT, "x-sglfast-kv: 1"))
+            wait_until(lambda: edge.worker_word(0, c.W_CLIENT_ERRORS), "it has left the worker")
             counted = [edge.worker_word(0, word) for word in (c.W_BYTES_OUT, c.W_CLIENT_ERRORS, c.W_ERRORS, c.W_REQUESTS)]
             found.append((got.status, got.body, [value.split(b";")[0] for value in got.header("x-sglfast-kv")], counted))
     assert found[0] == found[1]
@@ -151,9 +152,9 @@ def test_a_refusal_that_is_cut_is_passed_on_as_it_is(workers: list[Worker], disa
             client.send(post(SENT))
             assert client.read_head().status == 400
             assert client.read_to_end() == b"x" * 20
+        wait_until(lambda: edge.word(c.S_STREAMS_CUT), "it is counted")
         assert sum(len(worker.calls) for worker in workers[:2]) == 1
         assert edge.word(c.S_RETRIES) == 0
-        assert edge.word(c.S_STREAMS_CUT) == 1
 
 
 def test_it_is_done_in_the_body_of_generate_too(edge: Edge, workers: list[Worker]) -> None:
@@ -196,7 +197,7 @@ def test_the_breaker_hears_of_a_failure_behind_a_refused_rank(workers: list[Work
         workers[0].plan(script)
         assert [edge.ask(post(SENT)).status for _ in range(3)] == [500, 500, 503]
         assert told(workers[0].calls) == [True, False, False]
-        assert edge.worker_word(0, c.W_ERRORS) == 2
+        wait_until(lambda: edge.worker_word(0, c.W_ERRORS) == 2, "both are counted")
 
 
 def test_a_request_whose_rank_was_refused_names_none_at_the_next_worker(workers: list[Worker]) -> None:
@@ -215,8 +216,8 @@ def test_a_request_whose_rank_was_refused_names_none_at_the_next_worker(workers:
 # ---- the doubt itself ----
 
 
-def view(ranks_asked: int, dp_size: int = RANKS) -> WorkerView:
-    record = WorkerRecord(url="http://w", rank_ways="hhr", ranks_asked=ranks_asked)
+def view(ranks_asked: int, dp_size: int = RANKS, rank_ways: str = "hhr") -> WorkerView:
+    record = WorkerRecord(url="http://w", rank_ways=rank_ways, ranks_asked=ranks_asked)
     return WorkerView(
         worker_idx=0, generation=1, state=2, rank_base=0, dp_size=dp_size, block_size=0, bigram=False, record=record
     )  # fmt: skip
@@ -226,7 +227,7 @@ def test_false_alarms_are_heeded_ever_more_seldom() -> None:
     doubt, now_s, pauses = RankDoubt(), 100.0, []
     for ranks_asked in range(9):
         assert doubt.heeds(now_s)
-        doubt.begin(ranks_asked, RANKS)
+        doubt.begin(view(ranks_asked))
         assert doubt.ways(view(ranks_asked), now_s) == b""
         assert doubt.heeds(now_s), "for those that are on their way"
         assert doubt.ways(view(ranks_asked + 1), now_s) == b"hhr"
@@ -234,6 +235,28 @@ def test_false_alarms_are_heeded_ever_more_seldom() -> None:
         pauses.append(pause_s)
         now_s += pause_s
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60, 60]
-    doubt.begin(20, RANKS)
+    doubt.begin(view(20))
     assert doubt.ways(view(21, RANKS - 1), now_s) == b"hhr"
     assert doubt.heeds(now_s), "that one was none"
+
+
+@pytest.mark.parametrize("known", [view(0, RANKS + 1), view(0, RANKS - 1), view(0, rank_ways="ddd")])
+def test_what_is_new_of_the_worker_ends_the_doubt(known: WorkerView) -> None:
+    """Control has heard of it in some other way than by asking for this shard."""
+    doubt = RankDoubt()
+    doubt.begin(view(0))
+    assert doubt.ways(view(0), 1.0) == b""
+    assert doubt.ways(known, 1.0) == known.record.rank_ways.encode()
+    assert doubt.ways(view(0), 1.0) == b"hhr"
+    assert doubt.heeds(1.0)
+
+
+def test_a_worker_that_is_not_steered_any_more_is_not_in_doubt(edge: Edge, workers: list[Worker]) -> None:
+    workers[0].plan(refuses_ranks)
+    assert edge.ask(post(SENT)).status == 200
+    for rank_ways in ("", "hhr-h"):  # it has come back with one rank, and later with those that it had
+        edge.put_record(0, rank_ways=rank_ways)
+        wait_until(lambda: edge.segment.workers_seen(1) == edge.table.version(), "the shard has seen it")
+    workers[0].plan(echoes)
+    assert edge.ask(post(SENT)).status == 200
+    assert told(workers[0].calls) == [True, False, True]

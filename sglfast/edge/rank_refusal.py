@@ -3,7 +3,8 @@
 Runs in: shards, event loop; only for answers of 400 to requests that were told a rank. Theory: the rank is ours, so its refusal is none of
     the client's business. The request is sent to the same worker again without it, the worker is told no rank any more, and control
     is asked, by a counter, to find out what it is now (control/rank_watch.py). When it has, the worker's record says so
-    (`ranks_asked`), and ranks are named again, those that there are.
+    (`ranks_asked`), and ranks are named again, those that there are. So they are when the record tells anything else of its ranks, or
+    the worker was not to be steered in between: what was doubted is gone.
 Contract: a client's own 400 may speak of ranks, too. What that costs is bounded: a worker in doubt is told no rank, so there is nothing to
     refuse; if nothing was wrong with its ranks, refusals are not heeded for a pause that doubles each time. No request is sent
     again twice for this.
@@ -33,7 +34,7 @@ class RankDoubt:
     __slots__ = ("_at", "_heeds_from_s", "_pause_s")
 
     def __init__(self) -> None:
-        self._at: tuple[int, int] | None = None  # ranks_asked and dp_size when it refused one; None = it has not
+        self._at: WorkerView | None = None  # as it was known when it refused one; None = it has not
         self._pause_s = 0.0
         self._heeds_from_s = 0.0
 
@@ -41,19 +42,24 @@ class RankDoubt:
         """Whether a refusal would be believed. While it is in doubt, too: requests that had been told a rank are on their way still."""
         return self._at is not None or now_s >= self._heeds_from_s
 
-    def begin(self, ranks_asked: int, dp_size: int) -> None:
-        """It has refused a rank. ranks_asked, dp_size: as is known of it."""
+    def begin(self, worker: WorkerView) -> None:
+        """It has refused a rank. worker: what is known of it."""
         if self._at is None:
-            self._at = ranks_asked, dp_size
+            self._at = worker
+
+    def end(self) -> None:
+        """It is told no rank anyway."""
+        self._at = None
 
     def ways(self, worker: WorkerView, now_s: float) -> bytes:
-        """How the worker is told ranks, by its record: not at all before control has asked it."""
+        """How the worker is told ranks, by its record: not at all before that says something new."""
         if self._at is not None:
-            ranks_asked, dp_size = self._at
-            if worker.record.ranks_asked == ranks_asked:
+            record, known = worker.record, self._at.record
+            is_same = worker.dp_size == self._at.dp_size and record.rank_ways == known.rank_ways
+            if is_same and record.ranks_asked == known.ranks_asked:
                 return _NONE
             self._at = None
-            self._pause_s = min(_LAST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s)) if worker.dp_size == dp_size else 0.0
+            self._pause_s = min(_LAST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * self._pause_s)) if is_same else 0.0
             self._heeds_from_s = now_s + self._pause_s
         return worker.record.rank_ways.encode()
 
@@ -70,5 +76,5 @@ def doubt_rank(shard: Shard, route: Route, dp_rank: int) -> None:
     worker = next((view for view in route.pool.workers if view.worker_idx == upstream.worker_idx), None)
     if worker is None or upstream.is_removed or dp_rank >= upstream.dp_size:
         return  # what there is to know is known by now
-    upstream.doubt.begin(worker.record.ranks_asked, worker.dp_size)
+    upstream.doubt.begin(worker)
     upstream.rank_ways = _NONE

@@ -161,8 +161,10 @@ class Router(RouterBase):
         upstreams = [self._upstream_of(worker) for worker in firsts]
         ranks = ranks_of(firsts, policy, config, self._shard.rank_loads)
         for position, (worker, upstream) in enumerate(zip(firsts, upstreams, strict=True)):
-            is_steered = ranks is not None and position in ranks.positions
-            upstream.rank_ways = upstream.doubt.ways(worker, self._shard.loop.time()) if is_steered else None
+            if ranks is not None and position in ranks.positions:
+                upstream.rank_ways = upstream.doubt.ways(worker, self._shard.loop.time())
+            else:
+                upstream.doubt.end()
         return Pool(model, firsts, upstreams, policy, decodes, ranks)
 
     def _count_ready(self) -> None:

@@ -9,7 +9,7 @@ from scripted_worker import Call, Worker, answer, echoes, says, then_closes
 from test_relay_rank import NAME, RANKS, SENT, steered
 
 from sglfast import _counters as c
-from sglfast.edge.rank_refusal import RankDoubt
+from sglfast.edge.rank_refusal import RankDoubt, is_about_rank
 from sglfast.shm import WorkerRecord, WorkerView
 
 REFUSAL = b'{"object":"error","message":"routed_dp_rank=3 out of range [0, 2)","type":"BadRequestError","code":400}'
@@ -72,7 +72,7 @@ def test_all_that_were_on_their_way_are_saved(edge: Edge, workers: list[Worker])
 
 def test_a_client_s_own_mistake_that_speaks_of_ranks_costs_little(edge: Edge, workers: list[Worker]) -> None:
     """Sent twice once; then, as the worker has the ranks that it had, nothing is held against them for a while."""
-    mistake = b'{"message":"the tensor has rank 3"}'
+    mistake = b'{"message":"no such field: dp_rank_3"}'
     workers[0].plan(says(answer(mistake, status="400 Bad Request")))
     assert (edge.ask(post(SENT)).status, edge.ask(post(SENT)).body) == (400, mistake)
     assert told(workers[0].calls) == [True, False, False]
@@ -105,7 +105,7 @@ def test_a_rank_of_the_client_s_own_is_its_own_business(edge: Edge, workers: lis
 
 
 def test_a_refusal_without_end_is_passed_on(edge: Edge, workers: list[Worker]) -> None:
-    long = b"rank" * 50_000
+    long = b"dp_rank " * 25_000
     workers[0].plan(says(answer(long, status="400 Bad Request")))
     assert edge.ask(post(SENT)).body == long
     assert len(workers[0].calls) == 1
@@ -214,6 +214,25 @@ def test_a_request_whose_rank_was_refused_names_none_at_the_next_worker(workers:
 
 
 # ---- the doubt itself ----
+
+
+@pytest.mark.parametrize(
+    ("text", "is_it"),
+    [
+        (b"routed_dp_rank=3 out of range [0, 2)", True),
+        (b"routed_dp_rank=3 invalid for dp_size=1", True),
+        (b"data_parallel_rank 5 is out of range", True),
+        (b"Data-Parallel rank 5", True),
+        (b"data parallel rank 5", True),
+        (b"DP rank 3", True),
+        (b"the model bge-reranker-v2 is not known", False),
+        (b"the tensor has rank 3", False),
+        (b"frank", False),
+        (b"parallel_tool_calls is no ranking", False),
+    ],
+)
+def test_what_is_said_of_ranks(text: bytes, is_it: bool) -> None:
+    assert is_about_rank(b'{"message":"' + text + b'"}') is is_it
 
 
 def view(ranks_asked: int, dp_size: int = RANKS, rank_ways: str = "hhr") -> WorkerView:

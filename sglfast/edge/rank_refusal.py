@@ -13,6 +13,7 @@ Engines: SGLang and vLLM answer 400 and name the rank (`routed_dp_rank=5 out of 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from sglfast import _counters
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from sglfast.shm import WorkerView
 
 REFUSED = 400
+# Not any rank: a tensor has one, and a model may be a reranker.
+_RANK = re.compile(rb"(?:dp|parallel)[ _-]rank", re.IGNORECASE)
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 1.0, 60.0
 # What stands for "no way" in the place of a worker's ways: it is one of those that are steered, and is told no rank.
 _NONE = b""
@@ -65,8 +68,8 @@ class RankDoubt:
 
 
 def is_about_rank(body: bytes) -> bool:
-    """Whether the body of a refusal speaks of ranks. body: as it came, framing included."""
-    return b"rank" in body.lower()
+    """Whether the body of a refusal speaks of data-parallel ranks. body: as it came, framing included."""
+    return _RANK.search(body) is not None
 
 
 def doubt_rank(shard: Shard, route: Route, dp_rank: int) -> None:

@@ -40,7 +40,7 @@ W_WAITING_HEAD = 19       # order of who waits first in this shard for a worker 
 # Answers to requests that the worker's cache has overtaken: what was missing has come since the choice, what was there may have gone
 W_PARITY_CAME = 20
 W_PARITY_WENT = 21
-W_RANK_REFUSED = 22       # answers of 400 that speak of a rank, to requests that were told one; control asks the worker what it is
+W_RANK_REFUSED = 22       # answers that refuse a rank, to requests that were told one; control asks the worker what it is
 # Words of the shard itself.
 S_CONNECTIONS = 0
 S_INFLIGHT = 1

@@ -268,7 +268,7 @@ cdef class ExchangeBase:
         elif head.content_length < 0 and head.status != 204 and head.status != 304:
             self.client.closes = True  # the end of the connection is the end of the answer
         if PyBytes_GET_SIZE(payload):
-            self.first_byte()
+            self.first_byte(payload)
             self.bytes_out = PyBytes_GET_SIZE(payload)
             if self.predicted_tokens >= 0:
                 self.look_for_cached_tokens(payload)
@@ -280,15 +280,17 @@ cdef class ExchangeBase:
             if not self.has_answer:
                 self.hold_more(data)
                 return
-            self.first_byte()
+            self.first_byte(data)
         self.bytes_out += PyBytes_GET_SIZE(data)
         if self.predicted_tokens >= 0:
             self.look_for_cached_tokens(data)
         if self.client.transport is not None:
             self.client.transport.write(data)
 
-    cdef first_byte(self):
+    cdef first_byte(self, bytes piece):
         self.has_body = True
+        if self.rank >= 0 and self.is_event_stream and self.rank_way != c"h" and self.rank_way != c"-":
+            self.look_for_refused_rank(piece)
         self.ttft_us = <long long>((monotonic() - self.started_s) * 1e6)
         if self.tokens and self.route is not None:
             self.shard.column.prefilled(self.route.upstream.worker_idx, self.tokens)

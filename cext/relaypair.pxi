@@ -72,7 +72,7 @@ cdef class PrefillLegBase(ExchangeBase):
     cdef drop(self, bytes data):
         # A piece of an answer that nobody is to get: it tells that the prompt is computed.
         if not self.has_body:
-            self.first_byte()
+            self.first_byte(data)
         if self.predicted_tokens >= 0:
             self.look_for_cached_tokens(data)
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from edge_harness import Edge, wait_until
-from raw_client import post
-from scripted_worker import Call, Worker, answer, echoes, says, then_closes
+from raw_client import chunk, post
+from scripted_worker import Call, Script, Worker, answer, echoes, says, then_closes
 from test_relay_rank import NAME, RANKS, SENT, steered
 
 from sglfast import _counters as c
@@ -211,6 +211,49 @@ def test_a_request_whose_rank_was_refused_names_none_at_the_next_worker(workers:
             worker.plan(script)
         assert edge.ask(post(SENT)).status == 500
         assert [told(worker.calls).count(True) for worker in workers[:2]] in ([1, 0], [0, 1])
+
+
+# ---- in a stream of /generate, under status 200 ----
+
+EVENT_STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+ERROR_EVENT = b'data: {"error":{"message":"%b","type":"invalid_request_error","code":400,"retryable":false}}\n\n'
+DONE = b"data: [DONE]\n\n"
+STREAM_BODY = b'{"text":"p","stream":true}'
+
+
+def streams(first: bytes, *, is_split: bool = True) -> Script:
+    pieces = [EVENT_STREAM_HEAD, chunk(first), chunk(DONE) + b"0\r\n\r\n"]
+    return says(*(pieces if is_split else [b"".join(pieces)]))
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_rank_that_is_refused_in_a_stream_fails_that_one_only(edge: Edge, workers: list[Worker], is_split: bool) -> None:
+    refusal = ERROR_EVENT % b"routed_dp_rank=3 out of range [0, 2)"
+    workers[0].plan(streams(refusal, is_split=is_split))
+    assert edge.ask(post(STREAM_BODY, target="/generate")).body == refusal + DONE
+    assert edge.worker_word(0, c.W_RANK_REFUSED) == 1
+    workers[0].plan(echoes)
+    assert edge.ask(post(STREAM_BODY, target="/generate")).body == STREAM_BODY, "it is told no rank"
+    confirm(edge, 1)
+    assert b"routed_dp_rank" in edge.ask(post(STREAM_BODY, target="/generate")).body
+
+
+@pytest.mark.parametrize(
+    "first", [ERROR_EVENT % b"the prompt is too long", b'data: {"text":"of an {\\"error\\": routed_dp_rank=3 out of range}"}\n\n'],
+    ids=["another error", "a text of it"],
+)  # fmt: skip
+def test_other_streams_say_nothing_of_ranks(edge: Edge, workers: list[Worker], first: bytes) -> None:
+    workers[0].plan(streams(first))
+    for _ in range(2):
+        assert edge.ask(post(STREAM_BODY, target="/generate")).body == first + DONE
+    assert all(b"routed_dp_rank" in call.body for call in workers[0].calls)
+    assert edge.worker_word(0, c.W_RANK_REFUSED) == 0
+
+
+def test_a_stream_that_refuses_its_client_s_own_rank_is_its_own_business(edge: Edge, workers: list[Worker]) -> None:
+    workers[0].plan(streams(ERROR_EVENT % b"routed_dp_rank=3 out of range [0, 2)"))
+    edge.ask(post(b'{"text":"p","stream":true,"routed_dp_rank":3}', target="/generate"))
+    assert edge.worker_word(0, c.W_RANK_REFUSED) == 0
 
 
 # ---- the doubt itself ----

@@ -139,6 +139,14 @@ def test_ranks_have_caches_and_streams_of_their_own() -> None:
             async with worker.post("/generate", {"text": "a", "routed_dp_rank": 2}) as response:
                 assert response.status == 400
                 assert "out of range" in await response.text()
+            async with worker.post("/generate", {"text": "a", "routed_dp_rank": 2, "stream": True}) as response:
+                assert (response.status, response.content_type) == (200, "text/event-stream")
+                event, done, _ = (await response.text()).split("\n\n")
+                error = orjson.loads(event.removeprefix("data: "))["error"]
+                assert (error["code"], error["message"]) == (400, "routed_dp_rank=2 out of range [0, 2)")
+                assert done == "data: [DONE]"
+            async with worker.post("/v1/completions", {"prompt": "a", "routed_dp_rank": 2, "stream": True}) as response:
+                assert response.status == 400
 
     run(test())
 
@@ -170,7 +178,7 @@ def test_abort_request_ends_one_answer() -> None:
             async with worker.post("/generate", bodies[0]) as one, worker.post("/generate", bodies[1]) as two:
                 await one.content.readline()
                 await two.content.readline()
-                assert "Duplicate" in (await worker.ask("/generate", bodies[0], 400))["error"]["message"]
+                assert "Duplicate" in (await worker.ask("/generate", bodies[0] | {"stream": False}, 400))["error"]["message"]
                 async with worker.post("/abort_request", {"rid": "one"}) as response:
                     assert response.status == 200
                 rest = (await one.content.read()).decode()

@@ -90,7 +90,7 @@ _WORKER_COUNTERS = {
     words.W_REQUESTS: ("worker_selected_requests", "Requests handed to the worker."),
     words.W_BYTES_OUT: ("worker_sent_bytes", "Bytes of the worker's answers sent to clients."),
     words.W_CONNECT_ERRORS: ("worker_connect_errors", "Connections that the worker did not take."),
-    words.W_RANK_REFUSED: ("worker_rank_refusals", "Requests sent again without a data-parallel rank, which the worker had refused."),
+    words.W_RANK_REFUSED: ("worker_rank_refusals", "Requests whose data-parallel rank, chosen by the router, the worker refused."),
     words.W_PROMPT_BLOCKS: ("worker_prompt_blocks", "KV blocks of the prompts given to the worker."),
     words.W_OVERLAP_BLOCKS: ("worker_overlap_blocks", "Those of them that the KV index believed to be in the worker's cache."),
 }

@@ -13,6 +13,7 @@ from sglfast.edge.abort import abort
 from sglfast.edge.breaker import NO_PROBE, PROBE, PROBE_ANSWERED
 from sglfast.edge.header_lines import without
 from sglfast.edge.parity import cached_tokens_in, outcome_word
+from sglfast.edge.rank_refusal import doubt_rank, refuses_in_stream
 
 if TYPE_CHECKING:
     from sglfast.edge.pools import Route
@@ -81,6 +82,12 @@ class Leg(ExchangeBase):
             if self.rid:
                 abort(connection.upstream, self.head, self.rid)
         return connection
+
+    def look_for_refused_rank(self, piece: bytes) -> None:
+        """The first piece of a stream that comes from a worker that was told a rank in the body: it may refuse that there."""
+        route = self.route
+        if route is not None and refuses_in_stream(piece) and route.upstream.doubt.heeds(self.shard.loop.time()):
+            doubt_rank(self.shard, route, self.dp_rank)
 
     def look_for_cached_tokens(self, piece: bytes) -> None:
         """What a piece of an answer reports of the worker's cache is kept for `count_parity`."""

@@ -12,14 +12,15 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import orjson
 import xxhash
 
 from sglfast.errors import PromptError
 from sglfast.prompt.keys import RequestKind
-from sglfast.sim.answers import ANSWERS, Answer
+from sglfast.sim.answers import ANSWERS, DONE, Answer
 from sglfast.sim.batches import Batch, Part, split
 from sglfast.sim.engine import Engine, Generation
-from sglfast.sim.http import Connection, Outlet, Request
+from sglfast.sim.http import Connection, Outlet, Request, chunk
 from sglfast.sim.jobs import DecodeJob, Job, PrefillJob
 from sglfast.sim.output import OutputText
 from sglfast.sim.pacer import Pacer
@@ -101,10 +102,12 @@ class Inference:
 
     def _begin(self, kind: RequestKind, body: dict[str, Any], request: Request, connection: Outlet, index: int | None) -> None:
         """Let one request in. index: of its choice, when it is a part of a batch."""
+        in_stream = False
         try:
             asked = read(kind, body, request.rank, self._settings.model)
             if index is not None:
                 asked = replace(asked, index=index, is_part=True, with_usage=False)
+            in_stream = asked.is_stream and kind == RequestKind.GENERATE and index is None
             if self._rooms is not None and asked.max_tokens != 0:
                 asked = replace(asked, max_tokens=1)  # what a prefill is asked for is the first token
             rank = self._rank_of(asked)
@@ -118,7 +121,7 @@ class Inference:
                 raise RequestError(400, f"The simulator cannot read this prompt: {prompt.detail}")
             job = self._job_of(asked, body, connection, rank)
         except RequestError as error:
-            self._refuse(kind, connection, error)
+            self._refuse(kind, connection, error, in_stream=in_stream)
             return
         self._jobs[asked.request_id] = job
         connection.on_gone = job.leave
@@ -220,9 +223,15 @@ class Inference:
         )
         job.begin(generation)
 
-    def _refuse(self, kind: RequestKind, connection: Outlet, error: RequestError | PromptError) -> None:
+    def _refuse(self, kind: RequestKind, connection: Outlet, error: RequestError | PromptError, *, in_stream: bool = False) -> None:
+        """in_stream: what is found out about a streamed /generate after its body was read comes in the stream, as from SGLang."""
         self.totals.refused += 1
         status, name = (error.status, error.kind) if isinstance(error, RequestError) else (400, "BadRequestError")
+        if in_stream:
+            event = {"error": {"message": str(error), "type": "invalid_request_error", "code": status, "retryable": False}}
+            connection.start_stream()
+            connection.end_stream(chunk(b"data: " + orjson.dumps(event) + b"\n\n") + DONE)
+            return
         connection.respond_json(status, error_body(str(error), name, status, kind))
 
     def _answer_instantly(self, asked: Asked, request: Request, connection: Outlet) -> None:

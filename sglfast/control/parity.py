@@ -28,9 +28,8 @@ from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON
 WINDOW_SAMPLES = 50
 WINDOW_LOOKS = 20  # at least, so that a moment of many requests is not all there is to judge by
 LEAST_SAMPLES = 8  # of one worker
-LEAST_POOL_SAMPLES = (
-    12  # of several together, so that 50 requests are enough also over many workers; none counts for more than LEAST_SAMPLES
-)
+# Of several together, so that 50 requests are enough also over many workers; none counts for more than LEAST_SAMPLES.
+LEAST_POOL_SAMPLES = 12
 _LEAST_OWN_SAMPLES = 2  # before a worker is judged by its pool
 _DISTRUST_SHARE, _TRUST_SHARE = 0.6, 0.2
 # So that a fault is named within some 50 requests also at 100 and more a second; many workers are looked at more seldom.

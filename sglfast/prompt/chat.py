@@ -142,16 +142,17 @@ def message_input(raw: object, content_format: ContentFormat) -> dict[str, Any]:
         if value is None:
             continue
         if field == "tool_calls":
-            value = [_tool_call(call, is_parsed=role == "assistant") for call in _objects(value, field)]
+            value = [_tool_call(call, is_parsed=role == "assistant") for call in objects_of(value, field)]
         elif field == "tools":
-            value = [_kept(tool, is_offered=role in TOOL_ROLES) for tool in _objects(value, field)]
+            value = [_kept(tool, is_offered=role in TOOL_ROLES) for tool in objects_of(value, field)]
         message[field] = value
     if content_format == "openai" and isinstance(raw.get("content"), list):
         message["content"] = message.pop("content")  # last, for a template that prints the message as it is
     return message
 
 
-def _objects(value: object, name: str) -> list[dict[str, Any]]:
+def objects_of(value: object, name: str) -> list[dict[str, Any]]:
+    """A field that must be an array of objects; raises UnkeyableError, which names it."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise _malformed(f"{name} must be an array of objects")
     return value
@@ -163,7 +164,7 @@ def _content(content: object, role: str, content_format: ContentFormat) -> str |
         return ""
     if isinstance(content, str):
         return content
-    parts = [part for raw in _objects(content, "content") if (part := _part(raw, role)) is not None]
+    parts = [part for raw in objects_of(content, "content") if (part := _part(raw, role)) is not None]
     texts = [part["text"] for part in parts if part["type"] == "text"]
     # Results of tools are printed as one string by nearly every template, so SGLang joins them for both forms.
     if content_format == "string" or (role == "tool" and len(texts) == len(parts)):
@@ -250,7 +251,7 @@ def _kept(raw: dict[str, Any], is_offered: bool) -> dict[str, Any]:
 def tools_input(body: Mapping[str, Any], form: ToolForm = "kept") -> list[dict[str, Any]] | None:
     """Return the tools that the template sees: none for tool_choice "none", one for a named choice, else all."""
     raw_tools = body.get("tools")
-    tools = [] if raw_tools is None else [_tool(tool, form) for tool in _objects(raw_tools, "tools")]
+    tools = [] if raw_tools is None else [_tool(tool, form) for tool in objects_of(raw_tools, "tools")]
     choice = body.get("tool_choice")
     if isinstance(choice, dict):
         function = choice.get("function")

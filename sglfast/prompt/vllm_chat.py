@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from sglfast.prompt.chat import ChatInput, UnkeyableError
+from sglfast.prompt.chat import ChatInput, UnkeyableError, objects_of
 
 if TYPE_CHECKING:
     from sglfast.prompt.vllm_format import ContentFormat
@@ -96,7 +96,7 @@ def message_input(raw: object, content_format: ContentFormat) -> dict[str, Any]:
     if role == "assistant":
         calls = raw.get("tool_calls")
         if calls:
-            message["tool_calls"] = [_tool_call(call) for call in _objects(calls, "tool_calls")]
+            message["tool_calls"] = [_tool_call(call) for call in objects_of(calls, "tool_calls")]
         thoughts = raw.get("reasoning")
         thoughts = raw.get("reasoning_content") if thoughts is None else thoughts
         if isinstance(thoughts, dict):
@@ -109,12 +109,6 @@ def message_input(raw: object, content_format: ContentFormat) -> dict[str, Any]:
         if isinstance(raw.get(field), str):
             message[field] = raw[field]
     return message
-
-
-def _objects(value: object, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise _malformed(f"{name} must be an array of objects")
-    return value
 
 
 def _content(content: object, role: str, content_format: ContentFormat) -> str | list[dict[str, Any]]:
@@ -201,7 +195,7 @@ def tools_input(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         return None
     if raw_tools == []:
         raise _malformed("tools must not be an empty array")
-    return [_tool(tool) for tool in _objects(raw_tools, "tools")]
+    return [_tool(tool) for tool in objects_of(raw_tools, "tools")]
 
 
 def _tool(raw: dict[str, Any]) -> dict[str, Any]:

@@ -232,8 +232,8 @@ def test_a_client_that_leaves_frees_its_engine() -> None:
             late_s.append(proxy.left_s.pop() - left_s)
         assert min(late_s) < 0.05, f"closed after {late_s} s"
         wait_until(lambda: stack.sim(0, "/sim/stats")["abort_calls"] == 5, "the engine is told each time")
-        stats = stack.sim(0, "/sim/stats")
-        assert (stats["abort_calls_known"], stats["running"]) == (5, 0), "by the id that the request had"
+        assert stack.sim(0, "/sim/stats")["abort_calls_known"] == 5, "by the id that the request had"
+        wait_until(lambda: stack.sim(0, "/sim/stats")["running"] == 0, "an engine drops the aborted when its step ends")
         assert metric(stack, "sglfast_abort_requests_total") == 5
         assert stack.outcome(0, "cancelled") == 5
         nothing_left(stack)

@@ -74,7 +74,7 @@ def main(role: str, behaviour: str, argv: list[str]) -> None:
     boot.segment.process_ready(boot.process_slot)
     if behaviour == "crash_when_ready":
         print("died of old age", file=sys.stderr, flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGABRT)
     if behaviour == "serve" and role == "shard":
         serve(boot)
     time.sleep(60)

@@ -112,6 +112,15 @@ def test_five_short_lives_in_a_row_are_a_crash_loop() -> None:
     assert isinstance(pauses(*[(9.9, True)] * 4, (10.0, True), *[(9.9, True)] * 4)[-1], float)
 
 
+def test_who_is_killed_from_outside_again_and_again_comes_back() -> None:
+    record = RestartRecord()
+    assert [record.died(0.5, True, was_killed=True) for _ in range(50)][5:] == [1.6, *[2.0] * 44]
+    assert isinstance(record.died(0.5, False, was_killed=True), float), "also while it starts, once it has served"
+    assert [isinstance(record.died(0.5, True), str) for _ in range(5)] == [False] * 4 + [True], "its own crashes count as ever"
+    record = RestartRecord()
+    assert [record.died(0.5, False, was_killed=True) for _ in range(3)] == [0.05, 0.1, "did not start in 3 attempts"]
+
+
 def test_a_first_start_that_fails_three_times_is_hopeless() -> None:
     assert pauses(*[(0.5, False)] * 3) == [0.05, 0.1, "did not start in 3 attempts"]
     assert pauses(*[(60.0, False)] * 3)[-1] == "did not start in 3 attempts"
@@ -158,6 +167,22 @@ def test_only_the_dead_one_is_started_again() -> None:
     check(scenario, standins(), shards=2)
 
 
+def test_an_index_that_is_killed_again_and_again_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sglfast.control.supervisor._LAST_PAUSE_S", 0.1)
+
+    async def scenario(them: Crew) -> None:
+        await them.until_ready()
+        shard = them.pid(SHARD0)
+        for restarts in range(8):
+            await them.until_restarted(INDEX, restarts)
+            os.kill(them.pid(INDEX), signal.SIGKILL)
+        await them.until_restarted(INDEX, 8)
+        assert them.pid(SHARD0) == shard
+        assert not them.supervisor.failed.done()
+
+    check(scenario, standins())
+
+
 def test_an_exit_code_of_0_is_a_death_too() -> None:
     async def scenario(them: Crew) -> None:
         await them.until_ready()
@@ -179,7 +204,7 @@ def test_an_exit_code_of_0_is_a_death_too() -> None:
         (standins(index=["crash"]), "index did not start in 3 attempts; the last time: exit code 1: ValueError: there is no tokenizer"),
         (
             standins(shard=["crash_when_ready"]),
-            "shard0 died 5 times in a row within 10 s of its start; the last time: killed by SIGKILL: died of old age",
+            "shard0 died 5 times in a row within 10 s of its start; the last time: killed by SIGABRT: died of old age",
         ),
         (standins(shard=["unusable"]), "shard0: tokenizer path '/x': no such folder"),
         (

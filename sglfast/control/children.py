@@ -100,6 +100,11 @@ class Child:
         """Whether it has ended because its settings cannot work: its last line says why."""
         return self._process.returncode == UNUSABLE_SETTINGS
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether it has ended by a signal that somebody sends; what a process does wrong raises others."""
+        return self._process.returncode in (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+
     def describe_end(self) -> str:
         """How it ended, with its last line on standard error: `exit code 1: ValueError: ...`."""
         code = self._process.returncode

@@ -3,7 +3,8 @@
 Runs in: control. Contract: of a dead shard the counter column is folded away, its probes are given back and the process slot freed
     before its successor starts, on the same listening socket. `failed` is set once, with a message for the operator, when a child
     cannot be kept alive. After `stop` no child is left.
-    A first start that ends because the settings cannot work is not tried again.
+    A first start that ends because the settings cannot work is not tried again. Who has served once and is killed from outside has
+    not crashed: it comes back however often that happens.
 """
 
 import asyncio
@@ -46,13 +47,19 @@ class RestartRecord:
         self._deaths = 0
         self._short_lives = 0
 
-    def died(self, lived_s: float, was_ready: bool) -> float | str:
-        """Take note of a death; returns the pause before the next start in seconds, or why there is none."""
+    def died(self, lived_s: float, was_ready: bool, was_killed: bool = False) -> float | str:
+        """Take note of a death; returns the pause before the next start in seconds, or why there is none.
+
+        was_killed: by a signal that no fault of its own raises.
+        """
         self._deaths += 1
         self.was_ever_ready |= was_ready
         if lived_s >= _LONG_LIFE_S:
             self._pause_s = _FIRST_PAUSE_S
-        self._short_lives = self._short_lives + 1 if lived_s < _SHORT_LIFE_S else 0
+        if lived_s >= _SHORT_LIFE_S:
+            self._short_lives = 0
+        elif not (was_killed and self.was_ever_ready):
+            self._short_lives += 1
         if not self.was_ever_ready and self._deaths >= _STARTS_MAX:
             return f"did not start in {_STARTS_MAX} attempts"
         if self._short_lives >= _SHORT_LIVES_MAX:
@@ -180,9 +187,10 @@ class Supervisor:
     def _exited(self, post: _Post, child: Child) -> None:
         post.child = None
         is_hopeless = child.cannot_work and not post.record.was_ever_ready
-        self._lost(post, self._loop.time() - child.started_s, child.last_line if is_hopeless else child.describe_end(), is_hopeless)
+        end = child.last_line if is_hopeless else child.describe_end()
+        self._lost(post, self._loop.time() - child.started_s, end, is_hopeless, child.was_killed)
 
-    def _lost(self, post: _Post, lived_s: float, end: str, is_hopeless: bool = False) -> None:
+    def _lost(self, post: _Post, lived_s: float, end: str, is_hopeless: bool = False, was_killed: bool = False) -> None:
         was_ready = self._segment.process_info(post.slot)[4]
         if post.shard >= 0:
             self._totals.retire(post.shard)
@@ -198,7 +206,7 @@ class Supervisor:
                 self.exit_code = 2
                 self.failed.set_result(f"{post.name}: {end}")
             return
-        verdict = post.record.died(lived_s, was_ready)
+        verdict = post.record.died(lived_s, was_ready, was_killed)
         if isinstance(verdict, str):
             if not self.failed.done():
                 self.failed.set_result(f"{post.name} {verdict}; the last time: {end}")

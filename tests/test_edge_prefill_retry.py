@@ -95,6 +95,7 @@ def test_another_prefill_worker_is_tried(name: str, head: bytes, edge: Edge, hal
     assert {fields(call)["bootstrap_port"] for call in (first, second)} == {8900, 8901}
     assert len({rid_of(call) for call in seconds}) == 2
     assert edge.word(c.S_RETRIES) == retries + 1
+    wait_until(lambda: any(half.aborted for half in decodes), "it is told to end its request")
     (told,) = (half for half in decodes if half.aborted)
     assert told.aborted == [next(rid_of(call) for call in seconds if room_of(call) != fields_of_answer(found.body))]
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from array import array
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,7 @@ class Memory:
         self.block_size = block_size
         sizes = {"max_workers": 64, "max_ranks": 64, "capacity_blocks": 1 << 12}
         self.fd, self.segment = shm.create(max_shards=shards, prediction_blocks=prediction_blocks, **sizes)
+        self.close_fd = weakref.finalize(self, os.close, self.fd)  # tests make thousands of them
         self.table = WorkerTable(self.segment)
         self.totals = Totals(self.segment)
         for worker_idx in range(len(urls)):
@@ -187,7 +189,7 @@ class Edge(Memory):
             self.process.wait()
             raise AssertionError(f"the shard did not stop when control went away:\n{self.log()}") from None
         finally:
-            os.close(self.fd)
+            self.close_fd()
             self._log.close()
 
     @property

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import select
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from descriptors import is_readable
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "modelexpress"
@@ -90,8 +90,7 @@ class RealClient:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([name, arguments]) + "\n")
         self._process.stdin.flush()
-        readable, _, _ = select.select([self._process.stdout], [], [], ANSWER_TIMEOUT_S)
-        assert readable, f"{name}: no answer within {ANSWER_TIMEOUT_S:.0f} s"
+        assert is_readable(self._process.stdout.fileno(), ANSWER_TIMEOUT_S), f"{name}: no answer within {ANSWER_TIMEOUT_S:.0f} s"
         line = self._process.stdout.readline()
         assert line, "the client's process ended, see its standard error"
         answer: dict[str, Any] = json.loads(line)

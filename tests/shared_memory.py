@@ -5,7 +5,6 @@ import contextlib
 import json
 import mmap
 import os
-import select
 import signal
 import struct
 import time
@@ -14,6 +13,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from descriptors import is_readable
 
 from sglfast import shm
 from sglfast._segment import Segment
@@ -74,7 +75,7 @@ class Child:
     def result(self, timeout_s: float = 30.0) -> Any:
         deadline, text = time.monotonic() + timeout_s, b""
         while True:
-            if not select.select([self.answer], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            if not is_readable(self.answer, max(0.0, deadline - time.monotonic())):
                 raise TimeoutError(f"process {self.pid} gave no answer within {timeout_s} s")
             piece = os.read(self.answer, 1 << 16)
             if not piece:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from descriptors import is_readable
 from shared_memory import HEADER, Words, forked, shared_segment
 
 from sglfast.boot import SETTINGS, STOP, die_with_parent, hear
@@ -99,7 +99,7 @@ class Stage:
 
     def report(self) -> bytes:
         """The next bytes of the report pipe; empty when no process holds its other end any more."""
-        assert select.select([self.report_fd], [], [], WAIT_S)[0], "the child said nothing"
+        assert is_readable(self.report_fd, WAIT_S), "the child said nothing"
         return os.read(self.report_fd, 1 << 16)
 
 

@@ -6,6 +6,7 @@ messages one at a time, as parse_live has them.
 
 import logging
 import mmap
+import os
 import struct
 from itertools import accumulate
 from typing import Any
@@ -118,6 +119,7 @@ class Both:
         for side in (self.fast, self.plain):
             side.subscriber._close_dealer()
             side.index.retire()
+            os.close(side.subscriber._wake_fd)
         self.source.close()
         self.live.close(linger=0)
         self.context.term()

@@ -93,7 +93,16 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    for word in ("--instant", "--kv-base-port", "/sim/fault", "/sim/restart", "/sim/drop_events", "/sim/stats", "ignore_eos"):
+    for word in (
+        "--instant",
+        "--kv-base-port",
+        "/sim/fault",
+        "/sim/restart",
+        "/sim/drop_events",
+        "/sim/keep_back_stores",
+        "/sim/stats",
+        "ignore_eos",
+    ):
         assert word in text
 
 

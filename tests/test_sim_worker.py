@@ -92,6 +92,33 @@ def test_dropped_events_leave_a_gap_that_a_replay_closes() -> None:
     run(test())
 
 
+def test_stores_that_are_kept_back_leave_no_gap_and_a_restart_keeps_them_back() -> None:
+    async def test() -> None:
+        async with running() as worker, following(worker.worker) as follower:
+            before = await worker.stats()
+            assert await worker.ask("/sim/keep_back_stores", {"share": 1}) == {"share": 1, "unit": "event"}
+            await worker.generate(list(range(20)))
+            stats = await worker.stats()
+            assert stats["events_published"] == before["events_published"]
+            assert stats["blocks_kept_back"] == stats["cache_used_blocks"] > 0
+            await worker.ask("/sim/keep_back_stores", {"share": 0})
+            last = follower.sequences[-1]
+            await worker.generate(list(range(100, 120)))
+            await follower.receive()
+            assert follower.sequences[-1] == last + 1
+            stats = await worker.stats()
+            assert len(follower.blocks) == stats["cache_used_blocks"] - stats["blocks_kept_back"]
+            assert await replayed(worker.worker, last + 2) == []
+            await worker.ask("/sim/keep_back_stores", {"share": 1})
+            await worker.ask("/sim/restart", {})
+            await worker.generate(list(range(20)))
+            assert (await worker.stats())["blocks_kept_back"] == 2 * stats["blocks_kept_back"]
+            for wrong in ({"share": 2}, {"count": 1}):
+                assert "error" in await worker.ask("/sim/keep_back_stores", wrong, 400)
+
+    run(test())
+
+
 async def outcome(worker: Worker, patience_s: float = WAIT_S / 2) -> str:
     """What a request meets, in one word."""
     try:

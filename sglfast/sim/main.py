@@ -65,6 +65,9 @@ control, by HTTP on a worker's own port
       as a killed engine that comes back: connections reset, cache empty, event sequence at 0, another startup_time
   curl -X POST URL/sim/drop_events -d '{"count": 2}'
       the next 2 event batches get their numbers but are not sent (a replay has them)
+  curl -X POST URL/sim/keep_back_stores -d '{"share": 0.5}'
+      half of the BlockStored events are never published, and leave no gap; "unit": "block": the second half of the blocks of
+      each; "share": 0 ends it
   curl URL/sim/stats        counters; URL/sim/stats?keys=1 lists the cached block keys too
 """
 

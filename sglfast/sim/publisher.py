@@ -2,7 +2,8 @@
 
 Runs in: sim, on the event loop; nothing here blocks. Contract: frames and counting are those of spec/kv_events.md 1.2 and 1.6
     (the shape of 0.5.22 and later). A rank's sequence starts at 0 with AllBlocksCleared. A batch that is dropped on purpose
-    has its number and stays in the replay buffer, as one that ZMQ dropped would. Ports stay the same over `close` and `open`.
+    has its number and stays in the replay buffer, as one that ZMQ dropped would; stores that are kept back (sim/silence.py) have
+    none. Ports stay the same over `close` and `open`, and so does what is kept back.
 
 Why no send limit on the replay socket: SGLang's loses batches there (limit 1000, spec 1.6), which would make every test of a
     recovery a matter of luck.
@@ -22,6 +23,7 @@ import zmq
 from sglfast.errors import ConfigError
 from sglfast.sim.events import all_cleared
 from sglfast.sim.settings import SimSettings
+from sglfast.sim.silence import StoreFilter
 from sglfast.wire.frames import live_frames, parse_replay_request, replay_data, replay_end
 from sglfast.wire.kv_events import EventOut, encode_batch
 
@@ -41,10 +43,19 @@ class RankPublisher:
     """Events of one rank.
 
     next_sequence: batches published so far, dropped ones included; dropped: those; to_drop: how many of the next will be.
+    stores: which of its stores it publishes.
     """
 
-    def __init__(self, rank: int, live: zmq.Socket[bytes], replay: zmq.Socket[bytes] | None, shape: Literal["map", "array"]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        live: zmq.Socket[bytes],
+        replay: zmq.Socket[bytes] | None,
+        shape: Literal["map", "array"],
+        stores: StoreFilter,
+    ) -> None:
         self._rank = rank
+        self._stores = stores
         self._live = live
         self._replay = replay
         self._shape = shape
@@ -61,7 +72,10 @@ class RankPublisher:
         self.publish(all_cleared())
 
     def publish(self, events: list[EventOut]) -> None:
-        """Send one batch."""
+        """Send one batch, unless all of it is kept back."""
+        events = self._stores.published(events)
+        if not events:
+            return
         payload = encode_batch(time.time(), events, self._rank, shape=self._shape)
         sequence, self.next_sequence = self.next_sequence, self.next_sequence + 1
         if self._replay is not None:
@@ -127,6 +141,7 @@ class KvPublisher:
         self._host = settings.host
         self.n_ranks = settings.dp_size
         self._shape: Literal["map", "array"] = settings.event_shape
+        self.stores = [StoreFilter(settings.seed + rank) for rank in range(settings.dp_size)]
         self._is_open_again = False
         self.published_before = 0  # batches of the sequences that `close` ended
         self.dropped_before = 0
@@ -150,7 +165,7 @@ class KvPublisher:
         self.live_port = _port_of(live[0])
         if replay[0] is not None:
             self.replay_port = _port_of(replay[0])
-        self.ranks = [RankPublisher(rank, live[rank], replay[rank], self._shape) for rank in range(self.n_ranks)]
+        self.ranks = [RankPublisher(rank, live[rank], replay[rank], self._shape, self.stores[rank]) for rank in range(self.n_ranks)]
 
     def close(self) -> None:
         """Close every socket; `open` binds the same ports again, with sequences from 0."""

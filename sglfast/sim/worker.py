@@ -9,6 +9,7 @@ Runs in: sim, on the event loop. Contract: `open` makes it listen, `close` relea
                            lost, caches empty, sequences at 0 with AllBlocksCleared, another startup_time; for `down_s`
                            seconds nothing listens, on HTTP (connections are refused) and ZMQ alike. Answers when it is up.
     POST /sim/drop_events  {"count", "rank"?}   the next batches (of every rank) get their numbers but are not sent
+    POST /sim/keep_back_stores  {"share"?, "unit"?}   see silence.py
     GET  /sim/stats        counters and gauges; ?keys=1 adds the cached block keys of each rank
 """
 
@@ -37,6 +38,7 @@ from sglfast.sim.publisher import KvPublisher
 from sglfast.sim.requests import INFERENCE_PATHS
 from sglfast.sim.rooms import Rooms
 from sglfast.sim.settings import SimSettings
+from sglfast.sim.silence import parse_silence
 from sglfast.sim.weights import Weights
 
 BACKLOG = 2048
@@ -228,6 +230,7 @@ class SimWorker:
             "/sim/fault": {"POST": self._set_fault},
             "/sim/restart": {"POST": self._start_restart},
             "/sim/drop_events": {"POST": self._drop_events},
+            "/sim/keep_back_stores": {"POST": self._keep_back_stores},
             "/sim/stats": {"GET": self._stats},
         }
         for path, kind in INFERENCE_PATHS.items():
@@ -284,6 +287,12 @@ class SimWorker:
             if rank in (None, index):
                 publisher.to_drop = count
         connection.respond_json(200, {"count": count, "rank": rank})
+
+    def _keep_back_stores(self, request: Request, connection: Connection) -> None:
+        silence = parse_silence(_object(request))
+        for stores in self.publisher.stores:
+            stores.silence = silence
+        connection.respond_json(200, dataclasses.asdict(silence))
 
     def _start_restart(self, request: Request, connection: Connection) -> None:
         down_s = _object(request).get("down_s", 0.0)
@@ -342,6 +351,7 @@ class SimWorker:
             "abort_calls_known": totals.abort_calls_known,
             "events_published": self.publisher.published_before + sum(rank.next_sequence for rank in live),
             "events_dropped": self.publisher.dropped_before + sum(rank.dropped for rank in live),
+            "blocks_kept_back": sum(stores.kept_back for stores in self.publisher.stores),
             "fault_hits": self._faults.hits,
             "fault": self._faults.fault.as_dict(),
             "restarts": self._restarts,

@@ -38,7 +38,28 @@ RANK_REASONS: tuple[str, ...] = (
     "the index may not open enough files to follow it (ulimit -n)",
 )
 
-REASON_PAIRS, REASON_SINGLES = 13, 14
+# The same positions by name.
+(
+    REASON_NONE,
+    REASON_NO_EVENTS,
+    REASON_NO_EVENT_YET,
+    REASON_REPLAYING,
+    REASON_UNKNOWN_HISTORY,
+    REASON_LOST,
+    REASON_HASH_MISMATCH,
+    REASON_DISCONNECTED,
+    REASON_INDEX_RESTARTS,
+    REASON_RESUMED,
+    REASON_NOT_LISTENING,
+    REASON_SAME_TOPIC,
+    REASON_BLOCK_SIZE,
+    REASON_PAIRS,
+    REASON_SINGLES,
+    REASON_NOT_KEPT,
+    REASON_NO_DESCRIPTORS,
+) = range(len(RANK_REASONS))
+# Those of the past: they explain for a while that too little is predicted, and stay until the rank is cleared.
+PASSING_REASONS = (REASON_UNKNOWN_HISTORY, REASON_LOST, REASON_NOT_KEPT)
 
 # Names of the RANK_* states.
 RANK_STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")

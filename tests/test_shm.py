@@ -36,6 +36,23 @@ def test_rank_reasons_keep_their_positions() -> None:
     assert len(set(shm.RANK_REASONS)) == len(shm.RANK_REASONS)
 
 
+def test_rank_reasons_have_the_names_of_their_positions() -> None:
+    named = {
+        shm.REASON_NONE: "",
+        shm.REASON_NO_EVENTS: "publishes no KV events",
+        shm.REASON_UNKNOWN_HISTORY: "history before the subscription",
+        shm.REASON_LOST: "events were lost and could not be replayed",
+        shm.REASON_DISCONNECTED: "disconnected",
+        shm.REASON_INDEX_RESTARTS: "the index is being started again",
+        shm.REASON_NOT_LISTENING: "--kv-listen",
+        shm.REASON_PAIRS: "keyed by pairs of tokens (EAGLE), the worker says single",
+        shm.REASON_NOT_KEPT: "replay buffer does not reach back",
+        shm.REASON_NO_DESCRIPTORS: "ulimit -n",
+    }
+    assert all(text in shm.RANK_REASONS[position] for position, text in named.items())
+    assert len(shm.RANK_REASONS) == len([name for name in vars(shm) if name.startswith("REASON_")])
+
+
 # ---- create and attach ----
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from sglfast import _counters as words
 from sglfast._counters import RANK_BLIND, RANK_DEGRADED, RANK_EXACT, RankTable
-from sglfast.shm import PARITY_OK, RANK_REASONS, RANK_STATES, WorkerView
+from sglfast.shm import PARITY_OK, PASSING_REASONS, RANK_REASONS, RANK_STATES, WorkerView
 
 _NO_RANKS = "has no ranks in the KV index: it publishes no KV events, or --max-ranks is too low"
 _NOT_FOLLOWED = "is not followed yet"
 # A bad verdict names them, too, if they may be its cause.
-_OF_THE_PAST = RANK_REASONS[4], RANK_REASONS[5], RANK_REASONS[15]
+_OF_THE_PAST = tuple(RANK_REASONS[reason] for reason in PASSING_REASONS)
 # What an operator has to look at first comes first.
 _URGENCY = (RANK_DEGRADED, RANK_BLIND, words.RANK_SYNCING, RANK_EXACT)
 

@@ -20,7 +20,7 @@ from sglfast._breaker import Breakers
 from sglfast._counters import R_REASON, R_STATE, RANK_DEGRADED, RANK_EXACT, RANK_SYNCING, RankTable, Totals
 from sglfast._segment import Segment
 from sglfast.control.children import Child, Inheritance
-from sglfast.shm import RANK_REASONS
+from sglfast.shm import REASON_INDEX_RESTARTS
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 2.0
 _LONG_LIFE_S, _SHORT_LIFE_S = 30.0, 10.0
@@ -181,7 +181,7 @@ class Supervisor:
         """Index is dead: what it said of its streams holds no longer. Its successor writes all of it anew."""
         for rank in range(self._segment.max_ranks):
             if self._ranks.get(rank, R_STATE) in (RANK_EXACT, RANK_DEGRADED):
-                self._ranks.set(rank, R_REASON, RANK_REASONS.index("the index is being started again"))
+                self._ranks.set(rank, R_REASON, REASON_INDEX_RESTARTS)
                 self._ranks.set(rank, R_STATE, RANK_SYNCING)
 
     def _exited(self, post: _Post, child: Child) -> None:

@@ -8,18 +8,15 @@ Source: spec/kv_events.md 2.1 to 2.3, 2.8.
 """
 
 from sglfast._blockhash import page_keys
-from sglfast.index.stream_state import HASH_MISMATCH
-from sglfast.shm import REASON_PAIRS, REASON_SINGLES
+from sglfast.shm import REASON_BLOCK_SIZE, REASON_HASH_MISMATCH, REASON_NONE, REASON_PAIRS, REASON_SINGLES
 from sglfast.wire.kv_events import BlockStored, decode_token_ids
 
-# Positions in sglfast.shm.RANK_REASONS.
-_BLOCK_SIZE = 12
 _CHECKED_PAGES = 4
 # Tried where an event's hashes do not fit what it says of itself.
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 Found = tuple[int, str]
-_AGREES: Found = (0, "")
+_AGREES: Found = (REASON_NONE, "")
 
 
 def disagreement(event: BlockStored, *, block_size: int, is_bigram: bool, is_by_tokens: bool) -> Found | None:
@@ -41,7 +38,7 @@ def disagreement(event: BlockStored, *, block_size: int, is_bigram: bool, is_by_
         tokens.append(last[1])
     if event.block_size != block_size:
         hint = f" (for --kv-endpoint: block_size={event.block_size})" if is_by_tokens else ""
-        return _BLOCK_SIZE, f"its blocks hold {event.block_size} tokens, {block_size} are expected{hint}"
+        return REASON_BLOCK_SIZE, f"its blocks hold {event.block_size} tokens, {block_size} are expected{hint}"
     if has_pairs != is_bigram:
         return _pairs(has_pairs)
     if is_by_tokens:
@@ -54,8 +51,8 @@ def disagreement(event: BlockStored, *, block_size: int, is_bigram: bool, is_by_
                 if (size, bigram) != (block_size, is_bigram) and _is_chain(event, tokens, size, is_bigram=bigram):
                     return _pairs(bigram) if size == block_size else _cut_otherwise(size, block_size)
     except ValueError as error:
-        return HASH_MISMATCH, f"its token ids cannot be hashed: {error}"
-    return HASH_MISMATCH, "its block hashes are not SGLang's SHA-256 chain of the event's tokens"
+        return REASON_HASH_MISMATCH, f"its token ids cannot be hashed: {error}"
+    return REASON_HASH_MISMATCH, "its block hashes are not SGLang's SHA-256 chain of the event's tokens"
 
 
 def _pairs(are_pairs: bool) -> Found:
@@ -65,7 +62,7 @@ def _pairs(are_pairs: bool) -> Found:
 
 
 def _cut_otherwise(size: int, expected: int) -> Found:
-    return _BLOCK_SIZE, f"its block hashes are those of blocks of {size} tokens, {expected} are expected"
+    return REASON_BLOCK_SIZE, f"its block hashes are those of blocks of {size} tokens, {expected} are expected"
 
 
 def _is_chain(event: BlockStored, tokens: list[int], size: int, *, is_bigram: bool) -> bool:

@@ -37,12 +37,17 @@ from sglfast.index.rank import RankIndex, TreeLock, clear_rank
 from sglfast.index.rank_note import Noted, noted
 from sglfast.index.subscriber import Endpoints, Subscriber
 from sglfast.logs import set_level, setup_logs
-from sglfast.shm import WorkerView, read_workers
+from sglfast.shm import (
+    REASON_NO_DESCRIPTORS,
+    REASON_NO_EVENTS,
+    REASON_NOT_LISTENING,
+    REASON_SAME_TOPIC,
+    WorkerView,
+    read_workers,
+)
 from sglfast.wire.server_info import KvEndpoint
 
 INDEX_SLOT = 0
-# Positions in sglfast.shm.RANK_REASONS.
-_PUBLISHES_NO_EVENTS, _NOT_LISTENING, _SAME_TOPIC, _NO_DESCRIPTORS = 1, 10, 11, 16
 _TICK_S = 0.05
 _HEARTBEAT_S = 0.5
 _STOP_S = 1.0
@@ -174,7 +179,7 @@ class Index:
                         "rank %d of %s is not followed: %d ranks need %d open files, this process may have %s; raise the limit (ulimit -n)",
                         *(worker_rank, view.record.url, self._segment.max_ranks, _files_of(self._segment.max_ranks), self._max_files),
                     )
-                live, why = None, _NO_DESCRIPTORS
+                live, why = None, REASON_NO_DESCRIPTORS
             if endpoint is None or live is None:
                 self._resume(rank, 0)
                 self._ranks.clear(rank)
@@ -222,27 +227,27 @@ class Index:
     def _live_endpoint(self, view: WorkerView, endpoint: KvEndpoint | None, worker_rank: int) -> tuple[str | None, int]:
         """(where to connect for a rank's live events, 0), or (None, why not: position in RANK_REASONS)."""
         if endpoint is None:
-            return None, _PUBLISHES_NO_EVENTS
+            return None, REASON_NO_EVENTS
         url, port = view.record.url, endpoint.port_base + worker_rank
         if not view.record.kv_connects_out:
             live = endpoint.live_endpoint(worker_rank)
             if live is None:
                 self._log.error("rank %d of %s would publish on port %d: not followed", worker_rank, url, port)
-            return live, 0 if live else _PUBLISHES_NO_EVENTS
+            return live, 0 if live else REASON_NO_EVENTS
         if self._kv_listen is None:
             self._log.error("%s connects its KV events out to %s:%d: start the router with --kv-listen", url, endpoint.host, port)
-            return None, _NOT_LISTENING
+            return None, REASON_NOT_LISTENING
         for other, _ in self._followed.values():
             if other.record.kv_connects_out and other.record.kv_topic == endpoint.topic:
                 self._log.error("%s and %s both connect out with topic %r: not told apart", url, other.record.url, endpoint.topic)
-                return None, _SAME_TOPIC
+                return None, REASON_SAME_TOPIC
         try:
             place = listen_endpoint(self._kv_listen, worker_rank)
             if place not in self._listeners:
                 self._listeners[place] = Listener(self._context, place, self._log)
         except (ConfigError, zmq.ZMQError) as error:
             self._log.error("no KV events of rank %d of %s: %s", worker_rank, url, error)
-            return None, _NOT_LISTENING
+            return None, REASON_NOT_LISTENING
         return self._listeners[place].inner, 0
 
     def _beat(self) -> None:

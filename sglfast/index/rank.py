@@ -24,9 +24,8 @@ from sglfast.errors import KvEventError
 from sglfast.index.key_check import disagreement
 from sglfast.index.live import Run
 from sglfast.index.sink import Outcome
-from sglfast.index.stream_state import HASH_MISMATCH
 from sglfast.index.token_route import TokenRoute
-from sglfast.shm import REASON_PAIRS, REASON_SINGLES, KeyRoute
+from sglfast.shm import REASON_HASH_MISMATCH, REASON_PAIRS, REASON_SINGLES, KeyRoute
 from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, tier_mask
 
 _PLAIN, _CLEARED, _LOSSY = Outcome(), Outcome(is_cleared=True), Outcome(is_lossy=True)
@@ -363,7 +362,7 @@ class RankIndex:
         try:
             found = disagreement(event, block_size=self._block_size, is_bigram=self._is_bigram, is_by_tokens=self._is_by_tokens)
         except KvEventError as error:
-            found = HASH_MISMATCH, str(error)
+            found = REASON_HASH_MISMATCH, str(error)
         if found is None:
             return
         reason, why = found

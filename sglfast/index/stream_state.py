@@ -3,15 +3,16 @@
 Runs in: index, inside the rank's subscriber thread. Contract: this is the state; index/stream.py, which alone changes it, is the law.
 """
 
+from sglfast import shm
 from sglfast._blockhash import xxh3
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
 from sglfast.index.asked import Looks, Request
 from sglfast.index.held import HeldBatches, Limits
 from sglfast.index.sink import Counters, Resume, Sink
 
-# Positions in sglfast.shm.RANK_REASONS.
-NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY, LOST, HASH_MISMATCH, DISCONNECTED = 2, 3, 4, 5, 6, 7
-RESUMED, NOT_KEPT = 9, 15
+# Positions in sglfast.shm.RANK_REASONS: what a stream's state may be put down to.
+NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY = shm.REASON_NO_EVENT_YET, shm.REASON_REPLAYING, shm.REASON_UNKNOWN_HISTORY
+LOST, NOT_KEPT, DISCONNECTED, RESUMED = shm.REASON_LOST, shm.REASON_NOT_KEPT, shm.REASON_DISCONNECTED, shm.REASON_RESUMED
 
 
 def print_of(payload: bytes) -> int:

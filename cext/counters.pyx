@@ -41,6 +41,10 @@ W_WAITING_HEAD = 19       # order of who waits first in this shard for a worker 
 W_PARITY_CAME = 20
 W_PARITY_WENT = 21
 W_RANK_REFUSED = 22       # answers that refuse a rank, to requests that were told one; control asks the worker what it is
+# Of W_PARITY_LOW: the block that was missing has not come either, though later events have; ...
+W_PARITY_UNTOLD = 23
+# ... more is reported than any cache can have of the prompt, though its blocks are those that shards look up
+W_PARITY_OVER = 24
 # Words of the shard itself.
 S_CONNECTIONS = 0
 S_INFLIGHT = 1

@@ -1,5 +1,6 @@
 """A wrong prediction says nothing when the worker's cache has changed between the choice and the prefill."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from test_edge_route import ENGINES, KEYS, keyed, route_of, stored
 from sglfast import _counters as c
 from sglfast._counters import Column, RankTable
 from sglfast.edge.leg import Leg
+from sglfast.edge.parity import is_impossible
 from sglfast.edge.request import Facts
 from sglfast.edge.route import Router
 from sglfast.edge.shard import Shard
@@ -26,6 +28,7 @@ def test_too_low_means_nothing_when_the_next_block_has_come_since() -> None:
     def test(router: Router, shard: Shard) -> None:
         route = route_of(router)
         assert route.basis[0] == KEYS[12 * 8 : 13 * 8]
+        assert not is_impossible(shard.tree, route, 1300), "perhaps its prompt is another one, and longer"
         assert not router.is_overtaken(route, LOW, 1216), "nothing has come: these are not the keys of the worker's prompt"
         writer.store(0, 0, KEYS[15 * 8 :])
         assert not router.is_overtaken(route, LOW, 1216), "not what was behind the predicted blocks"
@@ -36,6 +39,9 @@ def test_too_low_means_nothing_when_the_next_block_has_come_since() -> None:
         assert router.is_overtaken(route, LOW, 1299)
         assert not router.is_overtaken(route, LOW, 1300), "no engine has a whole prompt in its cache before it computes the last token"
         assert not router.is_overtaken(route, LOW, 10**18)
+        assert is_impossible(shard.tree, route, 1300), "its blocks are ours, so its prompt is"
+        assert not is_impossible(shard.tree, route, 1299)
+        assert not is_impossible(shard.tree, replace(route, is_estimated=True), 1300)
 
     keyed(memory, FACTS, test)
 
@@ -48,6 +54,8 @@ def test_a_prompt_without_a_next_block() -> None:
         route = route_of(router)
         assert (route.overlap_blocks, route.basis[0]) == (20, b"")
         assert not router.is_overtaken(route, LOW, 1216)
+        assert is_impossible(shard.tree, route, 1300)
+        assert not is_impossible(shard.tree, route, 1299)
 
     keyed(memory, FACTS, test)
 
@@ -73,25 +81,37 @@ def test_too_high_means_nothing_when_a_busy_worker_has_dropped_blocks_since() ->
 
 
 @pytest.mark.parametrize(
-    ("cached", "is_overtaken", "word"),
+    ("cached", "is_overtaken", "counted", "is_waited_for"),
     [
-        (64, True, c.W_PARITY_EXACT),
-        (128, False, c.W_PARITY_LOW),
-        (128, True, c.W_PARITY_CAME),
-        (0, False, c.W_PARITY_HIGH),
-        (0, True, c.W_PARITY_WENT),
+        (64, True, [c.W_PARITY_EXACT], False),
+        (128, False, [c.W_PARITY_LOW], True),
+        (128, True, [c.W_PARITY_CAME], False),
+        (200, False, [c.W_PARITY_OVER, c.W_PARITY_LOW], False),
+        (0, False, [c.W_PARITY_HIGH], False),
+        (0, True, [c.W_PARITY_WENT], False),
     ],
 )
-def test_such_answers_are_counted_apart(cached: int, is_overtaken: bool, word: int) -> None:
-    counted: list[tuple[int, int]] = []
+def test_such_answers_are_counted_apart(cached: int, is_overtaken: bool, counted: list[int], is_waited_for: bool) -> None:
+    found: list[tuple[int, int]] = []
+    noted: list[Any] = []
+    route = SimpleNamespace(
+        upstream=SimpleNamespace(worker_idx=3),
+        is_estimated=False,
+        prompt=SimpleNamespace(prompt_tokens=200),
+        basis=(b"", -1),
+        predicted_tokens=64,
+    )
     leg: Any = SimpleNamespace(
-        route=SimpleNamespace(upstream=SimpleNamespace(worker_idx=3)),
+        route=route,
         predicted_tokens=64,
         cached_tokens=cached,
         shard=SimpleNamespace(
             router=SimpleNamespace(is_overtaken=lambda route, word, cached: is_overtaken),
-            column=SimpleNamespace(add_worker=lambda idx, word: counted.append((idx, word))),
+            column=SimpleNamespace(add_worker=lambda idx, word: found.append((idx, word))),
+            untold=SimpleNamespace(note=noted.append),
+            tree=None,
         ),
     )
     Leg.count_parity(leg)
-    assert counted == [(3, word)]
+    assert found == [(3, word) for word in counted]
+    assert noted == ([route] if is_waited_for else [])

@@ -91,6 +91,8 @@ _WORKER_COUNTERS = {
     words.W_BYTES_OUT: ("worker_sent_bytes", "Bytes of the worker's answers sent to clients."),
     words.W_CONNECT_ERRORS: ("worker_connect_errors", "Connections that the worker did not take."),
     words.W_RANK_REFUSED: ("worker_rank_refusals", "Requests whose data-parallel rank, chosen by the router, the worker refused."),
+    words.W_PARITY_UNTOLD: ("worker_kv_untold", "Of too_low: answers that found blocks of which no KV event had told, nor did later ones."),
+    words.W_PARITY_OVER: ("worker_kv_overstated", "Of too_low: answers that report more cached tokens than a cache can have."),
     words.W_PROMPT_BLOCKS: ("worker_prompt_blocks", "KV blocks of the prompts given to the worker."),
     words.W_OVERLAP_BLOCKS: ("worker_overlap_blocks", "Those of them that the KV index believed to be in the worker's cache."),
 }

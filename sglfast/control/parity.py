@@ -2,11 +2,13 @@
 
 Runs in: control, some times a second. Theory: a prediction and the engine's own `cached_tokens` differ for a moment when requests overtake
     events or wait while others change the cache (edge/route: is_overtaken), and always when the router's picture is wrong. So a worker
-    is distrusted when most of its last samples differ, and trusted again when few do. A fault of the router itself (a wrong template)
+    is distrusted when most of its last samples differ, and trusted again when few do. Of one that keeps a part of its stores to itself
+    only some do, since its conversations go where they are known: there a few blocks that were cached and that no event
+    has told, not even afterwards (edge/untold), are enough. A fault of the router itself (a wrong template)
     shows at all of a model's workers at once: those with too few samples for a verdict of their own are judged together (`judge_pool`).
     Contract: `ParityJudge` and `judge_pool` are pure; a change of verdict
-    is written into the worker table (shards say DEGRADED in `x-sglfast-kv`) and logged once, with its likeliest cause, which is also the
-    reason in metrics and /workers (control/kv_state). Where index has a reason of its own for its doubts, that is the cause.
+    is written into the worker table (shards say DEGRADED in `x-sglfast-kv`) and logged once, with its likeliest cause
+    (control/parity_cause), which is also the reason in metrics and /workers (control/kv_state).
     Where blocks show that a worker keys single tokens although it speculates with EAGLE (hybrid models do), or the other way, its blocks
     are believed.
 """
@@ -15,15 +17,17 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sglfast import _counters as words
 from sglfast._counters import RANK_DEGRADED, RankTable
+from sglfast._hashtree import TreeReader
 from sglfast._segment import Segment
 from sglfast.control.kv_state import rank_states
+from sglfast.control.parity_cause import Counts, Evidence, likely_cause
 from sglfast.control.worker_totals import WorkerTotals
 from sglfast.control.workers import Workers
-from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, RANK_REASONS, REASON_PAIRS, REASON_SINGLES, WorkerView
+from sglfast.shm import PARITY_HIGH, PARITY_LOW, PARITY_OK, REASON_PAIRS, REASON_SINGLES, WorkerView
 
 WINDOW_SAMPLES = 50
 WINDOW_LOOKS = 20  # at least, so that a moment of many requests is not all there is to judge by
@@ -32,124 +36,80 @@ LEAST_SAMPLES = 8  # of one worker
 LEAST_POOL_SAMPLES = 12
 _LEAST_OWN_SAMPLES = 2  # before a worker is judged by its pool
 _DISTRUST_SHARE, _TRUST_SHARE = 0.6, 0.2
+# Blocks that no event has told are no matter of chance and of moments (edge/untold): of an honest worker there are none, whatever its load.
+_LEAST_UNTOLD, _UNTOLD_SHARE, _TOLD_SHARE = 4, 0.1, 0.05
+_NOTHING = Counts()
 # So that a fault is named within some 50 requests also at 100 and more a second; many workers are looked at more seldom.
 _LEAST_PERIOD_S, _PERIOD_A_WORKER_S, _MOST_PERIOD_S = 0.05, 0.002, 1.0
 
 
-@dataclass(slots=True)
-class Counts:
-    """Samples of a worker since its start: right, predicted too much, predicted too little."""
+class Blocks(NamedTuple):
+    """stored: blocks that a worker has published; overlap: those that its prompts were predicted to find."""
 
-    exact: int = 0
-    high: int = 0
-    low: int = 0
+    stored: int = 0
+    overlap: int = 0
+
+
+_NO_BLOCKS = Blocks()
 
 
 class ParityJudge:
-    """One worker's verdict over about its last WINDOW_SAMPLES samples, or those of WINDOW_LOOKS looks if they are more."""
+    """One worker's verdict over about its last WINDOW_SAMPLES samples, or those of WINDOW_LOOKS looks if they are more.
+
+    counts: sums of the window.
+    """
 
     def __init__(self) -> None:
         self.verdict = PARITY_OK
         self.is_told = False  # that the worker reports nothing
+        self.counts = Counts()
         self._seen = Counts()
-        self._stored = 0
-        self._window: deque[tuple[Counts, int]] = deque()  # samples of a look, blocks published before it
+        self._blocks = _NO_BLOCKS
+        self._window: deque[tuple[Counts, Blocks]] = deque()  # samples of a look, and what was before it
 
     @property
-    def stored_before(self) -> int:
-        """Blocks that the worker had published when the window began."""
-        return self._window[0][1] if self._window else 0
+    def before(self) -> Blocks:
+        """The worker's blocks when the window began."""
+        return self._window[0][1] if self._window else _NO_BLOCKS
 
-    @property
-    def counts(self) -> Counts:
-        """Sums of the window."""
-        return Counts(*(sum(getattr(counts, name) for counts, _ in self._window) for name in ("exact", "high", "low")))
-
-    def feed(self, totals: Counts, stored: int = 0) -> int:
-        """Take the counters as they are now, and how many blocks the worker has published; returns the verdict, one of shm.PARITY_*."""
-        delta = Counts(totals.exact - self._seen.exact, totals.high - self._seen.high, totals.low - self._seen.low)
-        self._seen = Counts(totals.exact, totals.high, totals.low)
-        if _size(delta) > 0:
-            self._window.append((delta, self._stored))
-        self._stored = stored
-        samples = sum(_size(counts) for counts, _ in self._window)
-        while len(self._window) > WINDOW_LOOKS and samples - _size(self._window[0][0]) >= WINDOW_SAMPLES:
-            samples -= _size(self._window.popleft()[0])
-        if samples >= LEAST_SAMPLES:
-            counts = self.counts
-            self.verdict = _judged(counts.high, counts.low, samples, self.verdict)
+    def feed(self, totals: Counts, blocks: Blocks = _NO_BLOCKS) -> int:
+        """Take the counters and the worker's blocks as they are now; returns the verdict, one of shm.PARITY_*."""
+        news, self._seen = totals.minus(self._seen), totals
+        if news != _NOTHING:
+            self._window.append((news, self._blocks))
+            self.counts = self.counts.plus(news)
+        self._blocks = blocks
+        while len(self._window) > WINDOW_LOOKS and self.counts.samples - self._window[0][0].samples >= WINDOW_SAMPLES:
+            self.counts = self.counts.minus(self._window.popleft()[0])
+        if self.counts.samples >= LEAST_SAMPLES:
+            self.verdict = _judged(self.counts, self.verdict)
         return self.verdict
 
 
 def judge_pool(judges: Sequence[ParityJudge]) -> None:
     """Give those judges of one model's workers a verdict that have too few samples of their own, by what all of them have seen."""
-    windows = [judge.counts for judge in judges]
-    samples = high = low = 0.0
-    for counts in windows:
+    seen = Counts()
+    for judge in judges:
         # What one worker has long shown says little of the others.
-        weight = LEAST_SAMPLES / max(_size(counts), LEAST_SAMPLES)
-        samples += weight * _size(counts)
-        high += weight * counts.high
-        low += weight * counts.low
-    if samples < LEAST_POOL_SAMPLES:
+        seen = seen.plus(judge.counts, LEAST_SAMPLES / max(judge.counts.samples, LEAST_SAMPLES))
+    if seen.samples < LEAST_POOL_SAMPLES:
         return
-    for judge, counts in zip(judges, windows, strict=True):
-        if not _LEAST_OWN_SAMPLES <= _size(counts) < LEAST_SAMPLES:
+    for judge in judges:
+        if not _LEAST_OWN_SAMPLES <= judge.counts.samples < LEAST_SAMPLES:
             continue
-        verdict = _judged(high, low, samples, judge.verdict)
+        verdict = _judged(seen, judge.verdict)
         # One that is right where the others are wrong is no case of theirs.
-        judge.verdict = verdict if verdict == PARITY_OK else _judged(counts.high, counts.low, _size(counts), judge.verdict)
+        judge.verdict = verdict if verdict == PARITY_OK else _judged(judge.counts, judge.verdict)
 
 
-def _judged(high: float, low: float, samples: float, before: int) -> int:
-    if high + low >= _DISTRUST_SHARE * samples:
-        return PARITY_HIGH if high > low else PARITY_LOW
-    return PARITY_OK if high + low <= _TRUST_SHARE * samples else before
-
-
-def _size(counts: Counts) -> int:
-    return counts.exact + counts.high + counts.low
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What index knows of a worker. reasons: of its ranks that are DEGRADED; has_stored: it has published blocks since the window began;
-    is_steered: requests tell it which of its ranks they are for."""
-
-    reasons: tuple[str, ...] = ()
-    n_ranks: int = 1
-    has_stored: bool = True
-    is_steered: bool = False
-
-
-# Of the past: they explain for a while that too little is predicted, and stay until the rank is cleared.
-_PASSING = RANK_REASONS[4], RANK_REASONS[5], RANK_REASONS[15]
-
-
-def likely_cause(verdict: int, evidence: Evidence) -> str:
-    """What an operator should look at."""
-    told = "; ".join(evidence.reasons)  # index knows better than any guess
-    if told and (verdict == PARITY_HIGH or not set(evidence.reasons).issubset(_PASSING)):
-        return told
-    if verdict == PARITY_HIGH and evidence.is_steered:
-        return (
-            "the engine ignores X-Data-Parallel-Rank (in /generate the body's rank): requests are computed on other ranks than those "
-            "that hold the prompt; --disable-dp-steering leaves the choice to the worker"
-        )
-    if verdict == PARITY_HIGH and evidence.n_ranks > 1:
-        ranks = f"{evidence.n_ranks} data-parallel ranks"
-        return f"the worker spreads requests over its {ranks} itself, also to ranks that do not hold the prompt"
-    if verdict == PARITY_HIGH:
-        dropped = "the worker dropped blocks without an event, its prefix cache is off"
-        return f"{dropped}, or prompts with other salts or adapters are taken for the same"
-    prompts = "the router's prompts differ from the worker's: compare --tokenizer-path and its chat template with the worker's model"
-    if told:
-        return f"{told}; if that lasts, {prompts}"
-    return (
-        prompts
-        if evidence.has_stored
-        else f"the worker has published no stored blocks meanwhile: its KV events do not come; else {prompts}"
-    )
+def _judged(counts: Counts, before: int) -> int:
+    wrong = counts.high + counts.low
+    if wrong >= _DISTRUST_SHARE * counts.samples:
+        return PARITY_HIGH if counts.high > counts.low else PARITY_LOW
+    if counts.untold >= max(_LEAST_UNTOLD, _UNTOLD_SHARE * counts.samples):
+        return PARITY_LOW
+    is_good = wrong <= _TRUST_SHARE * counts.samples and counts.untold <= _TOLD_SHARE * counts.samples
+    return PARITY_OK if is_good else before
 
 
 class ParityWatch:
@@ -166,6 +126,7 @@ class ParityWatch:
         self._is_steered = is_steered
         self._totals = totals or WorkerTotals(segment)
         self._ranks = RankTable(segment)
+        self._tree = TreeReader(segment)
         self._workers = workers
         self._log = log
         self._judges: dict[tuple[int, int], ParityJudge] = {}  # (slot, generation)
@@ -189,9 +150,15 @@ class ParityWatch:
             totals = self._totals.of(view.worker_idx)
             self._tell_unreported(view, judge, totals)
             judge.feed(
-                # A block that has come since, under the key that shards make, shows as well as a right number that keys agree.
-                Counts(totals[words.W_PARITY_EXACT] + totals[words.W_PARITY_CAME], totals[words.W_PARITY_HIGH], totals[words.W_PARITY_LOW]),
-                self._stored_by(view),
+                Counts(
+                    # A block that has come since, under the key that shards make, shows as well as a right number that keys agree.
+                    totals[words.W_PARITY_EXACT] + totals[words.W_PARITY_CAME],
+                    totals[words.W_PARITY_HIGH],
+                    totals[words.W_PARITY_LOW],
+                    totals[words.W_PARITY_UNTOLD],
+                    totals[words.W_PARITY_OVER],
+                ),
+                self._blocks_of(view, totals),
             )
             pools.setdefault(view.record.model, []).append((view, judge))
         for pool in pools.values():
@@ -243,7 +210,18 @@ class ParityWatch:
     def _evidence(self, view: WorkerView, judge: ParityJudge) -> Evidence:
         states = rank_states(self._ranks, view)
         reasons = tuple(dict.fromkeys(rank.reason for rank in states if rank.state == RANK_DEGRADED and rank.reason))
-        return Evidence(reasons, view.dp_size, self._stored_by(view) > judge.stored_before, self._is_steered(view))
+        blocks = self._blocks_of(view, self._totals.of(view.worker_idx))
+        return Evidence(
+            judge.counts,
+            reasons,
+            n_ranks=view.dp_size,
+            has_stored=blocks.stored > judge.before.stored,
+            has_overlap=blocks.overlap > judge.before.overlap,
+            is_steered=self._is_steered(view),
+            is_index_full=self._tree.stats()["evicted_total"] > 0,
+            engine=view.record.engine,
+        )
 
-    def _stored_by(self, view: WorkerView) -> int:
-        return sum(self._ranks.get(view.rank_base + rank, words.R_BLOCKS_STORED) for rank in range(view.dp_size))
+    def _blocks_of(self, view: WorkerView, totals: list[int]) -> Blocks:
+        stored = sum(self._ranks.get(view.rank_base + rank, words.R_BLOCKS_STORED) for rank in range(view.dp_size))
+        return Blocks(stored, totals[words.W_OVERLAP_BLOCKS])

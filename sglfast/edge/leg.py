@@ -12,7 +12,7 @@ from sglfast._relay import ExchangeBase
 from sglfast.edge.abort import abort
 from sglfast.edge.breaker import NO_PROBE, PROBE, PROBE_ANSWERED
 from sglfast.edge.header_lines import without
-from sglfast.edge.parity import cached_tokens_in, outcome_word
+from sglfast.edge.parity import cached_tokens_in, is_impossible, outcome_word
 from sglfast.edge.rank_refusal import doubt_rank, refuses_in_stream
 
 if TYPE_CHECKING:
@@ -100,6 +100,13 @@ class Leg(ExchangeBase):
         route = self.route
         assert route is not None
         word = outcome_word(self.predicted_tokens, self.cached_tokens)
-        if word != _counters.W_PARITY_EXACT and self.shard.router.is_overtaken(route, word, self.cached_tokens):
-            word = _counters.W_PARITY_CAME if word == _counters.W_PARITY_LOW else _counters.W_PARITY_WENT
-        self.shard.column.add_worker(route.upstream.worker_idx, word)
+        shard = self.shard
+        if word != _counters.W_PARITY_EXACT:
+            if shard.router.is_overtaken(route, word, self.cached_tokens):
+                word = _counters.W_PARITY_CAME if word == _counters.W_PARITY_LOW else _counters.W_PARITY_WENT
+            elif word == _counters.W_PARITY_LOW:
+                if is_impossible(shard.tree, route, self.cached_tokens):
+                    shard.column.add_worker(route.upstream.worker_idx, _counters.W_PARITY_OVER)
+                else:
+                    shard.untold.note(route)
+        shard.column.add_worker(route.upstream.worker_idx, word)

@@ -30,6 +30,7 @@ from sglfast.edge.request import ENDPOINTS
 from sglfast.edge.request_log import RequestLog
 from sglfast.edge.retry import RetryPolicy
 from sglfast.edge.route import Router
+from sglfast.edge.untold import Untold
 from sglfast.errors import REASON_INDEX, ConfigError, Reason
 from sglfast.logs import set_level
 from sglfast.tls import renew_server, server_context, worker_context
@@ -64,6 +65,7 @@ class Shard(ShardBase):
         self.rank_loads = RankLoads(boot.segment, self.loads)
         self.ranks = RankTable(boot.segment)
         self.tree = TreeReader(boot.segment)
+        self.untold = Untold(self.tree, self.ranks, self.column)
         self.table = WorkerTable(boot.segment)
         self.kinds_elsewhere = elsewhere(boot.config)
         self.clients = Clients()
@@ -192,6 +194,8 @@ class Shard(ShardBase):
         if self.door is not None:
             self.door.take_waiting()
         self.clients.sweep(self._ticks, now_s)
+        if self.untold.waiting:
+            self.untold.look()
         self.router.refresh()  # a shard without requests follows too
         if self._ticks % _SWEEP_TICKS == 0:
             for leg in [*self.prefill_legs]:

@@ -11,7 +11,7 @@ from shared_memory import shared_segment
 
 from sglfast._workers import DRAINING, FREE, JOINING, READY, UNHEALTHY, WorkerTable
 from sglfast.control.introspect import Findings
-from sglfast.control.workers import RankRanges, TableFullError, Workers
+from sglfast.control.workers import TableFullError, Workers
 from sglfast.errors import ConfigError
 from sglfast.shm import Dialect, Variant, WorkerRecord, WorkerView, read_workers
 from sglfast.wire.kv_endpoint import parse_kv_settings
@@ -316,15 +316,6 @@ def test_refused_registrations() -> None:
         workers.register("http://10.0.0.3:1")
     with pool(0) as (workers, _, _), pytest.raises(ConfigError, match="URL of 2000 characters"):
         workers.register("http://" + "h" * 1993)
-
-
-def test_rank_ranges_are_contiguous_and_reused() -> None:
-    ranks = RankRanges(64)
-    assert [ranks.take(3), ranks.take(60), ranks.take(1), ranks.take(1)] == [0, 3, 63, None]
-    ranks.give_back(10, 4)
-    assert ranks.free == 4
-    assert ranks.take(5) is None
-    assert [ranks.take(2), ranks.take(2)] == [10, 12]
 
 
 @pytest.mark.parametrize("order", ["as named", "backwards", "shuffled"])

@@ -14,6 +14,7 @@ import msgspec
 
 from sglfast._workers import BLOB_BYTES, DRAINING, JOINING, WorkerTable
 from sglfast.control.introspect import Findings
+from sglfast.control.rank_ranges import RankRanges
 from sglfast.control.roles import Found, Named, Traits, mismatches, resolve
 from sglfast.errors import ConfigError
 from sglfast.shm import KeyRoute, WorkerRecord, WorkerView, put_worker
@@ -31,40 +32,6 @@ _Said = tuple[bool, str | None, float | None]
 
 class TableFullError(ConfigError):
     """There is no slot for one more worker."""
-
-
-class RankRanges:
-    """Which ranks are taken. First fit; ranks are few (1024 at most), so a byte each is the simplest map."""
-
-    def __init__(self, max_ranks: int) -> None:
-        self._taken = bytearray(max_ranks)
-
-    @property
-    def free(self) -> int:
-        """Ranks that nobody has."""
-        return self._taken.count(0)
-
-    def take(self, count: int, *, is_last: bool = False) -> int | None:
-        """First of `count` contiguous free ranks, now taken; None when there is no such gap. count: 1 or more.
-
-        A multiple of `count`, where one is free: workers of one size then leave no gaps that are too small for another of them.
-        is_last: from the other end, so that single ranks do not part what others need in one piece.
-        """
-        if count > len(self._taken):
-            return None
-        gap = bytes(count)
-        base = self._taken.rfind(gap) if is_last else self._taken.find(gap)
-        if base < 0:
-            return None
-        if not is_last:
-            whole = range(0, len(self._taken) - count + 1, count)
-            base = next((start for start in whole if self._taken.startswith(gap, start)), base)
-        self._taken[base : base + count] = b"\1" * count
-        return base
-
-    def give_back(self, base: int, count: int) -> None:
-        """Free the ranks base .. base + count - 1."""
-        self._taken[base : base + count] = bytes(count)
 
 
 class Workers:

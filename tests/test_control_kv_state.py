@@ -9,8 +9,12 @@ from sglfast._counters import RANK_BLIND, RANK_DEGRADED, RANK_EXACT, RANK_SYNCIN
 from sglfast._workers import READY
 from sglfast.control.kv_state import RankState, rank_states, shown
 from sglfast.shm import PARITY_LOW, RANK_REASONS, WorkerRecord, WorkerView
+from sglfast.shm import REASON_LOST as LOST
+from sglfast.shm import REASON_NO_EVENTS as NO_EVENTS
+from sglfast.shm import REASON_PAIRS as PAIRS
+from sglfast.shm import REASON_REPLAYING as REPLAYING
+from sglfast.shm import REASON_UNKNOWN_HISTORY as UNKNOWN
 
-REPLAYING, UNKNOWN, LOST, PAIRS = 3, 4, 5, 13
 VIEW = WorkerView(
     worker_idx=0, generation=1, state=READY, rank_base=2, dp_size=2, block_size=64, bigram=False, record=WorkerRecord(url="http://w")
 )
@@ -25,7 +29,7 @@ DOUBTED = msgspec.structs.replace(VIEW, parity=PARITY_LOW)
         (RANK_DEGRADED, LOST, (RANK_DEGRADED, "the template")),
         (RANK_DEGRADED, PAIRS, (RANK_DEGRADED, RANK_REASONS[PAIRS])),
         (RANK_SYNCING, REPLAYING, (RANK_SYNCING, RANK_REASONS[REPLAYING])),
-        (RANK_BLIND, 1, (RANK_BLIND, RANK_REASONS[1])),
+        (RANK_BLIND, NO_EVENTS, (RANK_BLIND, RANK_REASONS[NO_EVENTS])),
     ],
 )
 def test_a_bad_verdict_shows_unless_index_knows_more(state: int, reason: int, told: tuple[int, str]) -> None:

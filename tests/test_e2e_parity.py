@@ -50,7 +50,9 @@ class Conversations:
                 body = {"model": "demo-model", "messages": messages, "max_tokens": 70, "ignore_eos": True}
                 data = orjson.dumps(body)
                 head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {client.host}\r\ncontent-type: application/json\r\n"
-                answer = await client.send(head.encode() + b"content-length: %d\r\n\r\n%b" % (len(data), data), timeout_s=60.0, is_stream=False)
+                answer = await client.send(
+                    head.encode() + b"content-length: %d\r\n\r\n%b" % (len(data), data), timeout_s=60.0, is_stream=False
+                )
                 assert not answer.error, answer.error
                 text = orjson.loads(answer.body)["choices"][0]["message"]["content"]
                 messages.append({"role": "assistant", "content": text})

@@ -80,22 +80,12 @@ def test_too_high_means_nothing_when_a_busy_worker_has_dropped_blocks_since() ->
     keyed(memory, FACTS, test)
 
 
-@pytest.mark.parametrize(
-    ("cached", "is_overtaken", "counted", "is_waited_for"),
-    [
-        (64, True, [c.W_PARITY_EXACT], False),
-        (128, False, [c.W_PARITY_LOW], True),
-        (128, True, [c.W_PARITY_CAME], False),
-        (200, False, [c.W_PARITY_OVER, c.W_PARITY_LOW], False),
-        (0, False, [c.W_PARITY_HIGH], False),
-        (0, True, [c.W_PARITY_WENT], False),
-    ],
-)
-def test_such_answers_are_counted_apart(cached: int, is_overtaken: bool, counted: list[int], is_waited_for: bool) -> None:
+def count(cached: int, *, is_overtaken: bool, dp_size: int = 1, rank: int = -1) -> tuple[list[int], bool]:
+    """(words of worker 3 that an answer counts, whether its block is waited for); of 200 tokens 64 were predicted."""
     found: list[tuple[int, int]] = []
     noted: list[Any] = []
     route = SimpleNamespace(
-        upstream=SimpleNamespace(worker_idx=3),
+        upstream=SimpleNamespace(worker_idx=3, dp_size=dp_size),
         is_estimated=False,
         prompt=SimpleNamespace(prompt_tokens=200),
         basis=(b"", -1),
@@ -105,6 +95,7 @@ def test_such_answers_are_counted_apart(cached: int, is_overtaken: bool, counted
         route=route,
         predicted_tokens=64,
         cached_tokens=cached,
+        rank=rank,
         shard=SimpleNamespace(
             router=SimpleNamespace(is_overtaken=lambda route, word, cached: is_overtaken),
             column=SimpleNamespace(add_worker=lambda idx, word: found.append((idx, word))),
@@ -113,5 +104,26 @@ def test_such_answers_are_counted_apart(cached: int, is_overtaken: bool, counted
         ),
     )
     Leg.count_parity(leg)
-    assert found == [(3, word) for word in counted]
-    assert noted == ([route] if is_waited_for else [])
+    assert all(idx == 3 for idx, _ in found)
+    assert noted in ([], [route])
+    return [word for _, word in found], bool(noted)
+
+
+@pytest.mark.parametrize(
+    ("cached", "is_overtaken", "words", "is_waited_for"),
+    [
+        (64, True, [c.W_PARITY_EXACT], False),
+        (128, False, [c.W_PARITY_LOW], True),
+        (128, True, [c.W_PARITY_CAME], False),
+        (200, False, [c.W_PARITY_OVER, c.W_PARITY_LOW], False),
+        (0, False, [c.W_PARITY_HIGH], False),
+        (0, True, [c.W_PARITY_WENT], False),
+    ],
+)
+def test_such_answers_are_counted_apart(cached: int, is_overtaken: bool, words: list[int], is_waited_for: bool) -> None:
+    assert count(cached, is_overtaken=is_overtaken) == (words, is_waited_for)
+
+
+def test_of_several_ranks_a_block_is_waited_for_where_the_worker_was_told_which() -> None:
+    assert count(128, is_overtaken=False, dp_size=4) == ([c.W_PARITY_LOW], False)
+    assert count(128, is_overtaken=False, dp_size=4, rank=9) == ([c.W_PARITY_LOW], True)

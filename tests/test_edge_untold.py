@@ -19,7 +19,8 @@ KEY = KEYS[5 * 8 : 6 * 8]
 class House:
     """One worker whose rank 0 owns the first 5 blocks, and what is waited for there."""
 
-    def __init__(self) -> None:
+    def __init__(self, dp_size: int = 1) -> None:
+        self.dp_size = dp_size
         self.memory = Memory(ENGINES[:1], block_size=64)
         self.tree = TreeWriter(self.memory.segment)
         self.tree.store(0, 0, KEYS[: 5 * 8])
@@ -33,7 +34,7 @@ class House:
         self.ranks.set(0, word, value)
 
     def note(self, key: bytes = KEY) -> None:
-        route: Any = SimpleNamespace(basis=(key, -1), rank=0, upstream=SimpleNamespace(worker_idx=0))
+        route: Any = SimpleNamespace(basis=(key, -1), rank=0, dp_rank=0, upstream=SimpleNamespace(worker_idx=0, dp_size=self.dp_size))
         self.untold.note(route)
 
     def look(self, times: int = TICKS_BEHIND_EVENTS) -> int:
@@ -66,12 +67,13 @@ def test_what_comes_late_is_not_counted(ticks_before: int) -> None:
     assert not house.untold.waiting
 
 
-def test_another_rank_that_has_it_is_no_excuse() -> None:
-    house = House()
+@pytest.mark.parametrize(("dp_size", "counted"), [(1, 1), (2, 0)])
+def test_another_worker_that_has_it_is_no_excuse_but_another_rank_of_the_same(dp_size: int, counted: int) -> None:
+    house = House(dp_size)
     house.tree.store(1, 0, KEY)
     house.note()
     house.set(c.R_EVENTS, 8)
-    assert house.look() == 1
+    assert house.look() == counted
 
 
 @pytest.mark.parametrize(

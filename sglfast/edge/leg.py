@@ -107,6 +107,6 @@ class Leg(ExchangeBase):
             elif word == _counters.W_PARITY_LOW:
                 if is_impossible(shard.tree, route, self.cached_tokens):
                     shard.column.add_worker(route.upstream.worker_idx, _counters.W_PARITY_OVER)
-                else:
+                elif route.upstream.dp_size == 1 or self.rank >= 0:  # else nobody knows whose blocks it found
                     shard.untold.note(route)
         shard.column.add_worker(route.upstream.worker_idx, word)

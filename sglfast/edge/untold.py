@@ -29,8 +29,11 @@ _DROPPED_SHARE = 4  # one in so many blocks
 
 @dataclass(slots=True)
 class _Missing:
+    """key: of the block; ranks: all of its worker's; generation, events, removed_blocks: words of its rank's row at the answer."""
+
     key: bytes
     rank: int
+    ranks: range
     worker_idx: int
     generation: int
     events: int
@@ -58,6 +61,7 @@ class Untold:
             _Missing(
                 key,
                 route.rank,
+                range(route.rank - route.dp_rank, route.rank - route.dp_rank + max(route.upstream.dp_size, 1)),
                 route.upstream.worker_idx,
                 row[words.R_GENERATION],
                 row[words.R_EVENTS],
@@ -73,7 +77,8 @@ class Untold:
         row = self._ranks.row(missing.rank)
         if row[words.R_STATE] != words.RANK_EXACT or row[words.R_GENERATION] != missing.generation:
             return False
-        if self._tree.match(missing.key) and self._tree.overlap(missing.rank):
+        # An engine that takes no notice of the rank that it is told finds other ranks' blocks.
+        if self._tree.match(missing.key) and any(rank in missing.ranks for rank, _ in self._tree.hits()):
             return False
         if row[words.R_EVENTS] == missing.events:
             missing.age_ticks += 1

@@ -125,6 +125,11 @@ def after(is_time: Callable[[], object], script: Script) -> Script:
     return waits
 
 
+def after_other(ours: Sequence[Half], others: Sequence[Half], script: Script) -> Script:
+    """A script for each request to `ours` that first waits until its other half has come to one of `others`."""
+    return after(lambda: sum(len(half.calls) for half in others) >= sum(len(half.calls) for half in ours), script)
+
+
 class Ends:
     """How the requests of both workers have ended since this was made."""
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 from edge_harness import Edge, Memory, run, settled, shard_in_loop, stub_client, wait_until
-from pair_scripts import SENT, Half, Hang, after, fields, once_computed, rid_of, room_of, stream, unloaded, was_aborted
+from pair_scripts import SENT, Half, Hang, after, after_other, fields, once_computed, rid_of, room_of, stream, unloaded, was_aborted
 from raw_client import post
 from scripted_worker import SSE_HEAD, Call, RefusingPort, Script, Worker, answer, echoes, says
 
@@ -129,7 +129,7 @@ def test_another_decode_worker_is_tried_with_the_same_prefill_worker(name: str, 
 
 def test_when_all_attempts_fail_the_last_cause_is_told(edge: Edge, halves: list[Half]) -> None:
     for half in halves[:2]:
-        half.does(after(lambda: halves[2].calls or halves[3].calls, says(answer(b"no", status="500 No"))))
+        half.does(after_other(halves[:2], halves[2:], says(answer(b"no", status="500 No"))))
     hang = Hang()
     for half in halves[2:]:
         half.does(hang)
@@ -142,7 +142,7 @@ def test_when_all_attempts_fail_the_last_cause_is_told(edge: Edge, halves: list[
 def test_a_busy_pair_is_the_client_s_to_wait_for(edge: Edge, halves: list[Half]) -> None:
     hang = Hang()
     for half in halves[:2]:
-        half.does(after(lambda: halves[2].calls or halves[3].calls, says(answer(b"wait", "retry-after: 7", status="429 Busy"))))
+        half.does(after_other(halves[:2], halves[2:], says(answer(b"wait", "retry-after: 7", status="429 Busy"))))
     for half in halves[2:]:
         half.does(hang)
     errors = [edge.worker_word(row, c.W_ERRORS) for row in range(4)]
@@ -190,7 +190,7 @@ def test_a_worker_that_refuses_connections_costs_no_request(roles: list[str], wo
 
 
 def test_a_regular_worker_takes_what_a_pair_could_not(workers: list[Worker], halves: list[Half]) -> None:
-    halves[0].does(after(lambda: halves[2].calls or halves[1].calls, Call.close))
+    halves[0].does(after_other(halves[:1], halves[2:3], Call.close))
     halves[1].does(echoes)
     hang = Hang()
     halves[2].does(hang)

@@ -5,7 +5,8 @@ Contract: keys are n little-endian uint64 in one bytes-like object, leading bloc
     (device 1, host 2, disk 4). A block is owned while any tier bit is set. The law of readers and writer is in cext/sf_tree.h.
     A large rank is cleared in turns (`clear_some`); from the first on readers take it for no owner.
     The writer keeps privately, per rank, the keys it owns (so that clearing a rank does not scan the table), and the order in
-    which blocks came (so that the oldest go first when the table is full).
+    which blocks came (so that the oldest go first when the table is full). No call does more for these than a multiple of the
+    keys that it is given: whoever waits for the writer waits for one turn of another's.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -44,33 +45,6 @@ cdef extern from "sf_tree.h" nogil:
                       uint32_t *touched, uint32_t *n_touched, int *is_torn) noexcept
 
 
-# A growing list of keys: a rank's blocks, or the order in which blocks came (then with `head` as the front of a queue).
-cdef struct key_log_t:
-    uint64_t *keys
-    uint64_t count
-    uint64_t room
-    uint64_t head
-
-
-cdef inline bint log_is_full(const key_log_t *log) noexcept nogil:
-    return log.count + SF_WRITE_KEYS > log.room
-
-
-cdef int log_grow(key_log_t *log) noexcept nogil:
-    cdef uint64_t room = log.room * 2 if log.room else 256
-    cdef uint64_t *keys = <uint64_t *>realloc(log.keys, room * sizeof(uint64_t))
-    if keys == NULL:
-        return -1
-    log.keys = keys
-    log.room = room
-    return 0
-
-
-cdef inline void log_push(key_log_t *log, uint64_t key) noexcept nogil:
-    log.keys[log.count] = key
-    log.count += 1
-
-
 cdef inline bint slot_has(const uint64_t *slot, uint64_t words, uint32_t rank, uint64_t tiers) noexcept nogil:
     cdef uint32_t tier
     for tier in range(SF_TIERS):
@@ -88,18 +62,19 @@ cdef inline bint slot_is_ownerless(const uint64_t *slot, uint64_t words) noexcep
 
 
 include "treereader.pxi"
+include "treelogs.pxi"
 
 
 @cython.final
 cdef class TreeWriter:
     cdef sf_table_t table
     cdef object segment
-    cdef key_log_t *ranks    # per rank: its keys, possibly stale or twice; compacted when more than half is
+    cdef key_log_t *ranks    # per rank: its keys, possibly stale or twice, see treelogs.pxi
     cdef uint64_t *owned     # per rank: keys with any tier bit
-    cdef key_log_t order     # keys in the order they came; an entry is stale when the key's stamp differs
-    cdef uint32_t *stamps    # per slot: low bits of the key's entry number in `order`
-    cdef unsigned char *marks  # per slot: scratch of compaction
-    cdef uint64_t order_base  # entry number of order.keys[0]
+    cdef age_t *ages         # per slot, and one more: in which order the blocks came, see treelogs.pxi
+    cdef uint32_t *marks     # per slot: by which compaction of a log its key was met last
+    cdef uint32_t last_mark
+    cdef uint32_t compacted  # the rank whose log is being compacted, if it has a mark
     cdef uint64_t capacity
     cdef uint64_t max_ranks
     cdef int pid
@@ -113,10 +88,11 @@ cdef class TreeWriter:
         self.pid = os.getpid()
         self.ranks = <key_log_t *>calloc(self.max_ranks, sizeof(key_log_t))
         self.owned = <uint64_t *>calloc(self.max_ranks, sizeof(uint64_t))
-        self.stamps = <uint32_t *>calloc(self.table.n_slots, sizeof(uint32_t))
-        self.marks = <unsigned char *>calloc(self.table.n_slots, 1)
-        if self.ranks == NULL or self.owned == NULL or self.stamps == NULL or self.marks == NULL:
+        self.ages = <age_t *>calloc(self.table.n_slots + 1, sizeof(age_t))
+        self.marks = <uint32_t *>calloc(self.table.n_slots, sizeof(uint32_t))
+        if self.ranks == NULL or self.owned == NULL or self.ages == NULL or self.marks == NULL:
             raise MemoryError
+        ages_forget(self.ages, self.table.n_slots)
 
     def __dealloc__(self):
         cdef uint64_t rank
@@ -125,8 +101,7 @@ cdef class TreeWriter:
                 free(self.ranks[rank].keys)
         free(self.ranks)
         free(self.owned)
-        free(self.order.keys)
-        free(self.stamps)
+        free(self.ages)
         free(self.marks)
 
     # ---- nogil layer: no Python object below, codes instead of exceptions ----
@@ -140,7 +115,8 @@ cdef class TreeWriter:
         cdef uint64_t *from_slot = sf_slot(&self.table, source)
         for i in range(1 + SF_TIERS * self.table.words):
             _sf_store(to_slot + i, _sf_load(from_slot + i))
-        self.stamps[target] = self.stamps[source]
+        self.marks[target] = self.marks[source]
+        ages_move(self.ages, target, source)
 
     cdef void c_delete(self, uint64_t hole) noexcept nogil:
         # Backward shift: pull every later key of the chain whose home lies at or before the hole into it.
@@ -149,6 +125,7 @@ cdef class TreeWriter:
         cdef uint64_t n = self.table.n_slots
         cdef uint64_t word
         cdef uint64_t *slot
+        ages_drop(self.ages, hole)
         while True:
             i = sf_next(&self.table, i)
             slot = sf_slot(&self.table, i)
@@ -164,79 +141,21 @@ cdef class TreeWriter:
         _sf_store(&self.table.tree.live_blocks, _sf_load(&self.table.tree.live_blocks) - 1)
 
     cdef void c_evict_oldest(self) noexcept nogil:
-        # Behind a rank that was cleared there may be millions of stale entries in a row: readers are let in between.
-        cdef uint64_t *slot
-        cdef uint64_t word, owners, i, w, seen = 0
+        cdef uint64_t oldest = self.ages[self.table.n_slots].newer
+        cdef uint64_t *slot = sf_slot(&self.table, oldest)
+        cdef uint64_t word, owners, w
         cdef uint64_t words = self.table.words
-        while self.order.head < self.order.count:
-            seen += 1
-            if seen % SF_WRITE_KEYS == 0:
-                sf_write_gap(&self.table.tree.version)
-                sf_write_begin(&self.table.tree.version)
-            i = self.order.head
-            self.order.head += 1
-            slot = sf_find(&self.table, self.order.keys[i])
-            if slot == NULL or _sf_load(slot) == 0:
-                continue
-            if self.stamps[self.c_index(slot)] != <uint32_t>(self.order_base + i):
-                continue
-            for w in range(words):
-                owners = 0
-                for word in range(SF_TIERS):
-                    owners |= _sf_load(slot + 1 + word * words + w)
-                while owners:
-                    self.owned[w * 64 + <uint64_t>__builtin_ctzll(owners)] -= 1
-                    owners &= owners - 1
-            self.c_delete(self.c_index(slot))
-            _sf_add(&self.table.tree.evicted_total, 1)
+        if oldest == self.table.n_slots:
             return
-
-    # Room for one chunk of keys in both logs, made while the version is even: compaction may go through millions of entries,
-    # and a chunk that has begun must not fail.
-
-    cdef int c_make_order_room(self) noexcept nogil:
-        # Bounded by a multiple of the live blocks: drop the consumed front and the stale entries before growing.
-        cdef uint64_t i, kept = 0
-        cdef uint64_t live = _sf_load(&self.table.tree.live_blocks)
-        cdef uint64_t *slot
-        if not log_is_full(&self.order):
-            return 0
-        if self.order.count - self.order.head > 2 * live + 256 or self.order.head > self.order.count // 2:
-            for i in range(self.order.head, self.order.count):
-                slot = sf_find(&self.table, self.order.keys[i])
-                if slot == NULL or _sf_load(slot) == 0:
-                    continue
-                if self.stamps[self.c_index(slot)] != <uint32_t>(self.order_base + i):
-                    continue
-                self.order.keys[kept] = self.order.keys[i]
-                # The new number is > all numbers given before, so no stamp is met twice.
-                self.stamps[self.c_index(slot)] = <uint32_t>(self.order_base + self.order.count + kept)
-                kept += 1
-            self.order_base += self.order.count
-            self.order.count = kept
-            self.order.head = 0
-        return log_grow(&self.order) if log_is_full(&self.order) else 0
-
-    cdef int c_make_rank_room(self, uint32_t rank) noexcept nogil:
-        cdef key_log_t *log = &self.ranks[rank]
-        cdef uint64_t i, kept = 0
-        cdef uint64_t *slot
-        if not log_is_full(log):
-            return 0
-        if log.count > 2 * self.owned[rank]:
-            for i in range(log.count):
-                slot = sf_find(&self.table, log.keys[i])
-                if slot == NULL or _sf_load(slot) == 0 or self.marks[self.c_index(slot)]:
-                    continue
-                if not slot_has(slot, self.table.words, rank, 7):
-                    continue
-                self.marks[self.c_index(slot)] = 1
-                log.keys[kept] = log.keys[i]
-                kept += 1
-            for i in range(kept):
-                self.marks[self.c_index(sf_find(&self.table, log.keys[i]))] = 0
-            log.count = kept
-        return log_grow(log) if log_is_full(log) else 0
+        for w in range(words):
+            owners = 0
+            for word in range(SF_TIERS):
+                owners |= _sf_load(slot + 1 + word * words + w)
+            while owners:
+                self.owned[w * 64 + <uint64_t>__builtin_ctzll(owners)] -= 1
+                owners &= owners - 1
+        self.c_delete(oldest)
+        _sf_add(&self.table.tree.evicted_total, 1)
 
     cdef long long c_store(self, uint32_t rank, uint32_t tier, const void *keys, uint64_t n_keys) noexcept nogil:
         cdef uint64_t i, key
@@ -244,12 +163,14 @@ cdef class TreeWriter:
         cdef uint64_t *slot
         cdef uint64_t *word
         cdef long long added = 0
+        cdef key_log_t *log = &self.ranks[rank]
         cdef sf_tree_t *tree = self.table.tree
         for i in range(n_keys):
             if i % SF_WRITE_KEYS == 0:
                 if i:
                     sf_write_gap(&tree.version)
-                if self.c_make_order_room() or self.c_make_rank_room(rank):
+                # While the version is even: a chunk that has begun must not fail.
+                if log_is_to_see_to(log) and log_see_to(self, rank):
                     _sf_add(&tree.stored_total, added)
                     return -1
                 sf_write_begin(&tree.version)
@@ -263,14 +184,14 @@ cdef class TreeWriter:
                     slot = sf_find(&self.table, key)
                 _sf_store(slot, key)
                 _sf_add(&tree.live_blocks, 1)
-                self.stamps[self.c_index(slot)] = <uint32_t>(self.order_base + self.order.count)
-                log_push(&self.order, key)
+                self.marks[self.c_index(slot)] = 0
+                ages_add(self.ages, self.table.n_slots, self.c_index(slot))
             word = slot + 1 + tier * words + (rank >> 6)
             if _sf_load(word) >> (rank & 63) & 1:
                 continue
             if not slot_has(slot, words, rank, 7):
                 self.owned[rank] += 1
-                log_push(&self.ranks[rank], key)
+                log_push(log, key)
                 added += 1
             _sf_store(word, _sf_load(word) | <uint64_t>1 << (rank & 63))
         if n_keys:
@@ -313,9 +234,9 @@ cdef class TreeWriter:
     cdef void c_forget(self) noexcept nogil:
         cdef uint64_t rank
         for rank in range(self.max_ranks):
-            self.ranks[rank].count = 0
+            log_forget(&self.ranks[rank])
             self.owned[rank] = 0
-        self.order.count = self.order.head = 0
+        ages_forget(self.ages, self.table.n_slots)
 
     # ---- Python layer ----
 
@@ -364,7 +285,6 @@ cdef class TreeWriter:
     def store(self, unsigned int rank, unsigned int tier, keys):
         """`rank` now holds the blocks in `tier` (0 device, 1 host, 2 disk). Returns how many it did not own before."""
         cdef Py_buffer view
-        cdef long long added
         self._check(rank)
         if tier >= SF_TIERS:
             raise ValueError(f"tier {tier} is outside 0..{SF_TIERS - 1}")
@@ -372,12 +292,7 @@ cdef class TreeWriter:
         if view.len & 7:
             PyBuffer_Release(&view)
             raise ValueError(f"keys must be whole 8-byte words, not {view.len} bytes")
-        # Now and then this compacts a log of many millions of entries, or passes by as many stale ones: let those go on who want no tree.
-        if log_is_full(&self.order) or log_is_full(&self.ranks[rank]) or is_nearly_full(self):
-            with nogil:
-                added = self.c_store(rank, tier, view.buf, view.len >> 3)
-        else:
-            added = self.c_store(rank, tier, view.buf, view.len >> 3)
+        cdef long long added = self.c_store(rank, tier, view.buf, view.len >> 3)
         PyBuffer_Release(&view)
         if added < 0:
             raise MemoryError

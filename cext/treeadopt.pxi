@@ -46,10 +46,8 @@ cdef int rebuild_logs(TreeWriter writer) noexcept nogil:
         if _sf_load(slot) == 0:
             continue
         live += 1
-        if log_is_full(&writer.order) and log_grow(&writer.order):
-            return -1
-        writer.stamps[i] = <uint32_t>(writer.order_base + writer.order.count)
-        log_push(&writer.order, _sf_load(slot))
+        writer.marks[i] = 0
+        ages_add(writer.ages, table.n_slots, i)
         for w in range(table.words):
             owners = 0
             for tier in range(SF_TIERS):

@@ -1,14 +1,5 @@
 # Part of hashtree.pyx, which documents it: clearing a rank in turns, between which others write.
 
-cdef enum:
-    c_NEARLY_KEYS = 8192  # more than are stored at a time, mostly
-
-
-cdef bint is_nearly_full(TreeWriter writer) noexcept nogil:
-    """Whether the next store may have to make room."""
-    return _sf_load(&writer.table.tree.live_blocks) + c_NEARLY_KEYS > writer.capacity
-
-
 cdef bint is_hidden(TreeWriter writer, uint64_t rank) noexcept nogil:
     return _sf_load(&writer.table.tree.hidden[rank >> 6]) >> (rank & 63) & 1
 
@@ -28,16 +19,17 @@ cdef void hide(TreeWriter writer, uint64_t rank, bint is_to_be) noexcept nogil:
 cdef long long clear_turn(TreeWriter writer, uint32_t rank, uint64_t n_keys) noexcept nogil:
     """Remove up to n_keys of the rank's blocks, the newest first; it is hidden as long as some are left. Returns how many it held."""
     cdef key_log_t *log = &writer.ranks[rank]
+    cdef uint64_t n
     cdef long long gone = 0
-    if n_keys >= log.count:
-        n_keys = log.count
-    else:
+    if n_keys < log_len(log):
         hide(writer, rank, True)
-    if n_keys:
-        gone = writer.c_remove(rank, 7, log.keys + (log.count - n_keys), n_keys)
-        log.count -= n_keys
+    while n_keys and log.count:
+        n = min(n_keys, log.count - log.next)
+        gone += writer.c_remove(rank, 7, log.keys + (log.count - n), n)
+        log_shorten(log, n)
+        n_keys -= n
     if writer.owned[rank] == 0:
-        log.count = 0  # what is left of it is stale
+        log_forget(log)  # what is left of it is stale
     if log.count == 0:
         hide(writer, rank, False)
     return gone

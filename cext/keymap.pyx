@@ -70,7 +70,7 @@ cdef class KeyMap:
     def __len__(self):
         return self.table.count
 
-    def place(self, payload, *, uint64_t seed, uint32_t block_size, int64_t main_group=0):
+    def place(self, payload, *, uint64_t seed, uint32_t block_size, int64_t main_group=c_UNTOLD_GROUP):
         """The token route's keys of a whole batch; see the stub."""
         cdef Py_buffer view
         cdef sf_kv_t kv
@@ -88,7 +88,7 @@ cdef class KeyMap:
             PyBuffer_Release(&view)
             place_end(&kv, &placed)
 
-    def place_batches(self, payloads, ends, uint64_t first=0, *, uint64_t seed, uint32_t block_size, int64_t main_group=0):
+    def place_batches(self, payloads, ends, uint64_t first=0, *, uint64_t seed, uint32_t block_size, int64_t main_group=c_UNTOLD_GROUP):
         """The same for batches one behind the other, as many of them as are usual; see the stub."""
         cdef batches_t batches
         cdef sf_kv_t kv

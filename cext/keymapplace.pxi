@@ -61,11 +61,15 @@ cdef extern from "sf_kvdecode.h" nogil:
     void sf_kv_free(sf_kv_t *kv) noexcept
 
 
+cdef enum:
+    c_UNTOLD_GROUP = -1
+
+
 # What `place` makes of a batch or several, besides the runs of keys in its sf_kv_t.
 cdef struct placed_t:
     uint64_t seed
     uint64_t block_size
-    int64_t main_group
+    int64_t main_group       # c_UNTOLD_GROUP: 0 as long as no event tells another
     uint8_t *page            # room for a key and a page of token ids
     uint8_t secret[192]
     uint64_t n_keys          # keys made so far; they take the room of the hashes, of which there are never fewer
@@ -82,9 +86,12 @@ cdef inline bint is_main(const sf_kv_event_t *event, placed_t *placed) noexcept 
         return True
     if event.kind == SF_KV_STORE and event.spec != SF_KV_SPEC_UNTOLD:
         if event.spec == SF_KV_SPEC_OTHER:
+            if event.group == placed.main_group:
+                placed.main_group = c_UNTOLD_GROUP
             return False
-        placed.main_group = event.group
-    return event.group == placed.main_group
+        if placed.main_group == c_UNTOLD_GROUP:
+            placed.main_group = event.group
+    return event.group == (0 if placed.main_group == c_UNTOLD_GROUP else placed.main_group)
 
 
 cdef uint64_t chain_store(table_t *table, sf_kv_t *kv, const sf_kv_event_t *event, placed_t *placed) noexcept nogil:

@@ -15,17 +15,18 @@ class KeyMap:
     def put(self, hashes: Any, keys: Any) -> None:
         """Remember the key of each hash. Raises ValueError when there are not as many of both."""
     def place(
-        self, payload: Any, *, seed: int, block_size: int, main_group: int = 0
+        self, payload: Any, *, seed: int, block_size: int, main_group: int = -1
     ) -> tuple[int, int, int, int, list[tuple[int, int, bytes]], bytes] | None:
         """Make the token route's keys of a KV event batch, and remember them by the engine's hashes.
 
-        seed, block_size (tokens): of `token_keys`; main_group: number of the main attention among a hybrid model's caches.
+        seed, block_size (tokens): of `token_keys`; main_group: number of the main attention among a hybrid model's caches, -1 = not
+        told yet, and then 0 counts.
         Return (events, orphans, orphans since the last clear, main_group as the batch tells it, runs as of `_kvdecode.runs`, hashes
         that removals named and the map knows): what of the last the rank does not own any more after the runs is to be dropped.
         None when the batch is not entirely usual; then nothing has changed.
         """
     def place_batches(
-        self, payloads: Any, ends: Any, first: int = 0, *, seed: int, block_size: int, main_group: int = 0
+        self, payloads: Any, ends: Any, first: int = 0, *, seed: int, block_size: int, main_group: int = -1
     ) -> tuple[int, tuple[int, int, int, int, list[tuple[int, int, bytes]], bytes] | None]:
         """Do what `place` does with several batches as if they were one, from number `first` on up to one that is not entirely usual.
 

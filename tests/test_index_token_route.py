@@ -290,6 +290,23 @@ def test_a_window_over_mla_is_not_the_main_attention() -> None:
         assert house.overlap(TOKENS) == 1
 
 
+@pytest.mark.parametrize("is_usual", [False, True])
+def test_of_two_full_attentions_the_first_counts_until_it_is_none(is_usual: bool) -> None:
+    house = House()
+    house.index.has_agreed = is_usual
+    full = {"kv_cache_spec_kind": "full_attention"}
+    for _ in range(2):
+        house.apply(stored([1, 2], TOKENS[:8], group_idx=2, **full), stored([1, 2], TOKENS[:8], group_idx=1, **full))
+        house.apply(stored([1, 2], TOKENS[:8], group_idx=1, **full))
+        assert (house.overlap(TOKENS), house.index.main_group) == (2, 2)
+        house.apply(removed([1, 2], group_idx=1))
+        assert house.overlap(TOKENS) == 2
+        house.apply(removed([1, 2], group_idx=2))
+        assert house.overlap(TOKENS) == 0
+    house.apply(stored([1], TOKENS[:4], group_idx=2, kv_cache_spec_kind="sliding_window"), stored([1], TOKENS[:4], group_idx=1, **full))
+    assert (house.overlap(TOKENS), house.index.main_group) == (1, 1)
+
+
 def test_only_the_main_attention_tells_how_blocks_are_cut() -> None:
     """A hybrid model's states come in larger pages, and a connector's copies in chunks."""
     house = House()

@@ -36,6 +36,7 @@ from sglfast.index.predictions import PredictionKeeper
 from sglfast.index.rank import RankIndex, TreeLock, clear_rank
 from sglfast.index.rank_note import Noted, noted
 from sglfast.index.subscriber import Endpoints, Subscriber
+from sglfast.index.token_route import UNTOLD_GROUP
 from sglfast.logs import set_level, setup_logs
 from sglfast.shm import (
     REASON_NO_DESCRIPTORS,
@@ -199,7 +200,7 @@ class Index:
                 key_route=view.key_route,
                 model=view.record.model or "",
                 key_map=key_map,
-                main_group=0 if note is None else note.main_group,
+                main_group=UNTOLD_GROUP if note is None else note.main_group,
             )
             is_shared = view.record.kv_connects_out
             endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode(), is_shared)

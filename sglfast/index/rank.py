@@ -24,7 +24,7 @@ from sglfast.errors import KvEventError
 from sglfast.index.key_check import disagreement
 from sglfast.index.live import Run
 from sglfast.index.sink import Outcome
-from sglfast.index.token_route import TokenRoute
+from sglfast.index.token_route import UNTOLD_GROUP, TokenRoute
 from sglfast.shm import REASON_HASH_MISMATCH, REASON_PAIRS, REASON_SINGLES, KeyRoute
 from sglfast.wire.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, decode_batch, tier_mask
 
@@ -111,7 +111,7 @@ class RankIndex:
         key_route: KeyRoute = "sha256",
         model: str = "",
         key_map: KeyMap | None = None,
-        main_group: int = 0,
+        main_group: int = UNTOLD_GROUP,
     ) -> None:
         self.counters = BlockCounters()
         self.last_event_ms = 0  # wall clock
@@ -144,7 +144,7 @@ class RankIndex:
 
     @property
     def main_group(self) -> int:
-        """Number of the main attention among a hybrid model's caches, 0 or as the events told it."""
+        """Number of the main attention among a hybrid model's caches, UNTOLD_GROUP or as the events told it."""
         return self._by_tokens.main_group
 
     def apply(self, payload: bytes) -> Outcome:

@@ -13,6 +13,7 @@ from sglfast import _counters as words
 from sglfast._counters import RankTable
 from sglfast.index.rank import RankIndex
 from sglfast.index.sink import Resume
+from sglfast.index.token_route import UNTOLD_GROUP
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,9 @@ def noted(row: list[int], identity: int) -> Noted | None:
     if row[words.R_STREAM] != identity or not row[words.R_NEXT_SEQ]:
         return None
     resume = Resume(row[words.R_NEXT_SEQ] - 1, row[words.R_LAST_PRINT], row[words.R_LOSS])
-    return Noted(resume, row[words.R_MAPPED_BLOCKS], row[words.R_MAIN_GROUP])
+    # 0 is what was told, or nothing was; the blocks that are there are of that one in any case.
+    main_group = row[words.R_MAIN_GROUP] if row[words.R_MAIN_GROUP] or row[words.R_MAPPED_BLOCKS] else UNTOLD_GROUP
+    return Noted(resume, row[words.R_MAPPED_BLOCKS], main_group)
 
 
 class RankNote:
@@ -49,7 +52,7 @@ class RankNote:
         self.unsave()
         if resume is not None:
             ranks.set(rank, words.R_MAPPED_BLOCKS, index.mapped_blocks)
-            ranks.set(rank, words.R_MAIN_GROUP, index.main_group)
+            ranks.set(rank, words.R_MAIN_GROUP, max(index.main_group, 0))
             ranks.set(rank, words.R_LAST_PRINT, resume.last_print)
             ranks.set(rank, words.R_LOSS, resume.loss)
             ranks.set(rank, words.R_NEXT_SEQ, resume.next_seq + 1)

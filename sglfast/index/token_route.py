@@ -8,7 +8,9 @@ Runs in: index, one a rank, in its thread alone. Contract: the engine's hash is 
 What cannot be matched from a request must not be matched by accident: vLLM hashes images, salts and prompt embeddings beside a
     block's tokens (`extra_keys`); their bytes go into our chain, so that no prompt of plain tokens finds these blocks. A prompt with
     nothing but a salt is found by it (prompt/adapters.py).
-Of a hybrid vLLM model only the main attention's cache counts; the blocks of its sliding windows and states come and go beside it.
+Of a hybrid vLLM model only the main attention's cache counts; the blocks of its sliding windows and states come and go beside it. Where
+several caches are full attention, the first one counts until an event says that it is none: all of them hold a prompt's blocks, and
+who took stores from one and removals from another would believe in blocks that are gone.
 Source: spec/kv_events.md 2.4, 2.7, 2.8; the chain itself is in sglfast._blockhash.
 """
 
@@ -23,6 +25,7 @@ from sglfast.wire.kv_events import DEVICE, NIL, BlockRemoved, BlockStored, decod
 
 _MAX_SEEDS = 4096
 _PRUNE_SLACK = 1024
+UNTOLD_GROUP = -1
 
 _decode_extras = msgspec.msgpack.Decoder(list[msgspec.Raw] | None).decode
 _encode = msgspec.msgpack.Encoder().encode
@@ -36,17 +39,19 @@ Placed = tuple[int, list[tuple[int, int, bytes]], bytes, bool]
 class TokenRoute:
     """Keys of one rank's blocks. model, block_size (tokens) and is_bigram: of the seed of its base model's keys.
 
-    key_map, main_group: what a former process knew, and a memory that outlives this one; None = nothing and none.
+    key_map, main_group: what a former process knew, and a memory that outlives this one; None, UNTOLD_GROUP = nothing and none.
     """
 
-    def __init__(self, *, model: str, block_size: int, is_bigram: bool, key_map: KeyMap | None = None, main_group: int = 0) -> None:
+    def __init__(
+        self, *, model: str, block_size: int, is_bigram: bool, key_map: KeyMap | None = None, main_group: int = UNTOLD_GROUP
+    ) -> None:
         self.orphans = 0  # blocks
         self._model = model
         self._block_size = block_size
         self._base_seed = chain_seed(model, block_size, bigram=is_bigram)
         self._map = KeyMap() if key_map is None else key_map
         self._seeds: dict[tuple[int, bool, str, str], int] = {}
-        self.main_group = main_group  # number of the main attention among a hybrid model's caches
+        self.main_group = main_group  # number of the main attention among a hybrid model's caches; as long as it is untold 0 counts
 
     def __len__(self) -> int:
         return len(self._map)
@@ -109,7 +114,7 @@ class TokenRoute:
 
     def resolve(self, event: BlockRemoved) -> tuple[bytes, bytes]:
         """(engine hashes, keys) of the event's blocks, as far as they are known."""
-        if event.group_idx is not None and event.group_idx != self.main_group:
+        if event.group_idx is not None and not self._is_main_group(event.group_idx):
             return b"", b""
         return self.find(event.keys)
 
@@ -142,9 +147,15 @@ class TokenRoute:
             return True
         if event.spec_kind is not None:
             if not _holds_prompts(event.spec_kind):
+                if event.group_idx == self.main_group:
+                    self.main_group = UNTOLD_GROUP
                 return False
-            self.main_group = event.group_idx
-        return event.group_idx == self.main_group
+            if self.main_group == UNTOLD_GROUP:
+                self.main_group = event.group_idx
+        return self._is_main_group(event.group_idx)
+
+    def _is_main_group(self, group: int) -> bool:
+        return group == (0 if self.main_group == UNTOLD_GROUP else self.main_group)
 
     def _chain(self, event: BlockStored, units: "list[int] | list[tuple[int, int]] | memoryview[int]", parent: int) -> bytes:
         last = units[-1]

@@ -36,17 +36,16 @@ Source: spec/kv_events.md 1.6, 6.
 
 from sglfast.index.asked import Look, Request
 from sglfast.index.sink import Outcome
-from sglfast.index.stream_state import LOST, NO_EVENT_YET, NOT_KEPT, UNKNOWN_HISTORY, StreamState, print_of
+from sglfast.index.stream_front import StreamFront
+from sglfast.index.stream_state import LOST, NO_EVENT_YET, NOT_KEPT, UNKNOWN_HISTORY, print_of
 
 # A restarted engine has published at most some dozens of batches by the time the subscription reaches it.
 _LOW_SEQ = 64
 # A send queue of fewer batches than this loses nothing; a longer answer may have lost its tail unseen.
 _CONFIRM_ABOVE_BATCHES = 256
-# Live batches that a replay overtook and that are still on their way: as many as one round of the subscriber reads, at most.
-_REPLAYED_MEMORY_BATCHES = 1024
 
 
-class RankStream(StreamState):
+class RankStream(StreamFront):
     """State of one rank's stream. Feed it with the `on_*` methods; call `on_time` when `deadline_s` has passed."""
 
     # ---- what happens ----
@@ -208,13 +207,6 @@ class RankStream(StreamState):
             self._last_live = -1
         self._tries = 0
         self._ask(now_s)
-
-    def _is_copy(self, seq: int, payload: bytes) -> bool:
-        """Is this batch, behind the front, one that we have already? Then the engine has not restarted."""
-        if (held := self._held.get(seq)) is not None:
-            return held == payload
-        known = self._last_print if self.next_seq is not None and seq == self.next_seq - 1 else self._replayed.get(seq)
-        return known == print_of(payload)
 
     def _begin_late(self, seq: int, payload: bytes, now_s: float) -> None:
         if self._can_replay:
@@ -392,33 +384,3 @@ class RankStream(StreamState):
         for seq, payload in run:
             self._apply(seq, payload)
         return run[-1][0]
-
-    def _apply(self, seq: int, payload: bytes) -> None:
-        self._held.pop(seq)
-        self._applied(1, seq, payload, self._sink.apply(payload))
-
-    def _applied(self, n_batches: int, seq: int, payload: bytes, outcome: Outcome) -> None:
-        self.counters.batches += n_batches
-        self.next_seq = seq + 1
-        self._last_print = print_of(payload)
-        if outcome.is_cleared:
-            self._loss = 0
-        if outcome.is_lossy:
-            self._loss = LOST
-            self._is_unproven = False  # even if the engine is the one that was left
-
-    def _drain(self) -> None:
-        while self.next_seq is not None and (payload := self._held.get(self.next_seq)) is not None:
-            self._remember(self.next_seq, payload)
-            self._apply(self.next_seq, payload)
-
-    def _remember(self, seq: int, payload: bytes) -> None:
-        self._replayed[seq] = print_of(payload)
-        if len(self._replayed) > _REPLAYED_MEMORY_BATCHES:
-            del self._replayed[next(iter(self._replayed))]
-
-    def _hold(self, seq: int, payload: bytes) -> None:
-        if self._held.get(seq) is not None:
-            self.counters.duplicates += 1
-        else:
-            self._held.put(seq, payload)

@@ -1,6 +1,7 @@
 """What is known of a rank's event stream, and how it shows: in the rank's row, to who reads the sockets, to the next index process.
 
-Runs in: index, inside the rank's subscriber thread. Contract: this is the state; index/stream.py, which alone changes it, is the law.
+Runs in: index, inside the rank's subscriber thread. Contract: this is the state; index/stream.py is the law by which it changes, the
+    steps of which index/stream_front.py has those at the front.
 """
 
 from sglfast import shm

@@ -36,6 +36,7 @@ RANK_REASONS: tuple[str, ...] = (
     "its blocks are keyed by single tokens, the worker says pairs of tokens (EAGLE)",
     "events were lost, and the worker's replay buffer does not reach back to them",
     "the index may not open enough files to follow it (ulimit -n)",
+    "events were lost and could not be replayed: only what was stored since then is known",
 )
 
 # The same positions by name.
@@ -57,9 +58,10 @@ RANK_REASONS: tuple[str, ...] = (
     REASON_SINGLES,
     REASON_NOT_KEPT,
     REASON_NO_DESCRIPTORS,
+    REASON_FORGOTTEN,
 ) = range(len(RANK_REASONS))
 # Those of the past: they explain for a while that too little is predicted, and stay until the rank is cleared.
-PASSING_REASONS = (REASON_UNKNOWN_HISTORY, REASON_LOST, REASON_NOT_KEPT)
+PASSING_REASONS = (REASON_UNKNOWN_HISTORY, REASON_LOST, REASON_NOT_KEPT, REASON_FORGOTTEN)
 
 # Names of the RANK_* states.
 RANK_STATES = ("BLIND", "SYNCING", "EXACT", "DEGRADED")

@@ -9,6 +9,7 @@ from sglfast._counters import RANK_BLIND, RANK_DEGRADED, RANK_EXACT, RANK_SYNCIN
 from sglfast._workers import READY
 from sglfast.control.kv_state import RankState, rank_states, shown
 from sglfast.shm import PARITY_LOW, RANK_REASONS, WorkerRecord, WorkerView
+from sglfast.shm import REASON_FORGOTTEN as FORGOTTEN
 from sglfast.shm import REASON_LOST as LOST
 from sglfast.shm import REASON_NO_EVENTS as NO_EVENTS
 from sglfast.shm import REASON_PAIRS as PAIRS
@@ -27,6 +28,7 @@ DOUBTED = msgspec.structs.replace(VIEW, parity=PARITY_LOW)
         (RANK_EXACT, 0, (RANK_DEGRADED, "the template")),
         (RANK_DEGRADED, UNKNOWN, (RANK_DEGRADED, "the template")),
         (RANK_DEGRADED, LOST, (RANK_DEGRADED, "the template")),
+        (RANK_DEGRADED, FORGOTTEN, (RANK_DEGRADED, "the template")),
         (RANK_DEGRADED, PAIRS, (RANK_DEGRADED, RANK_REASONS[PAIRS])),
         (RANK_SYNCING, REPLAYING, (RANK_SYNCING, RANK_REASONS[REPLAYING])),
         (RANK_BLIND, NO_EVENTS, (RANK_BLIND, RANK_REASONS[NO_EVENTS])),

@@ -10,7 +10,7 @@ from stream_bench import Bench, payload
 
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
 from sglfast.index.held import Limits
-from sglfast.index.stream_state import DISCONNECTED, LOST, NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY
+from sglfast.index.stream_state import DISCONNECTED, FORGOTTEN, LOST, NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY
 from sglfast.shm import RANK_REASONS
 
 
@@ -56,7 +56,7 @@ def test_gap_without_replay_clears() -> None:
     bench = Bench(has_replay=False)
     bench.live(0, 1)
     assert bench.live(4, 5) == ["clear", 4, 5]
-    assert bench.status == (RANK_DEGRADED, LOST)
+    assert bench.status == (RANK_DEGRADED, FORGOTTEN)
     assert bench.stream.counters.gaps == 1
 
 
@@ -198,7 +198,7 @@ def test_hole_that_never_closes_clears_the_rank() -> None:
     assert bench.replay(1, 3, 4, end=True) == [("ask", 1)]
     assert bench.replay(1, 3, 4, end=True) == [("ask", 1)]
     assert bench.replay(1, 3, 4, 5, end=True) == ["clear", 3, 4, 5]
-    assert bench.status == (RANK_DEGRADED, LOST)
+    assert bench.status == (RANK_DEGRADED, FORGOTTEN)
     assert bench.stream.counters.give_ups == 1
     assert bench.stream.held_batches == 0
     # ... and the next gap is replayed again
@@ -214,7 +214,7 @@ def test_answer_that_does_not_show_the_last_batch_is_not_believed() -> None:
     for _ in range(2):
         assert bench.replay(2, 3, run=1, end=True) == [("ask", 1)]
     assert bench.replay(2, 3, run=1, end=True) == ["clear", (1, 2), (1, 3)]
-    assert bench.status == (RANK_DEGRADED, LOST)
+    assert bench.status == (RANK_DEGRADED, FORGOTTEN)
 
 
 def test_two_holes_that_never_close_keep_what_follows_the_last() -> None:

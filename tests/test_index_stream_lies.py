@@ -7,14 +7,14 @@ from test_index_stream import Bench, payload
 
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT
 from sglfast.index.held import HeldBatches
-from sglfast.index.stream_state import LOST, UNKNOWN_HISTORY
+from sglfast.index.stream_state import FORGOTTEN, UNKNOWN_HISTORY
 
 
 def test_replay_of_a_former_run_is_found_out_at_the_first_batch_that_both_have() -> None:
     bench = Bench(has_replay=True)
     assert bench.live(3, 4) == [("ask", 0)]
     assert bench.replay(0, 1, 2, 3, 4, 5, run=1, end=True) == [(1, 0), (1, 1), (1, 2), 3, 4, "clear"]
-    assert bench.status == (RANK_DEGRADED, LOST)
+    assert bench.status == (RANK_DEGRADED, FORGOTTEN)
     assert bench.live(5, 6) == [5, 6]
     assert bench.stream.counters.give_ups == 1
     # nobody asks such a socket again, until the connection is another
@@ -28,7 +28,7 @@ def test_replay_that_contradicts_itself_or_the_front() -> None:
     assert bench.live(5) == [("ask", 1)]
     assert bench.replay(1, 2) == [2]
     assert bench.replay(5, run=1) == ["clear", 5]
-    assert bench.status == (RANK_DEGRADED, LOST)
+    assert bench.status == (RANK_DEGRADED, FORGOTTEN)
     assert bench.live(6) == [6]
 
 
@@ -66,7 +66,7 @@ def test_an_answer_that_repeats_itself_is_as_good_as_silence() -> None:
             break
     else:
         pytest.fail("an answer without an end holds the live stream back for ever")
-    assert bench.status == (RANK_DEGRADED, LOST)
+    assert bench.status == (RANK_DEGRADED, FORGOTTEN)
     bench.sink.take()
     assert bench.live(6) == [6]
 

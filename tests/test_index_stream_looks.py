@@ -5,7 +5,7 @@ from stream_bench import LIMITS, Bench, payload
 
 from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
 from sglfast.index.sink import Resume
-from sglfast.index.stream_state import LOST, NOT_KEPT, REPLAYING, UNKNOWN_HISTORY, print_of
+from sglfast.index.stream_state import FORGOTTEN, LOST, NOT_KEPT, REPLAYING, UNKNOWN_HISTORY, print_of
 
 
 def mute(bench: Bench) -> list[object]:
@@ -22,7 +22,7 @@ def lost_at(seq: int) -> Bench:
     bench.live(0, 1)
     assert bench.live(seq, seq + 1) == [("ask", 1)]
     assert mute(bench)[-3:] == ["clear", seq, seq + 1]
-    assert bench.status == (RANK_DEGRADED, LOST)
+    assert bench.status == (RANK_DEGRADED, FORGOTTEN)
     assert not bench.stream.is_asking
     return bench
 
@@ -32,7 +32,7 @@ def test_it_heals_by_itself_when_the_socket_is_back() -> None:
     assert bench.live(6) == [6], "live events are indexed meanwhile"
     assert bench.timeout() == [("ask", 0)]
     assert bench.stream.is_asking
-    assert bench.status == (RANK_DEGRADED, LOST), "nothing is held back for it"
+    assert bench.status == (RANK_DEGRADED, FORGOTTEN), "nothing is held back for it"
     assert bench.live(7) == [7]
     assert bench.replay(0, 1) == ["clear", 0, 1]
     assert bench.status == (RANK_SYNCING, REPLAYING)
@@ -176,7 +176,7 @@ def test_replay_of_another_stream_is_found_out_and_not_asked_again() -> None:
     bench = lost_at(4)
     bench.timeout()
     assert bench.replay(0, 1, 2, 3, 4, 5, run=1) == ["clear", (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), "clear"]
-    assert bench.status == (RANK_DEGRADED, LOST)
+    assert bench.status == (RANK_DEGRADED, FORGOTTEN)
     assert bench.stream.deadline_s is None
     assert bench.live(6) == ["clear", 6]
     assert bench.live(8) == ["clear", 8]

@@ -15,7 +15,7 @@ from sglfast._counters import RANK_DEGRADED, RANK_EXACT, RANK_SYNCING
 from sglfast.index.held import Limits
 from sglfast.index.live import Run
 from sglfast.index.sink import Outcome
-from sglfast.index.stream_state import DISCONNECTED, LOST, UNKNOWN_HISTORY
+from sglfast.index.stream_state import DISCONNECTED, FORGOTTEN, LOST, UNKNOWN_HISTORY
 from sglfast.index.subscriber import connect
 from sglfast.shm import RANK_REASONS
 
@@ -98,7 +98,7 @@ def test_gap_without_replay_forgets_the_rank(house: House) -> None:
     engine.publish(stored(2, 4))
     wait_until(lambda: follower.word(words.R_BATCHES) == 2, engine)
     assert (follower.overlap(1), follower.overlap(2)) == (0, 4)
-    assert follower.state == (RANK_DEGRADED, LOST)
+    assert follower.state == (RANK_DEGRADED, FORGOTTEN)
     assert follower.word(words.R_GAPS) == 1
 
 
@@ -135,7 +135,7 @@ def test_hole_that_stays_forgets_what_came_before(house: House) -> None:
     for conversation in range(5):
         engine.publish(stored(conversation, 4))
     follower = house.joined(engine)
-    wait_until(lambda: follower.state == (RANK_DEGRADED, LOST), engine)
+    wait_until(lambda: follower.state == (RANK_DEGRADED, FORGOTTEN), engine)
     assert [follower.overlap(conversation) for conversation in range(5)] == [0, 0, 0, 4, 4]
     assert follower.word(words.R_GIVE_UPS) == 1
     engine.publish(stored(7, 4))
@@ -163,12 +163,12 @@ def test_a_replay_socket_that_was_down_for_a_while_heals_the_rank(house: House) 
     engine.is_mute = True
     engine.publish(stored(2, 4), is_lost=True)
     engine.publish(stored(3, 4))
-    wait_until(lambda: follower.state == (RANK_DEGRADED, LOST), engine)
+    wait_until(lambda: follower.state == (RANK_DEGRADED, FORGOTTEN), engine)
     assert [follower.overlap(conversation) for conversation in (1, 2, 3)] == [0, 0, 4]
     asked = follower.word(words.R_REPLAYS)
     engine.publish(stored(4, 4))
     wait_until(lambda: follower.word(words.R_REPLAYS) >= asked + 2 and follower.overlap(4) == 4, engine, what="looks and live events")
-    assert follower.state == (RANK_DEGRADED, LOST)
+    assert follower.state == (RANK_DEGRADED, FORGOTTEN)
     engine.is_mute = False
     wait_until(lambda: follower.state == (RANK_EXACT, 0), engine)
     assert [follower.overlap(conversation) for conversation in (1, 2, 3, 4)] == [4] * 4

@@ -20,7 +20,9 @@ can fill means: forget the rank.
 A replay begins at the last batch applied, which is compared: a restarted engine counts from 0 again and may just now stand at the
 number that we wait for; its time stamps give it away, and so does an answer that does not reach that number.
 The end marker of a replay proves nothing (engines drop what their send queue does not hold): what counts is that no hole is left.
-A hole is asked for again as long as each answer brings the front forward, `max_tries` times when it does not.
+A hole is asked for again as long as each answer brings the front forward, `max_tries` times when it does not. Then the rank is emptied,
+goes on behind the hole, and is FORGOTTEN: no block is taken for owned that is not, older ones are not known. Nobody asks for that hole
+again, which the buffer had not: the rank is EXACT again when the engine clears its cache or is started again.
 Batches held back are bounded; one that finds no room is dropped and comes back by replay, because its number was noted.
 A replay that contradicts the live stream (another batch under a number, or `max_tries` times numbers far ahead of it) is of another
 stream: until the next connection nobody asks again. An answer that repeats itself counts as silence.
@@ -37,7 +39,7 @@ Source: spec/kv_events.md 1.6, 6.
 from sglfast.index.asked import Look, Request
 from sglfast.index.sink import Outcome
 from sglfast.index.stream_front import StreamFront
-from sglfast.index.stream_state import LOST, NO_EVENT_YET, NOT_KEPT, UNKNOWN_HISTORY, print_of
+from sglfast.index.stream_state import FORGOTTEN, LOST, NO_EVENT_YET, NOT_KEPT, UNKNOWN_HISTORY, print_of
 
 # A restarted engine has published at most some dozens of batches by the time the subscription reaches it.
 _LOW_SEQ = 64
@@ -106,7 +108,7 @@ class RankStream(StreamFront):
                 self._ask(now_s)
             else:
                 self._sink.clear(f"batches {expected}..{seq - 1} were lost and there is no replay")
-                self._loss = LOST
+                self._loss = FORGOTTEN
                 self._begin_at(seq, now_s)
                 self._apply(seq, payload)
 
@@ -369,7 +371,8 @@ class RankStream(StreamFront):
             self._highest = self._begin_at_held(why)
         else:
             self._sink.clear(why)
-            self._loss = LOST
+            self._loss = FORGOTTEN
+            self._is_resumed = False
             self._highest = (self.next_seq or 0) - 1
 
     def _begin_at_held(self, why: str) -> int:
@@ -378,9 +381,9 @@ class RankStream(StreamFront):
         first = run[0][0]
         front = self.next_seq or 0
         self._sink.clear(f"batches {front}..{first - 1} were lost and {why}" if first > front else why)
-        self._loss = LOST if self.next_seq is not None else UNKNOWN_HISTORY if first else 0
+        self._loss = FORGOTTEN if self.next_seq is not None else UNKNOWN_HISTORY if first else 0
         self.next_seq = self._known_from = first
-        self._is_unproven = False
+        self._is_unproven = self._is_resumed = False
         for seq, payload in run:
             self._apply(seq, payload)
         return run[-1][0]

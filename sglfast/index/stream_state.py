@@ -14,6 +14,7 @@ from sglfast.index.sink import Counters, Resume, Sink
 # Positions in sglfast.shm.RANK_REASONS: what a stream's state may be put down to.
 NO_EVENT_YET, REPLAYING, UNKNOWN_HISTORY = shm.REASON_NO_EVENT_YET, shm.REASON_REPLAYING, shm.REASON_UNKNOWN_HISTORY
 LOST, NOT_KEPT, DISCONNECTED, RESUMED = shm.REASON_LOST, shm.REASON_NOT_KEPT, shm.REASON_DISCONNECTED, shm.REASON_RESUMED
+FORGOTTEN = shm.REASON_FORGOTTEN
 
 
 def print_of(payload: bytes) -> int:

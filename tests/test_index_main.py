@@ -1,22 +1,15 @@
 """The index process: it follows the worker table, clears what goes, says what it lost, and ends when it should."""
 
-import contextlib
 import ctypes
-import fcntl
 import logging
 import mmap
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import zmq
-from kv_publisher import BLOCK_SIZE, WAIT_S, Publisher, keys_of, stored, tokens_of, two_in_a_row, wait_until
+from kv_publisher import BLOCK_SIZE, Publisher, keys_of, stored, tokens_of, two_in_a_row, wait_until
 
 from sglfast import _counters as words
 from sglfast import shm
@@ -25,7 +18,6 @@ from sglfast._counters import RANK_BLIND, RANK_DEGRADED, RANK_EXACT, RankTable
 from sglfast._hashtree import TreeReader
 from sglfast._segment import Segment, segment_bytes
 from sglfast._workers import FREE, READY, UNHEALTHY, WorkerTable
-from sglfast.config import ServeConfig, to_json
 from sglfast.index.main import Index
 from sglfast.shm import RANK_REASONS, WorkerRecord, WorkerView
 
@@ -244,27 +236,6 @@ def test_workers_that_cannot_be_followed_are_blind(house: House, caplog: pytest.
     assert "65536" in caplog.text
 
 
-def test_ranks_that_would_need_too_many_files_are_blind_and_the_limit_is_named(house: House, caplog: pytest.LogCaptureFixture) -> None:
-    control = house.control
-    house.index.close()
-    house.index = index = Index(control.segment, logging.getLogger("test.index"), maps_fd=house.maps_fd, max_files=64 + 2 * 8 + 7)
-    pair = two_in_a_row(house.context)
-    alone = house.publisher()
-    house.publishers += pair
-    control.put(0, alone, rank_base=0)
-    control.put(1, pair[0], rank_base=4, dp_size=2)
-    index.sync()
-    blind = (RANK_BLIND, next(i for i, why in enumerate(RANK_REASONS) if "ulimit -n" in why))
-    assert control.state(5) == blind
-    alone.publish(stored(1, 4))
-    house.wait_exact(0, 1, *house.publishers)
-    assert "rank 1 of http://worker-1:1 is not followed: 64 ranks need 576 open files, this process may have 87" in caplog.text
-    control.table.remove(0)
-    control.put(1, pair[0], rank_base=4, dp_size=2, startup_time=2.0)
-    index.sync()
-    assert blind not in (control.state(4), control.state(5)), "another worker has left room"
-
-
 def test_sizes_follow_eviction(house: House) -> None:
     control, index = house.control, house.index
     engine = house.publisher()
@@ -300,107 +271,3 @@ def test_close_leaves_nothing_in_the_tree(house: House) -> None:
     house.wait_exact(0, 1, engine)
     house.index.close()
     assert house.control.reader.stats()["live_blocks"] == 0
-
-
-# ---- as a process ----
-
-
-class Process:
-    """`python -m sglfast.index.main` as control starts it; `log` is its standard error."""
-
-    def __init__(self, shm_fd: int) -> None:
-        config_fd = os.memfd_create("config", 0)
-        os.write(config_fd, to_json(ServeConfig()))
-        self.control, child = socket.socketpair()
-        fds = (shm_fd, config_fd, child.fileno())
-        flags = [f"--{name}-fd={fd}" for name, fd in zip(("shm", "config", "control"), fds, strict=True)]
-        argv = [sys.executable, "-W", "error", "-m", "sglfast.index.main", *flags, f"--parent-pid={os.getpid()}"]
-        self.popen = subprocess.Popen(argv, cwd=ROOT, pass_fds=fds, stderr=subprocess.PIPE)
-        child.close()
-        os.close(config_fd)
-
-    def end(self, timeout_s: float = WAIT_S) -> tuple[int, str]:
-        """Wait for its end; exit code and log."""
-        _, log = self.popen.communicate(timeout=timeout_s)
-        self.control.close()
-        return self.popen.returncode, log.decode()
-
-
-@contextlib.contextmanager
-def started(shm_fd: int) -> Iterator[Process]:
-    process = Process(shm_fd)
-    try:
-        yield process
-    finally:
-        if process.popen.returncode is None:
-            process.popen.kill()
-            process.end()
-
-
-@pytest.fixture
-def shared() -> Iterator[tuple[int, Control, Publisher]]:
-    fd, segment = shm.create(**SIZES)
-    fcntl.fcntl(fd, fcntl.F_SETFD, 0)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    engine = Publisher(context, has_replay=True)
-    yield fd, Control(segment), engine
-    engine.close()
-    context.term()
-    os.close(fd)
-
-
-def test_killed_index_comes_back_exact(shared: tuple[int, Control, Publisher]) -> None:
-    fd, control, engine = shared
-    engine.publish(stored(1, 4))
-    control.put(0, engine, rank_base=0)
-
-    def is_exact() -> bool:
-        pid, _, _, _, is_ready = control.segment.process_info(0)
-        return is_ready and pid == process.popen.pid and control.state(0) == EXACT and control.overlap(0, 1) == 4
-
-    with started(fd) as process:
-        wait_until(is_exact, engine)
-        assert control.reader.stats()["generation"] == 1
-        before_ms = control.segment.process_info(0)[2]
-        wait_until(lambda: control.segment.process_info(0)[2] > before_ms, engine, what="the heartbeat")
-        process.popen.kill()
-        _, log = process.end()
-    assert "goes on" not in log
-    assert control.overlap(0, 1) == 4  # shards go on with the last tree
-    with started(fd) as process:
-        wait_until(is_exact, engine)
-        assert control.reader.stats()["generation"] == 1  # the tree was not emptied
-        assert engine.requests == [0, 0]  # batch 0 was the last one: it is asked for again, and compared
-        assert control.reader.stats()["live_blocks"] == 4
-        process.popen.send_signal(signal.SIGTERM)
-        code, log = process.end()
-    assert code == 0
-    assert "goes on with the 4 blocks of the process before this one" in log
-    assert "Traceback" not in log
-    assert not control.segment.process_info(0)[4]
-
-
-def test_follows_changes_of_the_table(shared: tuple[int, Control, Publisher]) -> None:
-    fd, control, engine = shared
-    engine.publish(stored(1, 4))
-    with started(fd) as process:
-        wait_until(lambda: control.segment.process_info(0)[4], engine)
-        control.put(3, engine, rank_base=5)
-        wait_until(lambda: control.state(5) == EXACT and control.overlap(5, 1) == 4, engine)
-        control.table.set_state(3, FREE)
-        wait_until(lambda: control.overlap(5, 1) == 0, engine)
-        assert process.popen.poll() is None
-
-
-def test_ends_with_control(shared: tuple[int, Control, Publisher]) -> None:
-    fd, control, engine = shared
-    control.put(0, engine, rank_base=0)
-    with started(fd) as process:
-        wait_until(lambda: control.segment.process_info(0)[4], engine)
-        process.popen.send_signal(signal.SIGINT)  # a terminal sends it to all; control decides
-        time.sleep(0.2)
-        assert process.popen.poll() is None
-        process.control.close()
-        code, log = process.end()
-    assert code == 0
-    assert "control is gone" in log

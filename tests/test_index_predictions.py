@@ -11,7 +11,8 @@ import pytest
 import zmq
 from kv_publisher import Publisher
 from shared_memory import packed, shared_segment
-from test_index_main import Control, started
+from test_index_main import Control
+from test_index_main_process import started
 
 from sglfast import shm
 from sglfast._predicted import KEEP, SENT, SETTLED, Predictions, totals

@@ -15,7 +15,7 @@ import select
 import signal
 import sys
 import time
-from urllib.parse import urlsplit
+from collections.abc import Callable
 
 import zmq
 
@@ -29,6 +29,7 @@ from sglfast._segment import Segment
 from sglfast._workers import WorkerTable
 from sglfast.boot import Boot, boot_child, hear
 from sglfast.errors import ConfigError
+from sglfast.index.file_room import FileRoom, files_of, is_for_lack_of_files
 from sglfast.index.held import Limits
 from sglfast.index.key_maps import KeyMaps
 from sglfast.index.listener import Listener, listen_endpoint
@@ -37,6 +38,7 @@ from sglfast.index.rank import RankIndex, TreeLock, clear_rank
 from sglfast.index.rank_note import Noted, noted
 from sglfast.index.subscriber import Endpoints, Subscriber
 from sglfast.index.token_route import UNTOLD_GROUP
+from sglfast.index.worker_streams import endpoint_of, stream_of
 from sglfast.logs import set_level, setup_logs
 from sglfast.shm import (
     REASON_NO_DESCRIPTORS,
@@ -54,9 +56,6 @@ _HEARTBEAT_S = 0.5
 _STOP_S = 1.0
 # A rank has at most a SUB, a DEALER, the two ends of a monitor and the two sockets of a listener, each with a descriptor or two.
 _SOCKETS_A_RANK = 6
-# Open files of a rank: what wakes its thread and those sockets up, its connection, and another one during a replay. Of the process
-# otherwise: ZMQ's own, listeners, the segment, the log.
-_FILES_A_RANK, _OTHER_FILES = 8, 64
 
 
 class Index:
@@ -70,11 +69,11 @@ class Index:
         kv_listen: str | None = None,
         predictions: PredictionKeeper | None = None,
         maps_fd: int | None = None,
-        max_files: int | None = None,
+        file_limit: Callable[[], int | None] | None = None,
     ) -> None:
-        """max_files: the process may open; None = no limit that matters."""
+        """file_limit: see FileRoom."""
         self._segment = segment
-        self._max_files = max_files
+        self._room = FileRoom(file_limit)
         self._maps = KeyMaps(maps_fd, segment, log)
         self._predictions = predictions
         self._log = log
@@ -127,7 +126,7 @@ class Index:
         if version == self._version:
             return False
         views = {view.worker_idx: view for view in read_workers(self._table)}
-        gone = [idx for idx, (view, _) in self._followed.items() if idx not in views or _stream_of(views[idx]) != _stream_of(view)]
+        gone = [idx for idx, (view, _) in self._followed.items() if idx not in views or stream_of(views[idx]) != stream_of(view)]
         self._drop(gone)
         for idx, view in views.items():
             if idx in self._followed:
@@ -142,6 +141,7 @@ class Index:
             self._forget(rank)
             self._maps.take(rank, 0, is_left=False)
         self._inheritance = {}
+        self.retry()
         if self._predictions is not None:
             self._predictions.ready()
         self._version = version
@@ -165,45 +165,77 @@ class Index:
             self._context.term()
 
     def _follow(self, view: WorkerView) -> list[Subscriber]:
-        endpoint = _endpoint_of(view)
+        endpoint = endpoint_of(view)
         subscribers: list[Subscriber] = []
         if self._predictions is not None:
             row = self._inheritance.get(view.rank_base)
             was_there = row is not None and row[words.R_GENERATION] == view.generation
             self._predictions.own(view.rank_base, view.dp_size, view.generation, has_events=endpoint is not None, was_there=was_there)
+        is_told = False
         for worker_rank in range(view.dp_size):
-            rank = view.rank_base + worker_rank
-            live, why = self._live_endpoint(view, endpoint, worker_rank)
-            if live is not None and not self._has_room(len(subscribers)):
-                if len(subscribers) == worker_rank:  # not told of this worker yet
+            subscriber, why = self._follow_rank(view, endpoint, worker_rank, len(subscribers))
+            if subscriber is not None:
+                subscribers.append(subscriber)
+                continue
+            if why == REASON_NO_DESCRIPTORS:
+                self._room.wait((view.worker_idx, worker_rank), time.monotonic())
+                if not is_told:
                     self._log.error(
                         "rank %d of %s is not followed: %d ranks need %d open files, this process may have %s; raise the limit (ulimit -n)",
-                        *(worker_rank, view.record.url, self._segment.max_ranks, _files_of(self._segment.max_ranks), self._max_files),
+                        *(worker_rank, view.record.url, self._segment.max_ranks, files_of(self._segment.max_ranks), self._room.limit),
                     )
-                live, why = None, REASON_NO_DESCRIPTORS
-            if endpoint is None or live is None:
-                self._resume(rank, 0)
-                self._ranks.clear(rank)
-                self._ranks.set(rank, words.R_GENERATION, view.generation)
-                self._ranks.set(rank, words.R_REASON, why)
-                self._ranks.set(rank, words.R_STATE, RANK_BLIND)
-                continue
-            log = logging.LoggerAdapter(self._log, {"fields": {"worker": view.record.url, "rank": worker_rank}})
-            identity = xxh3(repr((_stream_of(view), worker_rank)).encode()) or 1
-            note, key_map = self._resume(rank, identity)
-            index = RankIndex(
-                self._tree,
-                rank,
-                block_size=view.block_size,
-                is_bigram=view.bigram,
-                log=log,
-                key_route=view.key_route,
-                model=view.record.model or "",
-                key_map=key_map,
-                main_group=UNTOLD_GROUP if note is None else note.main_group,
-            )
-            is_shared = view.record.kv_connects_out
-            endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode(), is_shared)
+                is_told = True
+            self._leave(view, worker_rank, why)
+        return subscribers
+
+    def retry(self) -> None:
+        """Try to follow the ranks for which there were too few open files, when it is time to. Cheap when it is not."""
+        now_s = time.monotonic()
+        for waiting in self._room.due(now_s):
+            worker_idx, worker_rank = waiting
+            view, subscribers = self._followed[worker_idx]
+            subscriber, why = self._follow_rank(view, endpoint_of(view), worker_rank, 0)
+            if subscriber is not None:
+                subscribers.append(subscriber)
+            elif why == REASON_NO_DESCRIPTORS:
+                self._room.wait(waiting, now_s)
+            else:
+                self._leave(view, worker_rank, why)
+
+    def _leave(self, view: WorkerView, worker_rank: int, why: int) -> None:
+        """A rank is not followed. why: position in RANK_REASONS."""
+        rank = view.rank_base + worker_rank
+        self._resume(rank, 0)
+        self._ranks.clear(rank)
+        self._ranks.set(rank, words.R_GENERATION, view.generation)
+        self._ranks.set(rank, words.R_REASON, why)
+        self._ranks.set(rank, words.R_STATE, RANK_BLIND)
+
+    def _follow_rank(self, view: WorkerView, endpoint: KvEndpoint | None, worker_rank: int, n_more: int) -> tuple[Subscriber | None, int]:
+        """(its subscriber, 0), or (None, why not: position in RANK_REASONS). n_more: ranks followed beside those of `_followed`."""
+        rank = view.rank_base + worker_rank
+        live, why = self._live_endpoint(view, endpoint, worker_rank)
+        if endpoint is None or live is None:
+            return None, why
+        if not self._room.has_for(sum(len(subscribers) for _, subscribers in self._followed.values()) + n_more + 1):
+            return None, REASON_NO_DESCRIPTORS
+        log = logging.LoggerAdapter(self._log, {"fields": {"worker": view.record.url, "rank": worker_rank}})
+        identity = xxh3(repr((stream_of(view), worker_rank)).encode()) or 1
+        note, key_map = self._resume(rank, identity)
+        index = RankIndex(
+            self._tree,
+            rank,
+            block_size=view.block_size,
+            is_bigram=view.bigram,
+            log=log,
+            key_route=view.key_route,
+            model=view.record.model or "",
+            key_map=key_map,
+            main_group=UNTOLD_GROUP if note is None else note.main_group,
+        )
+        is_shared = view.record.kv_connects_out
+        endpoints = Endpoints(live, endpoint.replay_endpoint(worker_rank), endpoint.topic.encode(), is_shared)
+        try:
             subscriber = Subscriber(
                 self._context,
                 endpoints,
@@ -215,15 +247,15 @@ class Index:
                 identity=identity,
                 resume=None if note is None else note.resume,
             )
-            subscriber.start()
-            subscribers.append(subscriber)
-            log.info("following KV events")
-        return subscribers
-
-    def _has_room(self, n_more: int) -> bool:
-        """Whether one more rank can be followed beside those of all workers and `n_more`."""
-        n_ranks = sum(len(subscribers) for _, subscribers in self._followed.values()) + n_more + 1
-        return self._max_files is None or _files_of(n_ranks) <= self._max_files
+        except OSError as error:
+            if not is_for_lack_of_files(error):
+                raise
+            index.release()
+            self._forget(rank)
+            return None, REASON_NO_DESCRIPTORS
+        subscriber.start()
+        log.info("following KV events")
+        return subscriber, 0
 
     def _live_endpoint(self, view: WorkerView, endpoint: KvEndpoint | None, worker_rank: int) -> tuple[str | None, int]:
         """(where to connect for a rank's live events, 0), or (None, why not: position in RANK_REASONS)."""
@@ -239,7 +271,7 @@ class Index:
             self._log.error("%s connects its KV events out to %s:%d: start the router with --kv-listen", url, endpoint.host, port)
             return None, REASON_NOT_LISTENING
         for other, _ in self._followed.values():
-            if other.record.kv_connects_out and other.record.kv_topic == endpoint.topic:
+            if other.worker_idx != view.worker_idx and other.record.kv_connects_out and other.record.kv_topic == endpoint.topic:
                 self._log.error("%s and %s both connect out with topic %r: not told apart", url, other.record.url, endpoint.topic)
                 return None, REASON_SAME_TOPIC
         try:
@@ -248,7 +280,7 @@ class Index:
                 self._listeners[place] = Listener(self._context, place, self._log)
         except (ConfigError, zmq.ZMQError) as error:
             self._log.error("no KV events of rank %d of %s: %s", worker_rank, url, error)
-            return None, REASON_NOT_LISTENING
+            return None, REASON_NO_DESCRIPTORS if is_for_lack_of_files(error) else REASON_NOT_LISTENING
         return self._listeners[place].inner, 0
 
     def _beat(self) -> None:
@@ -267,8 +299,11 @@ class Index:
         deadline_s = time.monotonic() + _STOP_S
         all_ended = True
         for view, subscribers in dropped:
+            self._room.forget(view.worker_idx)
             for subscriber in subscribers:
-                if not subscriber.join(max(0.0, deadline_s - time.monotonic())):
+                if subscriber.join(max(0.0, deadline_s - time.monotonic())):
+                    self._room.freed()
+                else:
                     all_ended = False
                     self._maps.abandon(subscriber.rank)
             for worker_rank in range(view.dp_size):
@@ -280,37 +315,6 @@ class Index:
         return all_ended
 
 
-def _files_of(n_ranks: int) -> int:
-    return n_ranks * _FILES_A_RANK + _OTHER_FILES
-
-
-def _endpoint_of(view: WorkerView) -> KvEndpoint | None:
-    """Where a worker publishes, None when it does not."""
-    record = view.record
-    if record.kv_host is None or view.block_size < 1:
-        return None
-    return KvEndpoint(
-        publisher="zmq",
-        # An engine that connects out names our host; what it binds itself (replay) is at its own.
-        host=(urlsplit(record.url).hostname or record.kv_host) if record.kv_connects_out else record.kv_host,
-        port_base=record.kv_port_base,
-        topic=record.kv_topic,
-        block_size=view.block_size,
-        dp_size=view.dp_size,
-        replay_port_base=record.kv_replay_port_base,
-    )
-
-
-def _stream_of(view: WorkerView) -> tuple[object, ...]:
-    """What makes a worker's event streams the ones we follow; another start time is another engine process."""
-    # The model's name is in the token route's keys; on the SHA route it may become known later without harm.
-    model = view.record.model if view.key_route == "tokens" else None
-    place = view.generation, view.rank_base, view.dp_size
-    # Pairs or single tokens: on the SHA route the engine's hashes are the keys either way.
-    is_bigram = view.bigram and view.key_route == "tokens"
-    return *place, is_bigram, view.record.startup_time, _endpoint_of(view), view.record.kv_connects_out, view.key_route, model
-
-
 def serve(boot: Boot, log: logging.Logger) -> None:
     """Run until SIGTERM, or until control closes its end of the socket."""
     segment = boot.segment
@@ -318,9 +322,7 @@ def serve(boot: Boot, log: logging.Logger) -> None:
     previous = signal.signal(signal.SIGTERM, lambda *_: os.eventfd_write(stop_fd, 1))
     segment.process_start(INDEX_SLOT, os.getpid(), _now_ms())
     predictions = _keeper(boot, log)
-    index = Index(
-        segment, log, kv_listen=boot.config.kv_listen, predictions=predictions, maps_fd=boot.maps_fd, max_files=open_files.limit()
-    )
+    index = Index(segment, log, kv_listen=boot.config.kv_listen, predictions=predictions, maps_fd=boot.maps_fd, file_limit=open_files.limit)
     try:
         index_loop(index, boot, stop_fd, log)
     finally:
@@ -354,6 +356,7 @@ def index_loop(index: Index, boot: Boot, stop_fd: int, log: logging.Logger) -> N
         except RuntimeError as error:
             log.warning("the worker table cannot be read now: %s", error)
         else:
+            index.retry()
             if not is_ready:
                 segment.process_ready(INDEX_SLOT)
                 is_ready = True

@@ -122,7 +122,8 @@ cdef class KeyMap:
         if code:
             raise MemoryError
         if placed.is_cleared and self.table.count * 8 < self.table.n_slots and self.table.n_slots > c_FIRST_SLOTS:
-            memory_resize(self, max(c_FIRST_SLOTS, self.table.n_slots >> 2))  # without memory it stays as it is
+            with nogil:
+                memory_resize(self, max(c_FIRST_SLOTS, self.table.n_slots >> 2))  # without memory it stays as it is
         return (
             kv.n_events, placed.n_orphans, placed.n_orphans_live, placed.main_group,
             [(kv.runs[i].kind, kv.runs[i].tiers, _packed(kv.keys + kv.runs[i].start, kv.runs[i].count)) for i in range(kv.n_runs)],
@@ -131,9 +132,13 @@ cdef class KeyMap:
 
     cdef _make_room(self, uint64_t n):
         cdef uint64_t n_slots = max(c_FIRST_SLOTS, self.table.n_slots)
+        cdef int code = 0
         while (self.table.count + n) * 4 > n_slots * 3:
             n_slots *= 2
-        if n and n_slots != self.table.n_slots and memory_resize(self, n_slots):
+        if n and n_slots != self.table.n_slots:
+            with nogil:  # a second, with tens of millions of blocks
+                code = memory_resize(self, n_slots)
+        if code:
             raise MemoryError(f"no room for {self.table.count + n} engine hashes of a rank")
 
     def put(self, hashes, keys):
@@ -210,12 +215,20 @@ cdef class KeyMap:
         finally:
             PyBuffer_Release(&view)
 
-    def items(self):
-        """(all hashes, their keys), in no order."""
+    @property
+    def places(self):
+        return self.table.n_slots
+
+    def items(self, uint64_t start=0, uint64_t end=<uint64_t>-1):
+        """(hashes, their keys) in the places from `start` to `end`, by default all, in no order."""
         cdef uint64_t i, n = 0, value
-        hashes = PyBytes_FromStringAndSize(NULL, 8 * self.table.count)
-        keys = PyBytes_FromStringAndSize(NULL, 8 * self.table.count)
-        for i in range(self.table.n_slots):
+        end = min(end, self.table.n_slots)
+        for i in range(start, end):
+            n += self.table.slots[i].hash != 0
+        hashes = PyBytes_FromStringAndSize(NULL, 8 * n)
+        keys = PyBytes_FromStringAndSize(NULL, 8 * n)
+        n = 0
+        for i in range(start, end):
             if self.table.slots[i].hash:
                 value = self.table.slots[i].hash
                 if value == HASH_ZERO:
@@ -229,14 +242,14 @@ cdef class KeyMap:
         """Forget everything, but for a small table: whoever is killed now leaves a map that is empty, not one that is missing."""
         if self.base == NULL:
             return
-        with nogil:  # a GiB, with tens of millions of blocks
-            table_clear(&self.table)
-        if self.table.n_slots > c_FIRST_SLOTS:
-            memory_resize(self, c_FIRST_SLOTS)  # without memory it stays as it is
+        with nogil:  # with tens of millions of blocks the kernel gets back a GiB
+            if self.table.n_slots == c_FIRST_SLOTS or memory_replace(self, c_FIRST_SLOTS, False):
+                table_clear(&self.table)
 
     def release(self):
         """Forget everything, and give the memory back, also what another process left in it."""
-        memory_release(self)
+        with nogil:
+            memory_release(self)
 
     def adopt(self):
         """Take over what another process left for the same owner; False when there is nothing, or nothing that can be trusted."""

@@ -77,6 +77,11 @@ cdef void memory_unmap(KeyMap self) noexcept nogil:
 
 cdef int memory_resize(KeyMap self, uint64_t n_slots) noexcept nogil:
     """Bring all pairs into a table of another size, which has room for them. -1: no memory, and nothing has changed."""
+    return memory_replace(self, n_slots, True)
+
+
+cdef int memory_replace(KeyMap self, uint64_t n_slots, bint with_pairs) noexcept nogil:
+    """Use a table of another size, with all pairs or with none. -1: no memory, and nothing has changed."""
     cdef table_t old = self.table
     cdef char *old_base = self.base
     cdef char *base = memory_map(self, n_slots)
@@ -85,7 +90,7 @@ cdef int memory_resize(KeyMap self, uint64_t n_slots) noexcept nogil:
     if base == NULL:
         return -1
     memory_use(self, base, n_slots)
-    for i in range(old.n_slots):
+    for i in range(old.n_slots if with_pairs else 0):
         if old.slots[i].hash:
             table_put(&self.table, old.slots[i].hash, old.slots[i].key)
     sf_store(&header.owner, self.owner)

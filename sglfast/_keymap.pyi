@@ -39,8 +39,14 @@ class KeyMap:
         """Return (known hashes, their keys) in the order of `hashes`; unknown ones are left out."""
     def drop(self, hashes: Any, but_for: bytes = b"") -> None:
         """Forget the hashes; but_for: one byte a hash, nonzero = keep it, empty = keep none. Raises ValueError on another length."""
-    def items(self) -> tuple[bytes, bytes]:
-        """Return (all hashes, their keys) in no order."""
+    @property
+    def places(self) -> int:
+        """How many pairs the table could hold if it were full; it changes with `put`, `place` and `clear`."""
+    def items(self, start: int = 0, end: int = 18446744073709551615) -> tuple[bytes, bytes]:
+        """Return (hashes, their keys) of the pairs in the table's places from `start` up to `end`, by default of all, in no order.
+
+        What is dropped lets others move to lower places: who goes through a table in parts and drops some begins with the last part.
+        """
     def clear(self) -> None:
         """Forget everything; at most 8 KiB are kept, for what comes next."""
     def release(self) -> None:

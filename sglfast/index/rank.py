@@ -1,8 +1,9 @@
 """One rank's blocks: turns event batches into writes to the hash tree, and checks that its keys are the ones shards compute.
 
 Runs in: index; called by the rank's subscriber thread, and by `main` when the worker goes.
-Contract: the tree has one writer object in the process (`TreeLock`), its lock is held for one batch at a time, or for one turn of
-    _TURN_KEYS keys where a batch is large, or a rank is cleared that has many blocks. After `retire`
+Contract: the tree has one writer object in the process (`TreeLock`), its lock is held for one batch or event at a time, or for one turn of
+    _TURN_KEYS keys where a batch is large, or a rank is cleared that has many blocks; what is done with a map of engine hashes is done
+    without it, or in such turns. After `retire`
     nothing of this rank reaches the tree any more, whatever its thread still holds in hand. What cannot be decoded is counted
     and logged, never fatal. Applying batches again, in order, to a rank that has them already gives the same blocks, as long as
     it was not settled in between.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 
 from sglfast._hashtree import TreeWriter
 from sglfast._keymap import KeyMap
-from sglfast._kvdecode import CLEAR, STORE, runs, runs_of_batches
+from sglfast._kvdecode import CLEAR, REMOVE, STORE, runs, runs_of_batches
 from sglfast.errors import KvEventError
 from sglfast.index.key_check import disagreement
 from sglfast.index.live import Run
@@ -161,28 +162,22 @@ class RankIndex:
         outcome = _PLAIN
         undecoded, orphans = batch.undecoded, self._by_tokens.orphans
         stored_in: BlockStored | None = None
-        removed: list[bytes] = []
-        with self._tree.lock:
-            if self._is_retired:
-                return _PLAIN
-            writer = self._tree.writer
-            for event in batch.events:
-                match event:
-                    case BlockStored():
-                        try:
-                            self._store(writer, event)
-                        except KvEventError:
-                            undecoded += 1
-                        if self._tells(event):
-                            stored_in = event
-                    case BlockRemoved():
-                        removed.append(self._remove(writer, event))
-                    case AllBlocksCleared():
-                        if not self._clear_blocks(writer):
-                            return _PLAIN
+        for event in batch.events:
+            match event:
+                case BlockStored():
+                    try:
+                        self._store(event)
+                    except KvEventError:
+                        undecoded += 1
+                    if self._tells(event):
+                        stored_in = event
+                case BlockRemoved():
+                    self._remove(event)
+                case AllBlocksCleared():
+                    if self._is_by_tokens:
                         self._by_tokens.clear()
-                        outcome, orphans = _CLEARED, self._by_tokens.orphans
-        self._removed += b"".join(removed)
+                    outcome = self._write(0, [(CLEAR, 0, b"")])
+                    orphans = self._by_tokens.orphans
         self.counters.events += len(batch.events)
         self.last_event_ms = time.time_ns() // 1_000_000
         if stored_in is not None and not self.has_agreed:
@@ -249,8 +244,8 @@ class RankIndex:
                     if not self._clear_blocks(writer):
                         return _PLAIN
                     outcome = _CLEARED
-                    if not self._is_by_tokens:
-                        by_tokens.clear()
+                    if not self._is_by_tokens and not self._clear_map():
+                        return _PLAIN
                 elif not tiers:
                     continue
                 elif kind == STORE:
@@ -279,19 +274,28 @@ class RankIndex:
         if not len(by_tokens):
             self._removed = b""
             return
-        with self._tree.lock:
-            if self._is_retired:
-                return
-            if self._removed:
-                by_tokens.forget(self._removed, self._tree.writer, self.rank)
-                self._removed = b""
-            by_tokens.prune(self._tree.writer, self.rank)
+        removed, self._removed = self._removed, b""
+        for at in range(0, len(removed), 8 * _TURN_KEYS):
+            with self._tree.lock:
+                if self._is_retired:
+                    return
+                by_tokens.forget(removed[at : at + 8 * _TURN_KEYS], self._tree.writer, self.rank)
+            if at + 8 * _TURN_KEYS < len(removed):
+                time.sleep(_GIVE_WAY_S)
+        at = by_tokens.to_prune(self.owned_blocks)
+        while at:
+            with self._tree.lock:
+                if self._is_retired:
+                    return
+                at = by_tokens.prune(self._tree.writer, self.rank, at, _TURN_KEYS)
+            if at:
+                time.sleep(_GIVE_WAY_S)
 
     def clear(self) -> int:
         """Forget all blocks of the rank; returns how many they were."""
         before = self.counters.blocks_removed
+        self._by_tokens.clear()  # without the lock: the kernel may have a GiB to get back
         with self._tree.lock:
-            self._by_tokens.clear()
             if not self._is_retired:
                 self._clear_blocks(self._tree.writer)
         gone, self.counters.blocks_removed = self.counters.blocks_removed - before, before  # they were removed by no event
@@ -315,6 +319,15 @@ class RankIndex:
             if self._is_retired:
                 return False
 
+    def _clear_map(self) -> bool:
+        """With the lock, which others get meanwhile; False when the rank was retired by then."""
+        self._tree.lock.release()
+        try:
+            self._by_tokens.clear()
+        finally:
+            self._tree.lock.acquire()
+        return not self._is_retired
+
     def retire(self) -> None:
         """Nothing of the rank is to be found from now on, nor will be: then `wipe`."""
         with self._tree.lock:
@@ -330,25 +343,17 @@ class RankIndex:
         """Give the map's memory back. After `retire`, when the rank's thread has ended."""
         self._by_tokens.release()
 
-    def _store(self, writer: TreeWriter, event: BlockStored) -> None:
+    def _store(self, event: BlockStored) -> None:
         tier = tier_mask(event.medium).bit_length() - 1
         if tier >= 0:
             is_by_tokens = self._is_by_tokens or event.lora_name is not None
             keys = self._by_tokens.place(event) if is_by_tokens else event.keys
-            self.counters.blocks_stored += writer.store(self.rank, tier, keys)
+            self._write_fairly(len(keys), 0, [(STORE, 1 << tier, keys)])
 
-    def _remove(self, writer: TreeWriter, event: BlockRemoved) -> bytes:
-        """Remove the event's blocks; returns those engine hashes that the token route may forget."""
+    def _remove(self, event: BlockRemoved) -> None:
         tiers = tier_mask(event.medium, is_removal=True)
-        if not tiers:
-            return b""
-        if not self._is_by_tokens:
-            self.counters.blocks_removed += writer.remove(self.rank, tiers, event.keys)
-        if not len(self._by_tokens):
-            return b""
-        hashes, keys = self._by_tokens.resolve(event)
-        self.counters.blocks_removed += writer.remove(self.rank, tiers, keys)
-        return hashes
+        hashes, keys = self._by_tokens.resolve(event) if self._is_by_tokens else (b"", event.keys)
+        self._write_fairly(len(keys), 0, [(REMOVE, tiers, keys)], hashes if tiers else b"")
 
     def _tells(self, event: BlockStored) -> bool:
         """Whether an event begins a prompt in the cache that counts, and so can tell how the rank's blocks are keyed."""

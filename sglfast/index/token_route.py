@@ -127,11 +127,19 @@ class TokenRoute:
         known, keys = self._map.find(hashes)
         self._map.drop(known, writer.owns(rank, keys))
 
-    def prune(self, writer: TreeWriter, rank: int) -> None:
-        """Drop what eviction took from the rank, once it may be half of the memory."""
-        if len(self._map) > 2 * writer.owned_blocks(rank) + _PRUNE_SLACK:
-            hashes, keys = self._map.items()
-            self._map.drop(hashes, writer.owns(rank, keys))
+    def to_prune(self, owned_blocks: int) -> int:
+        """Where `prune` is to begin when eviction may have taken half of the memory from the rank, which owns so many blocks; else 0."""
+        return self._map.places if len(self._map) > 2 * owned_blocks + _PRUNE_SLACK else 0
+
+    def prune(self, writer: TreeWriter, rank: int, end: int, n_places: int) -> int:
+        """Drop what the rank does not own any more and what lies in the last places of the memory before `end`.
+
+        Returns where they begin, which is the next turn's end; 0 = this was the last one.
+        """
+        start = max(0, end - n_places)
+        hashes, keys = self._map.items(start, end)
+        self._map.drop(hashes, writer.owns(rank, keys))
+        return start
 
     def clear(self) -> None:
         """The rank owns nothing."""

@@ -39,6 +39,7 @@ cdef extern from "sf_tree.h" nogil:
     uint64_t *sf_slot(const sf_table_t *table, uint64_t i) noexcept
     uint64_t sf_next(const sf_table_t *table, uint64_t i) noexcept
     uint64_t *sf_find(const sf_table_t *table, uint64_t key) noexcept
+    uint64_t sf_home(const sf_table_t *table, uint64_t key) noexcept
     void sf_prefetch(const sf_table_t *table, uint64_t key) noexcept
     void sf_write_gap(uint64_t *version) noexcept
     uint32_t sf_match(const sf_table_t *table, const void *keys, uint32_t n_keys, uint64_t tiers, uint32_t *overlaps,
@@ -72,7 +73,6 @@ cdef class TreeWriter:
     cdef key_log_t *ranks    # per rank: its keys, possibly stale or twice, see treelogs.pxi
     cdef uint64_t *owned     # per rank: keys with any tier bit
     cdef age_t *ages         # per slot, and one more: in which order the blocks came, see treelogs.pxi
-    cdef uint32_t *marks     # per slot: by which compaction of a log its key was met last
     cdef uint32_t last_mark
     cdef uint32_t compacted  # the rank whose log is being compacted, if it has a mark
     cdef uint64_t capacity
@@ -89,8 +89,7 @@ cdef class TreeWriter:
         self.ranks = <key_log_t *>calloc(self.max_ranks, sizeof(key_log_t))
         self.owned = <uint64_t *>calloc(self.max_ranks, sizeof(uint64_t))
         self.ages = <age_t *>calloc(self.table.n_slots + 1, sizeof(age_t))
-        self.marks = <uint32_t *>calloc(self.table.n_slots, sizeof(uint32_t))
-        if self.ranks == NULL or self.owned == NULL or self.ages == NULL or self.marks == NULL:
+        if self.ranks == NULL or self.owned == NULL or self.ages == NULL:
             raise MemoryError
         ages_forget(self.ages, self.table.n_slots)
 
@@ -102,7 +101,6 @@ cdef class TreeWriter:
         free(self.ranks)
         free(self.owned)
         free(self.ages)
-        free(self.marks)
 
     # ---- nogil layer: no Python object below, codes instead of exceptions ----
 
@@ -115,8 +113,11 @@ cdef class TreeWriter:
         cdef uint64_t *from_slot = sf_slot(&self.table, source)
         for i in range(1 + SF_TIERS * self.table.words):
             _sf_store(to_slot + i, _sf_load(from_slot + i))
-        self.marks[target] = self.marks[source]
         ages_move(self.ages, target, source)
+
+    cdef void c_prefetch(self, uint64_t key) noexcept nogil:
+        sf_prefetch(&self.table, key)
+        ages_prefetch(self.ages + sf_home(&self.table, key))
 
     cdef void c_delete(self, uint64_t hole) noexcept nogil:
         # Backward shift: pull every later key of the chain whose home lies at or before the hole into it.
@@ -175,7 +176,7 @@ cdef class TreeWriter:
                     return -1
                 sf_write_begin(&tree.version)
             if i + 4 < n_keys:
-                sf_prefetch(&self.table, sf_key_at(keys, i + 4))
+                self.c_prefetch(sf_key_at(keys, i + 4))
             key = sf_key_at(keys, i)
             slot = sf_find(&self.table, key)
             if _sf_load(slot) == 0:
@@ -184,7 +185,6 @@ cdef class TreeWriter:
                     slot = sf_find(&self.table, key)
                 _sf_store(slot, key)
                 _sf_add(&tree.live_blocks, 1)
-                self.marks[self.c_index(slot)] = 0
                 ages_add(self.ages, self.table.n_slots, self.c_index(slot))
             word = slot + 1 + tier * words + (rank >> 6)
             if _sf_load(word) >> (rank & 63) & 1:
@@ -212,7 +212,7 @@ cdef class TreeWriter:
                     sf_write_gap(&tree.version)
                 sf_write_begin(&tree.version)
             if i + 4 < n_keys:
-                sf_prefetch(&self.table, sf_key_at(keys, i + 4))
+                self.c_prefetch(sf_key_at(keys, i + 4))
             slot = sf_find(&self.table, sf_key_at(keys, i))
             if slot == NULL or _sf_load(slot) == 0 or not slot_has(slot, words, rank, 7):
                 continue

@@ -32,7 +32,7 @@ def _check_sizes(max_workers, max_ranks, max_shards, capacity_blocks, prediction
     if not 1 <= max_shards <= SF_SHARDS_MAX:
         raise ValueError(f"max_shards must be 1..{SF_SHARDS_MAX}, not {max_shards}")
     if not 1 <= capacity_blocks <= SF_CAPACITY_MAX:
-        raise ValueError(f"capacity_blocks must be 1..2^32, not {capacity_blocks}")
+        raise ValueError(f"capacity_blocks must be 1..2^31, not {capacity_blocks}")
     if not 0 <= prediction_blocks <= SF_PREDICTIONS_MAX:
         raise ValueError(f"prediction_blocks must be 0..2^28, not {prediction_blocks}")
 

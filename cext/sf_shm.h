@@ -50,7 +50,8 @@
 #define SF_WORKERS_MAX 65536u
 #define SF_RANKS_MAX 1024u
 #define SF_SHARDS_MAX 1024u
-#define SF_CAPACITY_MAX (UINT64_C(1) << 32)
+/* Slots (4/3 of it) are numbered in 32 bits, see treelogs.pxi. */
+#define SF_CAPACITY_MAX (UINT64_C(1) << 31)
 #define SF_PREDICTIONS_MAX (UINT64_C(1) << 28)
 #define SF_WAYS 8u             /* predicted keys a set */
 #define SF_RING_WORDS 16384u   /* a power of two; 20 ms of 5,000 prompts/s of 32 KB that each leave a record twice */

@@ -46,7 +46,6 @@ cdef int rebuild_logs(TreeWriter writer) noexcept nogil:
         if _sf_load(slot) == 0:
             continue
         live += 1
-        writer.marks[i] = 0
         ages_add(writer.ages, table.n_slots, i)
         for w in range(table.words):
             owners = 0

@@ -20,7 +20,7 @@ from sglfast._workers import WorkerTable
 from sglfast.errors import ShmLayoutError
 
 SIZES = {"max_workers": 4, "max_ranks": 64, "max_shards": 2, "capacity_blocks": 1000}
-LIMITS = {"max_workers": 65536, "max_ranks": 1024, "max_shards": 1024, "capacity_blocks": 1 << 32, "prediction_blocks": 1 << 28}
+LIMITS = {"max_workers": 65536, "max_ranks": 1024, "max_shards": 1024, "capacity_blocks": 1 << 31, "prediction_blocks": 1 << 28}
 
 
 def round_up(value: int, unit: int = 4096) -> int:
@@ -86,7 +86,7 @@ sizes = st.fixed_dictionaries(
         "max_workers": st.integers(1, 65536),
         "max_ranks": st.integers(1, 16).map(lambda words: words * 64),
         "max_shards": st.integers(1, 1024),
-        "capacity_blocks": st.integers(1, 1 << 32),
+        "capacity_blocks": st.integers(1, 1 << 31),
         "prediction_blocks": st.integers(0, 1 << 28),
     }
 )

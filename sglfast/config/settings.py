@@ -138,7 +138,7 @@ class ServeConfig:
         "[,replay=PORT][,topic=TEXT][,block_size=N][,dp_size=N]; without a URL for all such workers, HOST * is the worker's own",
         "routing", metavar="ENDPOINT", split=r"\s+")
     kv_index_blocks: int = _setting(
-        2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", "routing", low=1024, high=1 << 32)
+        2 << 20, "blocks that the KV index holds at most (about 45 bytes each at 64 ranks)", "routing", low=1024, high=1 << 31)
     prediction_blocks: int = _setting(
         1 << 18, "beginnings of prompts that are remembered as sent to a worker (32 bytes each at 64 ranks): until its KV events tell "
         "more, or instead of them where it publishes none; 0 = none", "routing", low=0, high=1 << 28)

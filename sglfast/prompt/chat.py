@@ -56,6 +56,11 @@ class UnkeyableError(PromptError):
         self.reason: Reason = reason
 
 
+def malformed(text: str) -> UnkeyableError:
+    """The error for a body that the engine will refuse, too; text: what is wrong with it, in a sentence."""
+    return UnkeyableError("malformed", text)
+
+
 @dataclass(frozen=True, slots=True)
 class ChatInput:
     """What the template gets. continuation: text of the assistant that follows the rendered prompt, tokenized apart.
@@ -82,7 +87,7 @@ def chat_input(body: Mapping[str, Any], content_format: ContentFormat, dialect: 
     """Return the template's input for a chat body (without `input_ids`); raises UnkeyableError."""
     raw_messages = body.get("messages")
     if not isinstance(raw_messages, list) or not raw_messages:
-        raise _malformed("messages must be a non-empty array")
+        raise malformed("messages must be a non-empty array")
     messages = [message_input(raw, content_format) for raw in raw_messages]
     continuation = ""
     last = messages[-1]
@@ -91,7 +96,7 @@ def chat_input(body: Mapping[str, Any], content_format: ContentFormat, dialect: 
             continuation = last["content"]
             del messages[-1]
             if not messages:
-                raise _malformed("continue_final_message needs a message before the last one")
+                raise malformed("continue_final_message needs a message before the last one")
         else:
             messages[-1] = closed(last)
     return ChatInput(messages, tools_input(body, dialect.tools), kwargs_input(body, dialect.template_kwargs), continuation)
@@ -118,22 +123,18 @@ def second_try(tools: Sequence[Mapping[str, Any]], tool_form: ToolForm) -> list[
     return [tool["function"] for tool in tools]
 
 
-def _malformed(text: str) -> UnkeyableError:
-    return UnkeyableError("malformed", text)
-
-
 def message_input(raw: object, content_format: ContentFormat) -> dict[str, Any]:
     """Return one message with the fields that SGLang keeps, its content in the form that the template expects."""
     if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
-        raise _malformed("every message must be an object with a role")
+        raise malformed("every message must be an object with a role")
     role = raw["role"]
     if role == "user":
         if raw.get("content") is None:
-            raise _malformed("a user message must have content")
+            raise malformed("a user message must have content")
         return {"role": role, "content": _content(raw["content"], role, content_format)}
     role = role.lower()
     if role not in GENERIC_ROLES:
-        raise _malformed(f"unknown role {role!r}")
+        raise malformed(f"unknown role {role!r}")
     message = {"role": role, "content": _content(raw.get("content"), role, content_format)}
     if len(raw) == 2 and "content" in raw:
         return message  # nearly every one
@@ -154,7 +155,7 @@ def message_input(raw: object, content_format: ContentFormat) -> dict[str, Any]:
 def objects_of(value: object, name: str) -> list[dict[str, Any]]:
     """A field that must be an array of objects; raises UnkeyableError, which names it."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise _malformed(f"{name} must be an array of objects")
+        raise malformed(f"{name} must be an array of objects")
     return value
 
 
@@ -176,7 +177,7 @@ def _part(raw: dict[str, Any], role: str) -> dict[str, Any] | None:
     """Return a content part with its known fields; None for thoughts, which no template sees."""
     kind = raw.get("type")
     if not isinstance(kind, str):
-        raise _malformed("a content part must have a type")
+        raise malformed("a content part must have a type")
     if kind == "text" and isinstance(raw.get("text"), str):
         return {"type": "text", "text": raw["text"]}
     if kind in MEDIA_PART_TYPES:
@@ -185,22 +186,22 @@ def _part(raw: dict[str, Any], role: str) -> dict[str, Any] | None:
         return {"type": kind, "name": raw["name"]}
     if kind in ("thinking", "reasoning") and role == "assistant":
         return None
-    raise _malformed(f"a content part of type {kind!r} is not one that SGLang takes in a {role} message")
+    raise malformed(f"a content part of type {kind!r} is not one that SGLang takes in a {role} message")
 
 
 def _tool_call(raw: dict[str, Any], is_parsed: bool) -> dict[str, Any]:
     """Return a call of the conversation so far; arguments of the assistant's calls come as JSON text and are parsed."""
     function = raw.get("function")
     if not isinstance(function, dict):
-        raise _malformed("a tool call must have a function")
+        raise malformed("a tool call must have a function")
     arguments = function.get("arguments")
     if is_parsed and isinstance(arguments, str):
         try:
             arguments = orjson.loads(arguments)
         except orjson.JSONDecodeError as error:
-            raise _malformed(f"the arguments of a tool call must be JSON: {error}") from error
+            raise malformed(f"the arguments of a tool call must be JSON: {error}") from error
         if not isinstance(arguments, dict):
-            raise _malformed("the arguments of a tool call must be a JSON object")
+            raise malformed("the arguments of a tool call must be a JSON object")
     return {
         "id": raw.get("id"),
         "index": raw.get("index"),
@@ -233,7 +234,7 @@ def _kept(raw: dict[str, Any], is_offered: bool) -> dict[str, Any]:
     """
     function = raw.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise _malformed("every tool must have a function with a name")
+        raise malformed("every tool must have a function with a name")
     is_deferred = raw.get("defer_loading")
     own_deferred = function.get("defer_loading")
     known = {
@@ -270,7 +271,7 @@ def kwargs_input(body: Mapping[str, Any], template_kwargs: str = "") -> dict[str
     """Return the template's variables from chat_template_kwargs, reasoning_effort and reasoning; then those that the engine adds."""
     raw = body.get("chat_template_kwargs")
     if raw is not None and not isinstance(raw, dict):
-        raise _malformed("chat_template_kwargs must be an object")
+        raise malformed("chat_template_kwargs must be an object")
     kwargs: dict[str, Any] = dict(raw or {})
     effort = body.get("reasoning_effort")
     is_thinking: bool | None = None
@@ -306,4 +307,4 @@ def _effort(value: object) -> str | float | None:
             return float(value)
         except ValueError:
             pass
-    raise _malformed(f"reasoning_effort {value!r} is neither a known word nor a number")
+    raise malformed(f"reasoning_effort {value!r} is neither a known word nor a number")

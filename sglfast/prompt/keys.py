@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sglfast._blockhash import page_keys
 from sglfast.errors import PromptError
 from sglfast.prompt import vllm_chat
-from sglfast.prompt.chat import ChatInput, Reason, UnkeyableError, chat_input, second_try
+from sglfast.prompt.chat import ChatInput, Reason, UnkeyableError, chat_input, malformed, second_try
 from sglfast.prompt.pieces import PieceTokenizer
 from sglfast.prompt.responses import as_chat
 from sglfast.shm import Dialect
@@ -82,7 +82,7 @@ class PromptReader:
         """
         try:
             if not isinstance(body, Mapping):
-                raise UnkeyableError("malformed", "the body must be a JSON object")
+                raise malformed("the body must be a JSON object")
             if kind == RequestKind.CHAT:
                 return self._chat(body, head_chars, dialect)
             if kind == RequestKind.COMPLETIONS:
@@ -179,7 +179,7 @@ class PromptReader:
         try:
             chat = as_chat(body, lambda: template is not None and template.takes_inline_system)
         except (TypeError, KeyError) as error:
-            raise UnkeyableError("malformed", "a field of the input has another type than it may") from error
+            raise malformed("a field of the input has another type than it may") from error
         return self._chat(chat, head_chars, dialect)
 
     def _generate(self, body: Mapping[str, Any]) -> PromptText:
@@ -195,7 +195,7 @@ class PromptReader:
         if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
             prompt = prompt[0]
         if not prompt:
-            raise UnkeyableError("malformed", f"{field} must not be empty")
+            raise malformed(f"{field} must not be empty")
         if isinstance(prompt, str):
             if self._tokenizer is None:
                 raise UnkeyableError("no_tokenizer", "no tokenizer is loaded for this model")
@@ -207,7 +207,7 @@ class PromptReader:
                 raise UnkeyableError("media", f"{field} holds objects of text and media")
             if isinstance(prompt[0], int):
                 return PromptText(token_ids=prompt, cache_salt=salt)
-        raise UnkeyableError("malformed", f"{field} must be a string or an array of token ids")
+        raise malformed(f"{field} must be a string or an array of token ids")
 
 
 def given_of(body: Mapping[str, Any], template: ChatTemplate, dialect: Dialect) -> ChatInput:
@@ -261,5 +261,5 @@ def cache_salt_of(body: Mapping[str, Any]) -> str:
     if salt is None:
         return ""
     if not isinstance(salt, str):
-        raise UnkeyableError("malformed", "cache_salt must be a string")
+        raise malformed("cache_salt must be a string")
     return salt

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from sglfast.prompt.chat import UnkeyableError
+from sglfast.prompt.chat import UnkeyableError, malformed
 
 Message = dict[str, Any]
 _DEVELOPER_LABEL = "Developer instructions:"
@@ -34,7 +34,7 @@ def as_chat(body: Mapping[str, Any], takes_inline_system: Callable[[], bool]) ->
     elif isinstance(given, list):
         messages += [message for item in given if (message := _message(item)) is not None]
     else:
-        raise UnkeyableError("malformed", "input must be a string or an array of items")
+        raise malformed("input must be a string or an array of items")
     messages = _merged(messages)
     if any(message.get("role") == "system" for message in messages) and not takes_inline_system():
         messages = _system_first(messages)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from sglfast.prompt.chat import ChatInput, UnkeyableError, objects_of
+from sglfast.prompt.chat import ChatInput, UnkeyableError, malformed, objects_of
 
 if TYPE_CHECKING:
     from sglfast.prompt.vllm_format import ContentFormat
@@ -47,7 +47,7 @@ def chat_input(body: Mapping[str, Any], content_format: ContentFormat) -> ChatIn
     """Return the template's input for a chat body; raises UnkeyableError."""
     raw_messages = body.get("messages")
     if not isinstance(raw_messages, list) or not raw_messages:
-        raise _malformed("messages must be a non-empty array")
+        raise malformed("messages must be a non-empty array")
     messages = [message_input(raw, content_format) for raw in raw_messages]
     refuse_unknowable(body)
     return ChatInput(
@@ -74,20 +74,16 @@ def refuse_unknowable(body: Mapping[str, Any]) -> None:
         raise UnkeyableError("template", "the engine cuts this prompt (truncate_prompt_tokens)")
 
 
-def _malformed(text: str) -> UnkeyableError:
-    return UnkeyableError("malformed", text)
-
-
 def message_input(raw: object, content_format: ContentFormat) -> dict[str, Any]:
     """Return one message with the fields that vLLM keeps, its content in the form that the template expects."""
     if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
-        raise _malformed("every message must be an object with a role")
+        raise malformed("every message must be an object with a role")
     role = raw["role"]
     content = raw.get("content")
     if role == "system":
         content = _without_billing_line(content)
     elif role == "user" and content is None and "content" in raw:
-        raise _malformed("a user message must have content")
+        raise malformed("a user message must have content")
     elif role == "developer":
         raise UnkeyableError("template", "messages of the role developer are made system messages by some versions of vLLM only")
     message = {"role": role, "content": _content(content, role, content_format)}
@@ -118,7 +114,7 @@ def _content(content: object, role: str, content_format: ContentFormat) -> str |
     if content is None:
         content = []
     if not isinstance(content, list):
-        raise _malformed("content must be a string or an array of parts")
+        raise malformed("content must be a string or an array of parts")
     parts = [part for raw in content if (part := _part(raw)) is not None]
     if content_format == "openai" and (role != "tool" or any(part["type"] != "text" for part in parts)):
         return parts
@@ -130,17 +126,17 @@ def _part(raw: object) -> dict[str, Any] | None:
     if isinstance(raw, str):
         return {"type": "text", "text": raw}
     if not isinstance(raw, dict):
-        raise _malformed("a content part must be an object or a string")
+        raise malformed("a content part must be an object or a string")
     kind = raw.get("type")
     if kind is not None and not isinstance(kind, str):
-        raise _malformed("the type of a content part must be a string")
+        raise malformed("the type of a content part must be a string")
     if raw.get("uuid") is not None or kind in _MEDIA_TYPES:
         raise UnkeyableError("media", f"a content part of type {kind!r}: its token ids are known to the engine alone")
     if kind == "tool_reference" and isinstance(raw.get("name"), str):
         return {"type": kind, "name": raw["name"]}
     field = _TEXT_FIELDS.get(kind) if isinstance(kind, str) else None
     if field is None or not isinstance(raw.get(field), str):
-        raise _malformed(f"a content part of type {kind!r} is not one that vLLM takes")
+        raise malformed(f"a content part of type {kind!r} is not one that vLLM takes")
     part = {"type": "text", "text": raw[field]}
     if len(raw) > 2:
         part.update((key, value) for key, value in raw.items() if key not in _PART_FIELDS)
@@ -173,10 +169,10 @@ def _tool_call(raw: dict[str, Any]) -> dict[str, Any]:
     """Return a call of the conversation so far, its keys in vLLM's order; arguments are an object, whatever stood there."""
     function = raw.get("function")
     if not isinstance(function, dict) or raw.get("type") != "function" or not isinstance(raw.get("id"), str):
-        raise _malformed("a tool call must have an id, the type function and a function")
+        raise malformed("a tool call must have an id, the type function and a function")
     arguments, name = function.get("arguments"), function.get("name")
     if not isinstance(arguments, str) or not isinstance(name, str):
-        raise _malformed("the function of a tool call must have a name, and arguments as text")
+        raise malformed("the function of a tool call must have a name, and arguments as text")
     try:
         parsed = orjson.loads(arguments)
     except orjson.JSONDecodeError:
@@ -194,14 +190,14 @@ def tools_input(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     if raw_tools is None:
         return None
     if raw_tools == []:
-        raise _malformed("tools must not be an empty array")
+        raise malformed("tools must not be an empty array")
     return [_tool(tool) for tool in objects_of(raw_tools, "tools")]
 
 
 def _tool(raw: dict[str, Any]) -> dict[str, Any]:
     function = raw.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise _malformed("every tool must have a function with a name")
+        raise malformed("every tool must have a function with a name")
     is_deferred = raw.get("defer_loading")
     kept = {"name": function["name"], "description": function.get("description"), "parameters": function.get("parameters")}
     if function.get("strict") is not None:
@@ -220,14 +216,14 @@ def kwargs_input(body: Mapping[str, Any], template_kwargs: str = "") -> dict[str
     """
     raw = body.get("chat_template_kwargs")
     if raw is not None and not isinstance(raw, dict):
-        raise _malformed("chat_template_kwargs must be an object")
+        raise malformed("chat_template_kwargs must be an object")
     kwargs: dict[str, Any] = dict(raw or {})
     if not _REFUSED_KWARGS.isdisjoint(kwargs):
         raise UnkeyableError("template", f"chat_template_kwargs sets {', '.join(sorted(_REFUSED_KWARGS.intersection(kwargs)))}")
     effort = body.get("reasoning_effort")
     if effort is not None:
         if not isinstance(effort, str):
-            raise _malformed("reasoning_effort must be a word")
+            raise malformed("reasoning_effort must be a word")
         kwargs.setdefault("enable_thinking", effort != "none")
         kwargs["reasoning_effort"] = effort
     for name in _OVERRIDDEN_KWARGS:

@@ -1,4 +1,4 @@
-# What the relay reads of its shard and of its router: see sglfast/edge/shard.py and route.py. Part of relay.pyx.
+# What the relay reads of its shard and of its router: see sglfast/edge/shard.py and served.py. Part of relay.pyx.
 
 cdef class ShardBase:
     """What the compiled relay reads of its shard.
@@ -65,7 +65,7 @@ cdef class ShardBase:
 
 
 cdef class RouterBase:
-    """The choice that needs nothing of the request: see sglfast/edge/route.py, which fills this in `refresh`.
+    """The choice that needs nothing of the request: see sglfast/edge/served.py, which fills this in `refresh`.
 
     seen_version: of the worker table and the breakers, as _breaker has it, that the fields follow. plain_routes: one per worker of the
     only pool, None when a request has to be looked at; plain_choose(plain_view, loads, no_prompt) is its policy; plain_rank(position)

@@ -1,4 +1,4 @@
-"""sglfast.edge.route: the pools follow the worker table, also when it changes, or cannot be read, at that very moment."""
+"""sglfast.edge.served: the pools follow the worker table, also when it changes, or cannot be read, at that very moment."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def test_a_change_while_the_table_is_read_is_seen_at_the_next_look(monkeypatch: 
             return views
 
         with monkeypatch.context() as patch:
-            patch.setattr("sglfast.edge.route.read_workers", read_and_change)
+            patch.setattr("sglfast.edge.served.read_workers", read_and_change)
             router.refresh()
         assert len(router.pools["demo"].workers) == 3
         router.refresh()
@@ -44,7 +44,7 @@ def test_a_table_that_cannot_be_read_leaves_what_is_known(monkeypatch: pytest.Mo
 
         memory.table.set_state(0, _workers.UNHEALTHY)
         with monkeypatch.context() as patch:
-            patch.setattr("sglfast.edge.route.read_workers", torn)
+            patch.setattr("sglfast.edge.served.read_workers", torn)
             assert {chosen(router) for _ in range(4)} == {0, 1}
         assert len(tries) == 1, "a try that waits for the writer is not repeated by every request"
         assert "cannot be read now: worker slot 0 is being written" in caplog.text

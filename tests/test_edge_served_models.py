@@ -1,4 +1,4 @@
-"""sglfast.edge.route: which workers a request's model leads to, as they come, go and change."""
+"""sglfast.edge.served: which workers a request's model leads to, as they come, go and change."""
 
 import orjson
 import pytest

@@ -1,25 +1,21 @@
 """sglfast.edge.route with prefill and decode workers: pools by role, pairs, refusals."""
 
 from array import array
-from collections.abc import Callable
 from typing import Any, cast
 
 import orjson
 import pytest
-from edge_harness import Memory, StubTransport, run, shard_in_loop, stub_client
-from raw_client import post, request
+from edge_harness import Memory, run, shard_in_loop, stub_client
+from raw_client import request
 from test_edge_route import ENGINES, FixedKeyer, choose, keyed, route_of, routed
 
-from sglfast import _counters as c
 from sglfast import _workers, errors
-from sglfast._counters import Column
 from sglfast._hashtree import TreeWriter
 from sglfast.edge.pairs import NO_DECISION, Decodes
 from sglfast.edge.policy import CACHE_HIT, ROUND_ROBIN
 from sglfast.edge.pools import Pool, Route
 from sglfast.edge.request import Facts
 from sglfast.edge.route import Router
-from sglfast.edge.server import ClientConnection
 from sglfast.edge.shard import Shard
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 from sglfast.shm import Role, Variant
@@ -292,68 +288,3 @@ def test_a_decode_side_without_events_goes_by_what_it_was_sent() -> None:
 
 
 # ---- what would be chosen ----
-
-
-def explained(memory: Memory, test: Callable[[Callable[[], Any], Shard], None], **settings: Any) -> None:
-    async def inside() -> None:
-        shard = shard_in_loop(memory, **settings)
-        connection: ClientConnection
-        transport: StubTransport
-        connection, transport = stub_client(shard)
-
-        def ask() -> Any:
-            connection.data_received(post(b"{}", target="/explain/v1/chat/completions"))
-            return orjson.loads(transport.take().partition(b"\r\n\r\n")[2])
-
-        test(ask, shard)
-
-    run(inside())
-
-
-def test_explain_shows_the_decode_choice() -> None:
-    memory = with_roles("pdd")
-    memory.put(1, url="http://10.0.0.1:9", is_new=False)  # on the prefill worker's host
-    memory.put(2, _workers.UNHEALTHY, is_new=False)
-    Column(memory.segment, 0).begin(1, 0, 16, 0)
-
-    def test(ask: Callable[[], Any], shard: Shard) -> None:
-        found = ask()
-        assert found["choice"]["worker"] == ENGINES[0]
-        assert [row["worker"] for row in found["candidates"]] == [ENGINES[0]], "decode workers are no candidates"
-        assert found["decode"] == {
-            "worker": "http://10.0.0.1:9",
-            "policy": "affinity",
-            "candidates": [
-                {
-                    "worker": "http://10.0.0.1:9",
-                    "load": {"requests": 1},
-                    "eligible": True,
-                    "why": "is on the prefill worker's host",
-                },
-                {"worker": ENGINES[2], "load": {"requests": 0}, "eligible": False, "why": "fails its health checks"},
-            ],
-        }
-        assert memory.word(c.S_AFFINITY_SAME_HOST) == 0, "nothing is counted"
-
-    explained(memory, test)
-
-
-def test_explain_uses_no_turn_of_the_decode_policy_up() -> None:
-    def test(ask: Callable[[], Any], shard: Shard) -> None:
-        found = [ask()["decode"] for _ in range(5)]
-        assert {one["worker"] for one in found} == {found[0]["worker"]}
-        assert found[0]["policy"] == "round_robin"
-        assert [row["why"] for row in found[0]["candidates"] if row["worker"] == found[0]["worker"]] == ["is the choice of round_robin"]
-
-    explained(with_roles("pdd"), test, decode_policy="round_robin")
-
-
-def test_explain_of_a_regular_choice_and_of_a_half() -> None:
-    def test(ask: Callable[[], Any], shard: Shard) -> None:
-        found = ask()
-        assert found["decode"] is None
-        rows = {row["worker"]: row for row in found["candidates"]}
-        assert rows[ENGINES[1]]["why"] == "has no decode worker to go with it"
-        assert not rows[ENGINES[1]]["eligible"]
-
-    explained(with_roles("rp"), test)

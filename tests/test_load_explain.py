@@ -38,6 +38,17 @@ EXPLANATION = {
         row("http://10.0.0.3:30000", eligible=False, score=None, why="fails its health checks"),
     ],
     "choice": {"worker": "http://10.0.0.2:30000", "rank": 0, "decision": "cache_hit"},
+    "would_answer": None,
+    "decode": None,
+}
+WOULD_ANSWER = {"status": 503, "code": "breaker_open", "message": "every worker has failed lately", "after_secs": 0.0}
+NO_CHOICE = EXPLANATION | {
+    "candidates": [
+        row("http://10.0.0.1:30000", eligible=False, score=None, why="its circuit is open: its requests have failed"),
+        row("http://10.0.0.3:30000", eligible=False, score=None, why="fails its health checks"),
+    ],
+    "choice": None,
+    "would_answer": WOULD_ANSWER,
 }
 
 
@@ -50,6 +61,41 @@ def test_the_choice_comes_first_and_says_why(capsys: pytest.CaptureFixture[str])
     assert "360" in rows[0]
     assert "http://10.0.0.2:30000 has the least work before the first token (score)" in lines
     assert "http://10.0.0.3:30000 fails its health checks" in lines
+
+
+def test_without_a_choice_it_says_what_the_request_would_get_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(lambda seen: [http("200 OK", orjson.dumps(NO_CHOICE))]) as server:
+        assert main(["{}", "--url", server.url]) == 1, "as other requests that have no choice"
+        lines = capsys.readouterr().out.splitlines()
+        assert main(["{}", "--url", server.url, "--json"]) == 1
+        assert '"choice":null' in capsys.readouterr().out
+    assert [line.strip().split()[0] for line in lines if line.startswith("   ") and "10.0.0." in line] == [
+        "http://10.0.0.1:30000",
+        "http://10.0.0.3:30000",
+    ], "none is marked"
+    assert "no worker can be chosen now: the request would get 503 breaker_open: every worker has failed lately" in lines
+    assert "http://10.0.0.1:30000 its circuit is open: its requests have failed" in lines
+    assert "http://10.0.0.3:30000 fails its health checks" in lines
+
+
+def test_a_request_that_would_wait(capsys: pytest.CaptureFixture[str]) -> None:
+    would = {"status": 408, "code": "queue_timeout", "message": "the request waited too long", "after_secs": 60.0}
+    show(NO_CHOICE | {"would_answer": would}, Console(width=100))
+    found = capsys.readouterr().out
+    assert "the request would wait, and if none has room within 60 s, get 408 queue_timeout: the request waited too long" in found
+
+
+def test_decode_workers_say_why(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"worker": f"http://10.0.1.{n}:30000", "load": {"requests": 0}, "eligible": n < 3, "why": why}
+        for n, why in enumerate(["is on the prefill worker's host", "was not better than the choice", "-", "fails its health checks"])
+    ]
+    show(EXPLANATION | {"decode": {"worker": rows[0]["worker"], "policy": "affinity", "candidates": rows}}, Console(width=100))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("decode worker")]
+    assert lines == [
+        "decode worker http://10.0.1.0:30000 is on the prefill worker's host",
+        "decode worker http://10.0.1.3:30000 fails its health checks",
+    ]
 
 
 def test_a_prompt_that_could_not_be_compared_says_so(capsys: pytest.CaptureFixture[str]) -> None:

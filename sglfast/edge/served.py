@@ -34,7 +34,7 @@ class Served(RouterBase):
         self._shard = shard
         self._unreadable_until_s = 0.0
         self._table_version = -1
-        self._views: list[WorkerView] = []
+        self.views: list[WorkerView] = []  # all workers in the table
         self._upstreams: dict[tuple[int, int], Upstream] = {}  # (slot, generation)
         self._shut: list[Upstream] = []  # ready, but their breakers do not let them be chosen
         self.pools: dict[str | None, Pool] = {}
@@ -73,7 +73,7 @@ class Served(RouterBase):
     def _follow_table(self, views: list[WorkerView]) -> None:
         """Have connections for the workers that there are, and no others."""
         old, self._upstreams = self._upstreams, {}
-        self._views = views
+        self.views = views
         aborts = not self._shard.config.disable_abort_on_disconnect
         for view in views:
             key = (view.worker_idx, view.generation)
@@ -98,7 +98,7 @@ class Served(RouterBase):
     def make_pools(self) -> None:
         """The pools of the workers that may be chosen."""
         breakers = self._shard.breakers
-        ready = [view for view in self._views if view.state == _workers.READY]
+        ready = [view for view in self.views if view.state == _workers.READY]
         by_model: dict[str | None, list[WorkerView]] = {}
         shut: list[WorkerView] = []
         for view in ready:
@@ -155,7 +155,7 @@ class Served(RouterBase):
     def _count_ready(self) -> None:
         """Which workers can serve, breakers or not, and why there is no pool where there could be one."""
         known: dict[str | None, dict[str, int]] = {}  # model -> role -> ready workers
-        for view in self._views:
+        for view in self.views:
             roles = known.setdefault(view.record.model, {})
             roles[view.record.role] = roles.get(view.record.role, 0) + (view.state == _workers.READY)
         self.closed = {}
@@ -176,7 +176,7 @@ class Served(RouterBase):
     def renew_policies(self) -> None:
         """Make the policies anew, and what is said of workers: the settings that they were made of have changed."""
         self.pools = {}
-        self._follow_table(self._views)
+        self._follow_table(self.views)
         self.make_pools()
 
     def sweep(self, before_s: float) -> None:
@@ -196,7 +196,7 @@ class Served(RouterBase):
         # A pool that does not know its model takes any name.
         pool = self.pools.get(model) or self.pools.get(None)
         if pool is None and model is not None and ":" in model and model not in self.models:
-            model = model.partition(":")[0].strip()  # SGLang's "base:adapter"
+            model = _base_of(model)
             pool = self.pools.get(model)
         if pool is not None:
             return pool
@@ -210,3 +210,16 @@ class Served(RouterBase):
         if model in self.models or not self.pools:
             return errors.NO_HEALTHY_WORKERS
         return errors.MODEL_NOT_FOUND if model else errors.MISSING_MODEL
+
+    def model_in(self, body: bytes) -> str | None:
+        """The model of the workers that a body asks for, also when none of them can be chosen; None: it names none that they have."""
+        if len(self.models) == 1:
+            return self.models[0]
+        model = model_of(body)
+        model = self.adapters.get(model, model) if model is not None else None
+        return _base_of(model) if model is not None and model not in self.models else model
+
+
+def _base_of(model: str) -> str:
+    """Of SGLang's "base:adapter" the base model."""
+    return model.partition(":")[0].strip()

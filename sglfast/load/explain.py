@@ -1,7 +1,7 @@
 """The command `sglfast explain`: asks a router what it would do with a request, and prints the candidates as a table.
 
 Runs in: a process of its own. Contract: sends the body to `/explain/<path>`: nothing is forwarded to a worker and nothing is counted.
-    Exit code 0 = explained, 1 = the router has no choice or does not answer, 2 = the flags or the body cannot work.
+    Exit code 0 = explained, 1 = the router has no choice (the table says why) or does not answer, 2 = the flags or the body cannot work.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         show(explanation, Console())
     else:
         print(f"sglfast explain: {_problem(status, answer)}", file=sys.stderr)
-    return 0 if explanation is not None else 1
+    return 0 if explanation is not None and explanation["choice"] is not None else 1
 
 
 def _read_body(text: str) -> bytes:
@@ -94,7 +94,7 @@ def _problem(status: int, answer: bytes) -> str:
 
 
 def show(explanation: dict[str, Any], console: Console) -> None:
-    """Print an explanation as a table, the choice first."""
+    """Print an explanation as a table, the choice first; where there is none, what the request would get instead."""
     prompt = f"{explanation['prompt_tokens']} tokens, {explanation['prompt_blocks']} blocks of {explanation['block_size']}"
     if explanation["is_approximate"]:
         prompt = f"about {explanation['prompt_tokens']} tokens; compared with what workers were sent before, in blocks of 64 tokens"
@@ -104,7 +104,7 @@ def show(explanation: dict[str, Any], console: Console) -> None:
     table = Table(
         Column("worker", no_wrap=True), "rank", "overlap", "dev/host/disk/predicted", "requests", "tokens", "score", box=box.SIMPLE_HEAD
     )
-    choice = explanation["choice"]["worker"]
+    choice = explanation["choice"]["worker"] if explanation["choice"] is not None else None
     for row in sorted(explanation["candidates"], key=lambda row: (row["worker"] != choice, not row["eligible"], -row["overlap_blocks"])):
         tiers = row["overlap_blocks_by_tier"]
         score = "-" if row["score"] is None else f"{row['score']:g}"
@@ -123,10 +123,27 @@ def show(explanation: dict[str, Any], console: Console) -> None:
             overlap = str(rank["overlap_blocks"])
             table.add_row("", f"{mark} {rank['rank']}", overlap, "", str(load["requests"]), str(load["tokens"]), "", style="dim")
     console.print(table)
+    if explanation["would_answer"] is not None:
+        _say(console, _refusal(explanation["would_answer"]))
     for row in explanation["candidates"]:
         if row["worker"] == choice or not row["eligible"]:
-            console.print(f"{row['worker']} {row['why']}", highlight=False, soft_wrap=True)
+            _say(console, f"{row['worker']} {row['why']}")
         if row["worker"] == choice:
             for rank in row["ranks"]:
                 if rank["rank"] == row["rank"]:
-                    console.print(f"its rank {rank['rank']} {rank['why']}", highlight=False, soft_wrap=True)
+                    _say(console, f"its rank {rank['rank']} {rank['why']}")
+    decode = explanation["decode"]
+    for row in decode["candidates"] if decode is not None else ():
+        if row["worker"] == decode["worker"] or not row["eligible"]:
+            _say(console, f"decode worker {row['worker']} {row['why']}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def _refusal(would: dict[str, Any]) -> str:
+    answer = f"{would['status']} {would['code']}: {would['message']}"
+    if would["after_secs"]:
+        return f"no worker can be chosen now: the request would wait, and if none has room within {would['after_secs']:g} s, get {answer}"
+    return f"no worker can be chosen now: the request would get {answer}"

@@ -149,7 +149,7 @@ static inline int _sf_header(sf_head_t *head, uint32_t i, int is_request) {
             if (line->value_len == 0) line->is_dropped = 1; /* as good as none: one is made */
             else if (head->request_id < 0) head->request_id = (int16_t)i;
         } else if (is_request && SF_NAME(line, "x-sglfast-kv")) {
-            head->wants_kv = 1;
+            if (SF_VALUE(line, "1") || SF_VALUE(line, "true")) head->wants_kv = 1;
             line->is_dropped = 1;
         } else if (!is_request && SF_NAME(line, "content-type"))
             head->is_event_stream = line->value_len >= 17 && !strncasecmp(value, "text/event-stream", 17);

@@ -30,7 +30,8 @@ STATUSES = [
 PLAIN = [
     (b"host", b"a.test"), (b"Accept", b"application/json"), (b"User-Agent", b"OpenAI/Python 1.2"),
     (b"Authorization", b"Bearer sk-x"), (b"X-Stainless-Lang", b"python"), (b"x-request-id", b"abc"), (b"X-Request-ID", b""),
-    (b"traceparent", b"00-1-2-03"), (b"x-sglfast-kv", b"1"), (b"content-type", b"application/json"),
+    (b"X-Trace-Id", b"t"), (b"x-correlation-id", b"c"), (b"Request-Id", b"r"),
+    (b"traceparent", b"00-1-2-03"), (b"x-sglfast-kv", b"1"), (b"X-Sglfast-KV", b"0"), (b"content-type", b"application/json"),
     (b"Content-Type", b"text/event-stream; charset=utf-8"), (b"accept-encoding", b"gzip, deflate"),
     (b"cookie", b"a=b; c=\"d\""), (b"!#$%&'*+-.^_`|~", b"token"), (b"x", b"\x80\xfe\xff"), (b"y", b""),
     (b"date", b"Mon, 01 Jan 2024"),

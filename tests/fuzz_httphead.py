@@ -29,6 +29,7 @@ from sglfast._httphead import MORE, TOO_LARGE, UNUSUAL, Chunks, RequestHead, Res
 LIMIT = 1 << 16
 CHUNKED_POST = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
 CHUNKED_200 = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+OTHER_IDS = (b"x-correlation-id", b"x-trace-id", b"request-id")
 KINDS = {RequestHead: "taken", ResponseHead: "taken"}
 CODES = {MORE: "more", UNUSUAL: "unusual", TOO_LARGE: "too large"}
 
@@ -82,6 +83,12 @@ def first_id(headers: Fields) -> bytes | None:
     return next((value for name, value in headers if name.lower() == b"x-request-id" and value), None)
 
 
+def other_id(headers: Fields) -> bytes | None:
+    """The id under one of its other names, in their order; empty ones do not count."""
+    named = ([value for name, value in headers if name.lower() == wanted and value] for wanted in OTHER_IDS)
+    return next((values[0] for values in named if values), None)
+
+
 def keeps_alive(message: Message) -> bool:
     """llhttp's opinion, but `close` always wins (RFC 9112 9.3): llhttp does not look for it in HTTP/1.0 or before a tab."""
     return message.keeps_alive and b"close" not in connection_tokens(message.headers)
@@ -111,13 +118,13 @@ def check_request(data: bytes, rng: Random) -> str:
     kept = [(name, value) for name, value in kept if name.lower() != b"x-request-id" or value]
     same(fields_of(found.kept), kept, "kept fields")
     same(True, all(line + b"\r\n" in head for line in found.kept.split(b"\r\n")), "kept lines are the client's own bytes")
-    same(found.request_id, first_id(headers), "request id")
+    same(found.request_id, first_id(headers) or other_id(headers), "request id")
     same(found.n_hosts, len(message.values(b"host")), "hosts")
     same(True, found.n_hosts == 1 or (found.n_hosts == 0 and found.is_http10), "host rule of RFC 9112 3.2")
     expects = [value.lower() for value in message.values(b"expect")]
     same(found.expects_continue, b"100-continue" in expects and not found.is_http10, "expects 100-continue")
     same(found.expects_other, any(value != b"100-continue" for value in expects), "expects something else")
-    same(found.wants_kv, bool(message.values(b"x-sglfast-kv")), "wants_kv")
+    same(found.wants_kv, any(value.lower() in (b"1", b"true") for value in message.values(b"x-sglfast-kv")), "wants_kv")
     same(found.is_chunked, bool(message.values(b"transfer-encoding")), "chunked")
     lengths = message.values(b"content-length")
     same(found.content_length, int(lengths[0]) if lengths else -1, "content length")

@@ -102,7 +102,8 @@ def test_a_worker_may_set_its_own_request_id(edge: Edge, worker: Worker) -> None
 
 
 def test_kv_header_only_when_asked_for(edge: Edge, worker: Worker) -> None:
-    assert edge.ask(post()).header("x-sglfast-kv") == []
+    for lines in ((), ("x-sglfast-kv: 0",), ("x-sglfast-kv: no",)):
+        assert edge.ask(post(b"", *lines)).header("x-sglfast-kv") == []
     [value] = edge.ask(post(b"", "x-sglfast-kv: 1")).header("x-sglfast-kv")
     assert value.decode() == f"worker={worker.url}; rank=0; overlap_blocks=0; prompt_blocks=0; state=BLIND"
     assert all(call.header("x-sglfast-kv") == [] for call in worker.calls)

@@ -102,6 +102,26 @@ def test_keep_alive(version: bytes, connection: bytes, keeps_alive: bool) -> Non
     assert response_head(connection, b"HTTP/%b 200 OK\r\n" % version).keeps_alive == keeps_alive
 
 
+@pytest.mark.parametrize(
+    ("lines", "wants_kv"),
+    [
+        (b"x-sglfast-kv: 1\r\n", True),
+        (b"X-SGLFAST-KV:  True \r\n", True),
+        (b"x-sglfast-kv: 0\r\nx-sglfast-kv: 1\r\n", True),
+        (b"x-sglfast-kv: 0\r\n", False),
+        (b"x-sglfast-kv: false\r\n", False),
+        (b"x-sglfast-kv:\r\n", False),
+        (b"x-sglfast-kv: 11\r\n", False),
+        (b"x-sglfast-kv: truely\r\n", False),
+        (b"x-sglfast-kw: 1\r\n", False),
+    ],
+)
+def test_the_kv_line_has_to_be_asked_for(lines: bytes, wants_kv: bool) -> None:
+    head = request_head(lines)
+    assert head.wants_kv is wants_kv
+    assert b"sglfast-kv" not in head.kept.lower(), "it is between the client and us"
+
+
 UNUSUAL_REQUESTS = {
     "bare LF": b"GET / HTTP/1.1\nhost: a\r\n\r\n",
     "bare LF in a field": LINE + b"a: b\nc: d\r\n\r\n",

@@ -2,8 +2,8 @@
 
 Runs in: shards, on the request path; never blocks; allocates one result object and its few bytes.
 Contract: `scan_request` and `scan_response` look at one head at the start of `data` (bytes). They return the head, or MORE (0: not
-    all there), UNUSUAL (-1: hand a request to llhttp, refuse an answer), TOO_LARGE (-2: no end within the limit). Results own
-    copies; nothing points into `data`. Strictness and formats: cext/sf_http.h, cext/sf_chunks.h.
+    all there), UNUSUAL (-1: hand a request to llhttp, refuse an answer), TOO_LARGE (-2: no end within the limit, or
+    more than 128 header lines). Results own copies; nothing points into `data`. Strictness and formats: cext/sf_http.h, cext/sf_chunks.h.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE

@@ -1,7 +1,8 @@
 /* One strict pass over an HTTP/1.x head: find the few headers that matter, note which lines to hand on.
  *
  * Law: what this accepts, llhttp (strict) accepts with the same meaning; tests/fuzz_httphead.py holds the two against each other.
- * Everything else is SF_HTTP_UNUSUAL: requests then go to llhttp, answers of workers are refused. Formats: RFC 9112.
+ * Everything else is SF_HTTP_UNUSUAL: requests then go to llhttp, answers of workers are refused. More than SF_MAX_HEADERS lines are
+ * SF_HTTP_TOO_LARGE, whatever they say. Formats: RFC 9112.
  */
 #ifndef SF_HTTP_H
 #define SF_HTTP_H
@@ -202,7 +203,7 @@ static inline int _sf_headers(sf_head_t *head, const char *base, const char *p, 
             head->head_len = (uint32_t)(p + 2 - base);
             break;
         }
-        if (head->n_lines == SF_MAX_HEADERS) return SF_HTTP_UNUSUAL;
+        if (head->n_lines == SF_MAX_HEADERS) return SF_HTTP_TOO_LARGE;
         sf_line_t *line = &head->lines[head->n_lines];
         line->name = p;
         line->is_dropped = 0;

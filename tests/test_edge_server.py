@@ -212,6 +212,19 @@ def test_too_large_head(is_unusual: bool, edge: Edge) -> None:
             assert client.has_ended()
 
 
+@pytest.mark.parametrize("target", ["http://a/generate", "/generate"], ids=["unusual", "plain"])
+def test_too_many_headers(target: str, edge: Edge, worker: Worker) -> None:
+    """As for too many bytes: 431, and nothing of it reaches a worker."""
+    few = [f"h{number}: v" for number in range(126)]  # with Host and Content-Length there are 128
+    assert edge.ask(post(b"{}", *few, target=target)).status == 200
+    seen = len(worker.calls)
+    with edge.client() as client:
+        found = client.ask(post(b"{}", *few, "one: more", target=target))
+        assert (found.status, found.code) == (431, "headers_too_large")
+        assert client.has_ended()
+    assert len(worker.calls) == seen
+
+
 # ---- clients that leave ----
 
 

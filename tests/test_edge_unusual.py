@@ -82,11 +82,16 @@ def test_rare_methods_become_one_that_no_path_takes() -> None:
         ABSOLUTE + b"connection: upgrade\r\nupgrade: h2c\r\ncontent-length: 5\r\n\r\nhello",
         ABSOLUTE + b"connection: upgrade\r\nupgrade: h2c\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
         ABSOLUTE + b"connection: a b\r\n\r\n",
-        ABSOLUTE + b"".join(b"h%d: v\r\n" % i for i in range(200)) + b"\r\n",
     ],
 )
 def test_refusals(data: bytes) -> None:
     assert read(data) is errors.BAD_REQUEST
+
+
+def test_too_many_headers() -> None:
+    lines = [b"h%d: v\r\n" % number for number in range(126)]  # host is one more, and the length that a plain head has
+    assert taken(ABSOLUTE + b"".join(lines) + b"\r\n")[0].kept == b"".join(lines)
+    assert read(ABSOLUTE + b"".join(lines) + b"one: more\r\n\r\n") is errors.HEADERS_TOO_LARGE
 
 
 def test_an_upgrade_without_a_body_is_ignored() -> None:

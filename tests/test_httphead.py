@@ -181,7 +181,8 @@ def test_number_of_headers(count: int) -> None:
     lines = b"".join(b"h%d: v\r\n" % i for i in range(count))
     assert isinstance(scan_response(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n", LIMIT), ResponseHead)
     found = scan_request(LINE + lines + b"\r\n", LIMIT)  # Host is one more
-    assert isinstance(found, RequestHead) if count == 127 else found == UNUSUAL
+    assert isinstance(found, RequestHead) if count == 127 else found == TOO_LARGE
+    assert scan_request(LINE + lines + b"h", LIMIT) == TOO_LARGE, "as soon as one begins that is too many"
 
 
 def test_limit_of_a_head() -> None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from sglfast import errors
-from sglfast._httphead import RequestHead, scan_request
+from sglfast._httphead import TOO_LARGE, RequestHead, scan_request
 
 
 class UnusualRequest:
@@ -111,4 +111,6 @@ class UnusualRequest:
         lines = [b"%b %b HTTP/%b" % (method, target, self._version), *(b"%b: %b" % pair for pair in kept)]
         lines.append(b"content-length: %b\r\n\r\n" % size)
         head = scan_request(b"\r\n".join(lines), self._limit_head_bytes + 4096)
-        return head if isinstance(head, RequestHead) else errors.BAD_REQUEST
+        if isinstance(head, RequestHead):
+            return head
+        return errors.HEADERS_TOO_LARGE if head == TOO_LARGE else errors.BAD_REQUEST

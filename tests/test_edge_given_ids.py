@@ -13,8 +13,9 @@ from sglfast._blockhash import page_keys
 from sglfast._hashtree import DEVICE, HOST, TreeWriter
 from sglfast.edge.given_ids import IdsPromptKeyer, may_be_ids
 from sglfast.edge.policy.approximate import ApproximateCacheAware
-from sglfast.edge.request import ENDPOINTS
+from sglfast.edge.request import ENDPOINTS, Facts
 from sglfast.edge.shard import Shard
+from sglfast.shm import Variant
 
 ENGINES = [f"http://10.0.0.{number}:30000" for number in range(1, 4)]
 IDS = list(range(5, 1306))
@@ -127,3 +128,51 @@ def test_what_has_no_keys_is_told(body: dict[str, Any], why: str) -> None:
         assert [row["overlap_blocks"] for row in found["candidates"]] == [0, 0, 0]
 
     connected(test, policy="round_robin")
+
+
+LONG_TEXT = b'{"input_ids_of":"' + b"once upon a time " * 30_000 + b'","x":1,%b}'
+
+
+def keyed_later(*bodies: bytes) -> list[Facts]:
+    """What the keyer finds in bodies that it does not look at before it returns."""
+
+    async def inside() -> list[Facts]:
+        loop = asyncio.get_running_loop()
+        keyer = IdsPromptKeyer(loop)
+        try:
+            found: list[asyncio.Future[Facts]] = [loop.create_future() for _ in bodies]
+            for body, facts in zip(bodies, found, strict=True):
+                keyer.key(ENDPOINTS[GENERATE].kind, body, (Variant(64),), facts.set_result)
+                assert not facts.done(), "a long body is not the loop's to look at"
+            return await asyncio.gather(*found)
+        finally:
+            keyer.close()
+
+    return run(inside())
+
+
+def test_long_bodies_are_searched_in_the_thread() -> None:
+    text, ids = keyed_later(LONG_TEXT % b'"y":2', LONG_TEXT % b'"input_ids":%b' % orjson.dumps(IDS))
+    assert (text.keys, text.why_unkeyed) == ({}, "no tokenizer is loaded")
+    assert (ids.prompt_tokens, ids.keys) == (1301, {Variant(64): KEYS})
+
+
+def test_what_no_worker_keys_is_not_looked_at() -> None:
+    """Neither here nor in the thread, however long it is."""
+
+    async def inside() -> None:
+        keyer = IdsPromptKeyer(asyncio.get_running_loop())
+        found: list[Facts] = []
+        keyer.key(ENDPOINTS[b"/rerank"].kind, LONG_TEXT, (Variant(64),), found.append)
+        keyer.close()
+        assert [facts.keys for facts in found] == [{}]
+
+    run(inside())
+
+
+@pytest.mark.parametrize("at", [*range(65_500, 65_560), 131_060, 196_600])
+def test_ids_are_found_across_the_borders_of_the_search(at: int) -> None:
+    body = b'{"x":"'.ljust(at - 2, b"y") + b'",' + b'"input_ids" \n :  [1]}' + b" " * 70_000
+    assert body.index(b'"input_ids"') == at
+    assert may_be_ids(ENDPOINTS[GENERATE].kind, body)
+    assert not may_be_ids(ENDPOINTS[GENERATE].kind, body.replace(b"[", b"("))

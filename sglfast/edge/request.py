@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from sglfast.prompt.tokenizer import Tokenizer
     from sglfast.shm import Variant
 
+    Begun = Keying | SeenKeying | IdsKeying  # a prompt that is looked at
+
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ _log = logging.getLogger(__name__)
 # worst), parse and render so much of it (30 us) with so many objects and arrays (2 us each), and tokenize so many characters (0.2 us each):
 # all that a known or an unowned prompt needs. More goes to a thread.
 _SCANNED_BYTES = 1 << 19
-_INLINE_BYTES = 65536
+INLINE_BYTES = 65536
 _INLINE_OBJECTS = 150
 _INLINE_CHARS = 1500
 # A chat is rendered so far at first: enough for the first blocks, which tell whether anybody owns anything.
@@ -186,10 +188,10 @@ class PromptKeyer:
         is_whole: all keys of the prompt and its exact number of tokens, whoever owns them; is_wanted: asked before the thread begins.
         """
         here, there = (None, None) if is_whole else (self._here, self._there)
-        keying: Keying | SeenKeying | IdsKeying | None = None
+        keying: Begun | None = None
         if here is not None and len(body) <= _SCANNED_BYTES:
-            keying = self._begin_raw(kind, body, variants, (_INLINE_BYTES, _INLINE_OBJECTS))
-        if keying is None and len(body) <= _INLINE_BYTES and body.count(b"{") + body.count(b"[") <= _INLINE_OBJECTS:
+            keying = self._begin_raw(kind, body, variants, (INLINE_BYTES, _INLINE_OBJECTS))
+        if keying is None and len(body) <= INLINE_BYTES and body.count(b"{") + body.count(b"[") <= _INLINE_OBJECTS:
             found = self._begin(kind, body, variants)
             if isinstance(found, Facts):
                 then(found)
@@ -291,7 +293,7 @@ class PromptKeyer:
         except Exception as error:
             return _unread(error)
 
-    def _run(self, keying: Keying | SeenKeying | IdsKeying, probe: Probe | None, budget_chars: int) -> Facts | None:
+    def _run(self, keying: Begun, probe: Probe | None, budget_chars: int) -> Facts | None:
         try:
             if not keying.run(probe, budget_chars):
                 return None
@@ -302,9 +304,7 @@ class PromptKeyer:
         keys = keying.keys
         return Facts(keys.tokens, keys.keys, is_estimated=keys.is_estimated)
 
-    def _finish(
-        self, keying: Keying | SeenKeying | IdsKeying | None, kind: int, body: bytes, variants: tuple[Variant, ...], probe: Probe | None
-    ) -> Facts | None:
+    def _finish(self, keying: Begun | None, kind: int, body: bytes, variants: tuple[Variant, ...], probe: Probe | None) -> Facts | None:
         if keying is None and probe is not None:
             keying = self._begin_raw(kind, body, variants, None)
         if keying is None:

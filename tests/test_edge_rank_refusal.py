@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 from edge_harness import Edge, wait_until
-from raw_client import chunk, post
+from raw_client import WAIT_S, chunk, post
 from scripted_worker import Call, Script, Worker, answer, echoes, says, then_closes
 from test_relay_rank import NAME, RANKS, SENT, steered
 
 from sglfast import _counters as c
+from sglfast._counters import Column
 from sglfast.edge.rank_refusal import RankDoubt, is_about_rank
 from sglfast.shm import WorkerRecord, WorkerView
 
@@ -211,6 +212,39 @@ def test_a_request_whose_rank_was_refused_names_none_at_the_next_worker(workers:
             worker.plan(script)
         assert edge.ask(post(SENT)).status == 500
         assert [told(worker.calls).count(True) for worker in workers[:2]] in ([1, 0], [0, 1])
+
+
+@pytest.mark.parametrize("has_other", [False, True])
+def test_the_second_attempt_waits_for_room_like_any_other(workers: list[Worker], has_other: bool) -> None:
+    """The place that the first has left is another shard's by then."""
+    with steered(
+        workers[: 1 + has_other], shards=2, worker_max_in_flight=1, queue_size=4, queue_timeout_secs=WAIT_S, policy="round_robin"
+    ) as edge:
+        other_shard = Column(edge.segment, 1)
+        taken: list[int] = []
+
+        def script(call: Call) -> None:
+            if call.header(NAME):
+                taken.append(workers.index(call.worker))
+                other_shard.begin(taken[-1], 0, 16, 0)
+                refuses_ranks(call)
+            else:
+                echoes(call)
+
+        for worker in workers:
+            worker.plan(script)
+        with edge.client() as client:
+            client.send(post(SENT))
+            if has_other:
+                assert client.read_answer().body == SENT
+                assert told(workers[1 - taken[0]].calls) == [False], "there is room"
+            else:
+                wait_until(lambda: edge.word(c.S_WAITING) == 1, "it waits")
+                assert len(workers[0].calls) == 1
+            other_shard.end(taken[0], 0, c.W_OK, 0)
+            if not has_other:
+                assert client.read_answer().body == SENT
+                assert told(workers[0].calls) == [True, False]
 
 
 # ---- in a stream of /generate, under status 200 ----

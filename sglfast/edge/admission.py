@@ -176,7 +176,7 @@ class Admission:
         self._count += 1
         self._shard.column.add(_counters.S_QUEUED)
         # An attempt may have lasted for long, and that is no wait: a further one waits from now on.
-        heappush(self._by_age, (ticket.begun_s if exchange.tried else ticket.since_s, self._count, ticket))
+        heappush(self._by_age, (ticket.begun_s if exchange.failed_attempts is not None else ticket.since_s, self._count, ticket))
         if is_admitted:
             ticket.is_in_line = True
             insort(self._lines.setdefault(model, []), ticket)

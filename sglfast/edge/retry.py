@@ -234,12 +234,15 @@ class Attempts:
             exchange.client.on_exchange_end()
 
     def again(self, route: Route) -> None:
-        """The answer that was kept is for what we have added to the request: send it to the same worker as its client wrote it."""
+        """The answer that was kept is for what we have added to the request: send it to the same worker as its client wrote it.
+
+        Like any further attempt it may have to wait: the place that the first has left can be another shard's by now.
+        """
         exchange, self._held = self._exchange, None
         self._is_rank_refused = True  # the worker has not failed: its breaker is to hear of the first time that it does
         exchange.is_resent = exchange.decodes_chunks = False
         exchange.probe = NO_PROBE
-        exchange.send(route)
+        self._send(route)
 
     def close(self) -> None:
         """The exchange is over."""

@@ -4,12 +4,14 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 
 import orjson
 import pytest
 from edge_harness import Edge, settled, wait_until
-from raw_client import WAIT_S, chunk, post, request
-from scripted_worker import SSE_HEAD, Call, Worker, answer, late
+from raw_client import WAIT_S, Client, chunk, post, request
+from scripted_worker import SSE_HEAD, Call, Worker, answer, answer_head, late, says
+from test_edge_exchange_failures import error_event, split_chunks
 
 from sglfast import _counters as c
 from sglfast._counters import RANK_EXACT, RankTable
@@ -52,8 +54,62 @@ def test_stops(word: bytes, worker: Worker) -> None:
             edge.control.close()
         assert edge.process.wait(WAIT_S) == 0
         assert idle.has_ended()
-        assert busy.has_ended()
+        ended_by_an_event(busy)
         assert edge.log() == ""
+    worker.reset()
+
+
+def ended_by_an_event(client: Client) -> None:
+    """The stream is well-formed to its end, and that says why."""
+    event, last = split_chunks(client)
+    error_event(event, "shutting_down")
+    assert last == b""
+    assert client.has_ended()
+
+
+def test_who_waits_when_it_stops_is_told_so(worker: Worker) -> None:
+    """Also who waits for a worker's first byte, or for his turn; what is in the middle of a chunk can only be cut."""
+    event = b"data: 1\n\n"
+    pieces = [SSE_HEAD + chunk(event), SSE_HEAD + chunk(event) + chunk(event)[:-4], answer_head("content-length: 30") + b"12"]
+    worker.plan(*(says(piece) for piece in pieces), lambda call: None)
+    with Edge([worker], worker_max_in_flight=4, queue_size=4) as edge, ExitStack() as clients:
+        stream, split, short, silent, queued = (clients.enter_context(edge.client()) for _ in range(5))
+        for number, client in enumerate((stream, split, short, silent), 1):
+            client.send(post())
+            worker.wait_calls(number)
+        queued.send(post())
+        wait_until(lambda: edge.word(c.S_WAITING) == 1, "the last one waits")
+        for client, last in ((stream, chunk(event)), (split, chunk(event) + chunk(event)[:-4]), (short, b"\r\n\r\n12")):
+            client.read_until(last)
+        edge.control.send(b"q")
+        assert edge.process.wait(WAIT_S) == 0
+        ended_by_an_event(stream)
+        for client in (split, short):
+            assert client.read_to_end() == b""
+        for client in (silent, queued):
+            found = client.read_answer()
+            assert (found.status, found.code, found.closes) == (503, "shutting_down", True)
+            assert client.has_ended()
+        assert len(worker.calls) == 4, "nobody takes the places that become free"
+        assert not {name: value for name, value in edge.gauges().items() if "CONNECTIONS" not in name}
+        assert edge.word(c.S_STREAMS_CUT) == 3
+        assert edge.log() == ""
+    worker.reset()
+
+
+def test_a_client_that_does_not_read_does_not_keep_it(worker: Worker) -> None:
+    worker.plan(says(SSE_HEAD, *[chunk(b"x" * 65_536)] * 500))
+    with Edge([worker]) as edge, edge.client(rcvbuf_bytes=4096) as deaf, edge.client() as other:
+        deaf.send(post())
+        worker.wait_calls(1)
+        wait_until(lambda: worker.calls[0].sent_bytes > 200_000, "more than its client's kernel takes is on the way")
+        worker.plan(says(SSE_HEAD + chunk(b"data: 1\n\n")))
+        other.send(post())
+        other.read_until(chunk(b"data: 1\n\n"))
+        edge.control.send(b"q")
+        assert edge.process.wait(WAIT_S) == 0
+        ended_by_an_event(other)
+    worker.errors.clear()
     worker.reset()
 
 

@@ -6,13 +6,15 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import trustme
 from edge_harness import Edge, settled
-from raw_client import Client, chunk, post, request
-from scripted_worker import Worker, answer, echoes, says
+from raw_client import WAIT_S, Client, chunk, post, request
+from scripted_worker import SSE_HEAD, Worker, answer, echoes, says
+from test_edge_exchange_failures import error_event, split_chunks
 
 from sglfast import _counters as c
 
@@ -338,6 +340,24 @@ def test_tls_on_both_sides(ca: trustme.CA, certificates: dict[str, str]) -> None
                 assert b"HTTP/1.1 200" not in plain.recv(1000)
     finally:
         worker.close()
+
+
+def test_streams_behind_tls_end_with_an_event_when_the_router_stops(worker: Worker, ca: trustme.CA, certificates: dict[str, str]) -> None:
+    worker.plan(says(SSE_HEAD + chunk(b"data: 1\n\n")))
+    tls = {"tls_cert_path": certificates["cert"], "tls_key_path": certificates["key"]}
+    with Edge([worker], **tls) as edge, ExitStack() as stack:  # type: ignore[arg-type]
+        clients = [stack.enter_context(SecureClient(edge.port, ca)) for _ in range(20)]
+        for client in clients:
+            client.send(post())
+            client.read_until(chunk(b"data: 1\n\n"))
+        edge.control.send(b"q")
+        assert edge.process.wait(WAIT_S) == 0
+        for client in clients:
+            event, last = split_chunks(client)
+            error_event(event, "shutting_down")
+            assert last == b""
+        assert edge.log() == ""
+    worker.reset()
 
 
 def test_a_handshake_has_as_long_as_a_head(worker: Worker, certificates: dict[str, str]) -> None:

@@ -357,16 +357,16 @@ class Exchange(Leg):
         """Our own code has failed for bytes of the worker."""
         self.client.on_broken(error)
 
-    def on_broken(self) -> None:
-        """Our own code has failed in the middle of it: that is nothing against the worker."""
+    def break_off(self, reason: errors.Reason) -> None:
+        """End it for a reason of our own: that is nothing against the worker."""
         if self.pair is not None:
             self.pair.cancel()
         connection = self.abandon()
         self.leave_worker(_counters.W_CANCELLED)
         if self.has_answer:
-            self._cut(connection, errors.INTERNAL_ERROR)
+            self._cut(connection, reason)
         else:
-            self.refuse(errors.INTERNAL_ERROR)
+            self.refuse(reason)
 
     # ---- ends ----
 

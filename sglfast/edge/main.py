@@ -92,7 +92,7 @@ async def serve(boot: Boot) -> None:
     log.debug("stopping", extra={"fields": {"why": why}})
     door.close()
     for client in list(shard.clients):
-        client.close_after_write()
+        client.stop()
     keyer.close()
     if shard.request_log is not None:
         shard.request_log.close()

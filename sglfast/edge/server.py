@@ -89,12 +89,22 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         report(self.shard.log, error)
         self.closes = True
         if self.exchange is not None:
-            self.exchange.on_broken()
+            self.exchange.break_off(errors.INTERNAL_ERROR)
         elif self.state != BUSY:
             if self.state != CLOSED:
                 self._refuse(errors.INTERNAL_ERROR)
         elif self.transport is not None:
             self.transport.abort()  # a part of an answer may have gone out already
+
+    def stop(self) -> None:
+        """The shard ends: whoever waits for an answer, or for the rest of one, is told so. Nobody is waited for."""
+        self.closes = True
+        try:
+            if self.exchange is not None:
+                self.exchange.break_off(errors.SHUTTING_DOWN)
+        except Exception as error:
+            report(self.shard.log, error)
+        self.close_after_write()
 
     # ---- reading requests ----
 

@@ -142,22 +142,6 @@ def test_an_answer_that_a_worker_gave_is_better_than_none(workers: list[Worker])
         port.close()
 
 
-def test_an_error_too_long_to_be_one_is_the_answer(edge: Edge, workers: list[Worker]) -> None:
-    body = bytes(range(256)) * 1000
-
-    def script(call: Call) -> None:
-        data = answer(body, status="500 Internal Server Error")
-        for at in range(0, len(data), 50_000):
-            call.send(data[at : at + 50_000])
-            time.sleep(0.01)
-
-    for worker in workers[:2]:
-        worker.plan(script)
-    found = edge.ask(post(SENT))
-    assert (found.status, found.body) == (500, body)
-    assert sum(len(worker.calls) for worker in workers[:2]) == 1
-
-
 def test_nothing_is_sent_again_once_a_byte_of_an_answer_went_out(edge: Edge, workers: list[Worker]) -> None:
     for data in (answer(b"x" * 100)[:-40], SSE_HEAD + chunk(b"data: 1\n\n"), SSE_HEAD):
         for worker in workers[:2]:

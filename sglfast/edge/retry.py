@@ -1,7 +1,8 @@
 """When a failed attempt is followed by another: how many there may be, the pauses between them, and the answer kept meanwhile.
 
 Runs in: shards, event loop. Contract: an attempt may be followed by another as long as no byte of an answer has gone to the client. A
-    worker's answer of RETRYABLE is held back until a further attempt has done better; when none does, the client gets it as it was.
+    worker's answer of RETRYABLE is held back until a further attempt has done better; when none does, the client gets it as it was,
+    unless it was too long to be held: then what the last attempt comes to.
     A request that a worker answered with 5xx, or whose connection broke, may have been executed there, in part or whole: it is sent
     again all the same, as sgl-router does, because a completion that is computed twice costs time and nothing else. Who cannot
     have that turns retries off.
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from sglfast.edge.upstream import Upstream
 
 RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
-# Of an answer that is held back; a longer one is no error message, it goes to the client.
+# Of an answer that is held back; a longer one is dropped for the next attempt, or, where there is none, goes to the client.
 HELD_BYTES = 65536
+# What a worker's answer says of it, as at its end (cext/relay.pyx: on_end); all others that are retried are errors.
+_OUTCOMES = {408: _counters.W_CLIENT_ERRORS, 429: _counters.W_BUSY, 503: _counters.W_BUSY}
 
 
 class RetryPolicy:
@@ -198,8 +201,20 @@ class Attempts:
         """A further piece of its body."""
         held = self._held
         assert held is not None
-        if not held.add(data):
-            self.release()  # too long to be an error: it is the answer
+        if not held.add(data) and not self._drop(held):
+            self.release()
+
+    def _drop(self, held: HeldAnswer) -> bool:
+        """Make another attempt without the rest of an answer that is too long to be kept; False: nobody else is there, it is the answer."""
+        exchange = self._exchange
+        route, connection = exchange.route, exchange.connection
+        if route is None or connection is None or held.head.status not in RETRYABLE or not self.has_other(route, route.upstream):
+            return False
+        self._held = exchange.connection = None
+        connection.close()
+        exchange.leave_worker(_OUTCOMES.get(held.head.status, _counters.W_ERRORS))
+        self.failed(route, errors.UPSTREAM_UNREACHABLE)
+        return True
 
     def release(self) -> None:
         """What was kept is the answer, with what may still come of it."""

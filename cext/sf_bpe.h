@@ -13,7 +13,7 @@
  * enough that the sign's highest rank is lower than the lowest one by which any of its parts at the edge, on its way, joins a token
  * outside. The model's merges tell those; the few with ASCII outside are left out of account, and signs beside ASCII begin as bytes.
  *
- * Memory: 16 bytes a place, at most three quarters of them taken; 280,000 merges, as the largest models of today have, take 8 MiB. 512 KiB
+ * Memory: 16 bytes a place, at most three quarters of them taken; 280,000 merges take 8 MiB, 446,000 of gpt-oss 16 MiB. 512 KiB
  * for pairs of letters, 256 KiB for signs, 170 KiB to work with for long words.
  */
 #ifndef SF_BPE_H

@@ -16,8 +16,12 @@
 
 #include "sf_pretoken.h"
 
-/* The low three bits of a character's byte; of the first four _SF_OTHER.. of sf_pretoken.h. */
-enum { _SF_MARK = 4, _SF_PUNCT = 5, _SF_KIND = 7 };
+/* The low three bits of a character's byte; the first four are _SF_OTHER.. of sf_pretoken.h. An apostrophe is of its own kind where a word
+ * may go on with one. */
+enum { _SF_MARK = 4, _SF_PUNCT = 5, _SF_APOSTROPHE = 6, _SF_KIND = 7 };
+/* Of O200K and TEKKEN: [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}], with which words begin, and [\p{Ll}\p{Lm}\p{Lo}\p{M}], with which they go on. */
+#define SF_UNI_FRONT 0x08
+#define SF_UNI_BACK 0x10
 #define SF_UNI_IDEOGRAPH 0x40 /* of the second cut of DEEPSEEK3 */
 #define SF_UNI_FOREIGN 0x80
 #define SF_UNI_CHARS 0x20000u /* the table's length */
@@ -138,12 +142,52 @@ static inline const char *_sf_uni_deepseek3_end(_sf_uni_t *u, const char *p) {
     }
 }
 
+/* A word of O200K from its first letter or mark on. *is_whole: it has the second part, which is sought first; what the first one has taken
+ * too much of is given back for that. */
+static inline const char *_sf_uni_cased_word(const _sf_uni_t *u, const char *p, int *is_whole) {
+    const char *next = p, *either = NULL; /* behind the last character that both parts have */
+    int byte = 0;
+    *is_whole = 1;
+    for (; p < u->end && (byte = _sf_uni_at(u->table, p, &next)) & SF_UNI_FRONT; p = next)
+        if (byte & SF_UNI_BACK) either = next;
+    if (p < u->end && byte & SF_UNI_BACK) {
+        do p = next;
+        while (p < u->end && _sf_uni_at(u->table, p, &next) & SF_UNI_BACK);
+        return p;
+    }
+    if (either) return either;
+    *is_whole = 0;
+    return p;
+}
+
+static inline const char *_sf_uni_o200k_end(const _sf_uni_t *u, const char *p, int digits, int has_contractions) {
+    const int others = _SF_BIT(_SF_OTHER) | _SF_BIT(_SF_MARK) | _SF_BIT(_SF_APOSTROPHE), cased = SF_UNI_FRONT | SF_UNI_BACK;
+    const char *next, *behind, *found;
+    int kind = _sf_uni_at(u->table, p, &next) & _SF_KIND, is_before = 0, is_whole;
+    if (kind == _SF_DIGIT) return _sf_uni_run(u, p, _SF_BIT(_SF_DIGIT), digits);
+    if (kind != _SF_LETTER) is_before = !_sf_is_line_end(*p) && next < u->end && _sf_uni_at(u->table, next, &behind) & cased;
+    if (kind == _SF_LETTER || kind == _SF_MARK || is_before) {
+        p = _sf_uni_cased_word(u, is_before ? next : p, &is_whole);
+        if (kind == _SF_MARK && !is_whole) return next; /* a word of two parts by itself */
+        found = has_contractions && p < u->end ? _sf_contraction(p, u->end, 0x20) : NULL;
+        return found ? found : p;
+    }
+    if (others >> kind & 1 || (*p == ' ' && next < u->end && others >> _sf_uni_kind(u, next, &behind) & 1)) {
+        found = _sf_uni_run(u, next, others, _SF_ANY);
+        while (found < u->end && (_sf_is_line_end(*found) || *found == '/')) found++;
+        return found;
+    }
+    return _sf_uni_space(u, p, 1);
+}
+
 /* p < end. */
 static inline const char *sf_unitoken_end(const uint8_t *table, int kind, const char *p, const char *end) {
     _sf_uni_t u = {table, end, 0, 0};
     switch (kind) {
     case SF_PRE_GPT2: return _sf_uni_gpt2_end(&u, p);
     case SF_PRE_DEEPSEEK3: return _sf_uni_deepseek3_end(&u, p);
+    case SF_PRE_O200K:
+    case SF_PRE_TEKKEN: return _sf_uni_o200k_end(&u, p, kind == SF_PRE_O200K ? 3 : 1, kind == SF_PRE_O200K);
     default: return _sf_uni_llama3_end(&u, p, kind == SF_PRE_LLAMA3 ? 3 : 1);
     }
 }

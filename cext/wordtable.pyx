@@ -83,6 +83,8 @@ cdef extern from "sf_pretoken.h" nogil:
         SF_PRE_GPT2
         SF_PRE_LLAMA3
         SF_PRE_QWEN2
+        SF_PRE_O200K
+        SF_PRE_TEKKEN
         SF_PRE_DEEPSEEK3
         SF_PRE_KINDS
 
@@ -93,6 +95,8 @@ cdef extern from "sf_unitoken.h" nogil:
         SF_UNI_CHARS
         SF_UNI_FOREIGN
         SF_UNI_IDEOGRAPH
+        SF_UNI_FRONT
+        SF_UNI_BACK
 
     ctypedef struct sf_uni_stretch_t:
         int last
@@ -107,10 +111,14 @@ cdef extern from "sf_unitoken.h" nogil:
 GPT2 = SF_PRE_GPT2
 LLAMA3 = SF_PRE_LLAMA3
 QWEN2 = SF_PRE_QWEN2
+O200K = SF_PRE_O200K
+TEKKEN = SF_PRE_TEKKEN
 DEEPSEEK3 = SF_PRE_DEEPSEEK3
 SCRIPT_CHARS = SF_UNI_CHARS
 FOREIGN = SF_UNI_FOREIGN
 IDEOGRAPH = SF_UNI_IDEOGRAPH
+FRONT = SF_UNI_FRONT
+BACK = SF_UNI_BACK
 
 cdef array.array _ZERO = array.array("I")
 

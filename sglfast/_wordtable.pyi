@@ -5,16 +5,20 @@ from typing import final
 GPT2: int
 LLAMA3: int
 QWEN2: int
+O200K: int
+TEKKEN: int
 DEEPSEEK3: int
 SCRIPT_CHARS: int  # length of a table of scripts in bytes, which are the characters from U+0000 on
 FOREIGN: int
 IDEOGRAPH: int
+FRONT: int
+BACK: int
 
 @final
 class WordTable:
     """Words that came twice and their token ids, in `size_bytes` of memory (at least 64 KiB); what was used least recently goes first.
 
-    seed: 64 random bits, so that nobody can choose words that fall on one place; pattern: GPT2, LLAMA3, QWEN2 or DEEPSEEK3, how the
+    seed: 64 random bits, so that nobody can choose words that fall on one place; pattern: GPT2, LLAMA3 or another of these, how the
     tokenizer cuts text into words; tokens: what is taken out of a text before all else, with its id; the longest where several begin at one
     place. letters, merges: a model of byte-pair encoding, for words that are not known: the id of each of the 256 bytes, and of
     each merge the left, the right and the made token, in the order of their ranks; arrays of type "I". 2^32 - 1 stands for a byte without

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import LLAMA3, build
+from tokenizer_kinds import LLAMA3, O200K, TEKKEN, build
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
+from sglfast import _wordtable
 from sglfast._wordtable import GPT2, QWEN2, WordTable, words_of
 from sglfast._wordtable import LLAMA3 as LLAMA3_WORDS
 from sglfast.prompt.pieces import PieceTokenizer
@@ -21,13 +22,15 @@ PATTERNS = {
     GPT2: r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     LLAMA3_WORDS: LLAMA3,
     QWEN2: LLAMA3.replace("{1,3}", ""),
+    _wordtable.O200K: O200K,
+    _wordtable.TEKKEN: TEKKEN,
 }
 SPLITS = {kind: pre_tokenizers.Split(Regex(pattern), "isolated") for kind, pattern in PATTERNS.items()}
 
 ASCII = st.one_of(
     st.text(alphabet=[chr(code) for code in range(128)], max_size=40),
     st.lists(
-        st.sampled_from([*"' \n\ta._\x00\x1c", "'s", "'LL", "'v", "re", "  ", "\r\n", "Word", "12", "3456", "!?"]),
+        st.sampled_from([*"' \n\ta._/\x00\x1c", "'s", "'LL", "'v", "re", "  ", "\r\n", "Word", "XMLIs", "12", "3456", "!?"]),
         max_size=25,
     ).map("".join),
 )  # fmt: skip
@@ -39,7 +42,7 @@ def test_words_are_what_the_pattern_matches(text: str, kind: int) -> None:
     assert words_of(text, kind) == [part for part, _ in SPLITS[kind].pre_tokenize_str(text)]
 
 
-@pytest.mark.parametrize(("text", "kind"), [("é", GPT2), ("a", -1), ("a", 4)])
+@pytest.mark.parametrize(("text", "kind"), [("é", GPT2), ("a", -1), ("a", _wordtable.DEEPSEEK3 + 1)])
 def test_only_ascii_is_cut_without_a_table_of_scripts(text: str, kind: int) -> None:
     with pytest.raises(ValueError, match="ASCII"):
         words_of(text, kind)
@@ -47,7 +50,7 @@ def test_only_ascii_is_cut_without_a_table_of_scripts(text: str, kind: int) -> N
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
-    return [load_tokenizer(DEMO_TOKENIZER_PATH), build("byte_level", tmp_path_factory.mktemp("byte_level"))]
+    return [load_tokenizer(DEMO_TOKENIZER_PATH), *(build(kind, tmp_path_factory.mktemp(kind)) for kind in ("byte_level", "o200k"))]
 
 
 UNICODE = st.lists(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_kinds import DEEPSEEK3, LLAMA3, build
+from tokenizer_kinds import DEEPSEEK3, LLAMA3, O200K, TEKKEN, build
 from tokenizers import Regex, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 from unicode_texts import HAN, MARKS, cjk_texts, unicode_texts
@@ -23,6 +23,8 @@ PATTERNS = {
     _wordtable.LLAMA3: (LLAMA3,),
     QWEN2: (LLAMA3.replace("{1,3}", ""),),
     _wordtable.DEEPSEEK3: DEEPSEEK3,
+    _wordtable.O200K: (O200K,),
+    _wordtable.TEKKEN: (TEKKEN,),
 }
 SPLITS = {
     kind: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns])
@@ -46,7 +48,9 @@ def test_words_are_what_the_patterns_match(text: str, kind: int) -> None:
 def test_all_neighbours_of_all_sorts(kind: int) -> None:
     """Of each sort of character that a pattern tells apart one at least, in all orders of up to four."""
     table = scripts_of(kind, False)
-    sorts = without_foreign("as'1!\n\r\t \u00a0\u3000字ー゛・。０é\u0301\u3099\u3097\u200d\x00😀", table)
+    has_cases = any(byte & _wordtable.FRONT for byte in table)
+    told_apart = "asB'1!/\n\r\t \u3000字éǅ\u0301０" if has_cases else "as'1!\n\r\t \u00a0\u3000字ー゛・。０é\u0301\u3099\u3097\u200d\x00😀"
+    sorts = without_foreign(told_apart, table)
     for first in sorts:
         for second in sorts:
             # One text for many: what stands between two of them is a letter, a digit or an ideograph, never the same in a row.
@@ -62,7 +66,7 @@ def test_all_neighbours_of_all_sorts(kind: int) -> None:
 def test_each_character_is_cut_from_its_neighbours_as_the_patterns_do_it(kind: int) -> None:
     table = scripts_of(kind, False)
     for begin in range(0, len(table), 256):
-        for around in ("a{}b", "字{}字", "、{}1", " {} ", "'{}", "\u0301{}\u200d", "\x00{}\x00"):
+        for around in ("a{}b", "字{}字", "、{}1", " {} ", "'{}", "{}'s", "B{}c", "\u0301{}\u200d", "\u0301{}B", "\x00{}\x00"):
             text = without_foreign(
                 "|".join(around.format(chr(code)) for code in range(begin, begin + 256) if not 0xD800 <= code < 0xE000), table
             )
@@ -98,7 +102,7 @@ def test_a_table_of_scripts_of_another_size_is_refused(scripts: bytes | None, pa
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[Tokenizer]:
-    return [build(kind, tmp_path_factory.mktemp(kind)) for kind in ("gpt2", "byte_level", "deepseek3")]
+    return [build(kind, tmp_path_factory.mktemp(kind)) for kind in ("gpt2", "byte_level", "deepseek3", "o200k", "tekken")]
 
 
 @settings(max_examples=250, deadline=None)
@@ -206,3 +210,15 @@ def test_a_file_with_line_ends_in_its_pattern_is_known(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     rust = RustTokenizer.from_buffer(build("deepseek3", tmp_path / "a")._rust.to_str().replace(r"\\r\\n", r"\r\n").encode())
     assert Tokenizer(rust, None, {}).word_pattern == _wordtable.DEEPSEEK3
+
+
+@pytest.mark.parametrize("pattern", [O200K, LLAMA3])
+def test_a_file_that_removes_what_is_between_words_is_known(pattern: str) -> None:
+    """All text is in words, so nothing is."""
+    split = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    rust = RustTokenizer(models.BPE())
+    for steps, is_known in (([split], True), ([split, split], False)):
+        rust.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        assert (Tokenizer(rust, None, {}).word_pattern is not None) == is_known
+    text = "the 'S XMLs' \r\n/ \t １２３4 e\u0301字 x"
+    assert split.pre_tokenize_str(text) == pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(text)

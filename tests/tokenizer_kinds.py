@@ -15,6 +15,18 @@ DEEPSEEK3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+O200K = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+TEKKEN = O200K.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace("{1,3}", "")
 CORPUS = [
     "the quick brown fox jumps over the lazy dog's back",
     "def f(x):\n    return x + 1\n",
@@ -46,7 +58,7 @@ def build(kind: str, folder: Path) -> Tokenizer:
         rust = RustTokenizer(models.BPE())
         if kind == "byte_level":
             rust.normalizer = normalizers.NFC()
-        patterns = DEEPSEEK3 if kind == "deepseek3" else (LLAMA3,)
+        patterns = {"deepseek3": DEEPSEEK3, "o200k": (O200K,), "tekken": (TEKKEN,)}.get(kind, (LLAMA3,))
         splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
         rust.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         if kind == "gpt2":
@@ -61,7 +73,7 @@ def build(kind: str, folder: Path) -> Tokenizer:
 def all_kinds(folder: Path) -> dict[str, Tokenizer]:
     """One of each kind, by name; `folder` takes their files."""
     found = {"demo": load_tokenizer(DEMO_TOKENIZER_PATH)}
-    for kind in ("byte_level", "deepseek3", "wordpiece", "unigram", "llama2"):
+    for kind in ("byte_level", "deepseek3", "o200k", "wordpiece", "unigram", "llama2"):
         (folder / kind).mkdir()
         found[kind] = build(kind, folder / kind)
     return found

@@ -20,10 +20,21 @@ from sglfast import _wordtable
 
 # The planes' parts in which people write today; half of surrogate pairs are no characters.
 _REACH = (range(0xD800), range(0xE000, 0x10000), range(0x1F000, 0x1FC00))
-_LETTER, _DIGIT, _SPACE, _MARK, _PUNCT = 1, 2, 3, 4, 5  # as in cext/sf_unitoken.h
+_LETTER, _DIGIT, _SPACE, _MARK, _PUNCT, _APOSTROPHE = 1, 2, 3, 4, 5, 6  # as in cext/sf_unitoken.h
 _CLASSES = {_LETTER: r"\p{L}+", _DIGIT: r"\p{N}+", _SPACE: r"\s+"}
-_DEEPSEEK3_CLASSES = {**_CLASSES, _MARK: r"\p{M}+", _PUNCT: r"[\p{P}\p{S}]+"}
-_IDEOGRAPHS = "[一-龥\u3040-ゟ゠-ヿ]+"
+_CASED_CLASSES = {**_CLASSES, _MARK: r"\p{M}+"}
+# What each pattern asks besides, and by which bits it is told.
+_MORE_CLASSES = {
+    _wordtable.O200K: {**_CASED_CLASSES, _APOSTROPHE: "'+"},
+    _wordtable.TEKKEN: _CASED_CLASSES,
+    _wordtable.DEEPSEEK3: {**_CASED_CLASSES, _PUNCT: r"[\p{P}\p{S}]+"},
+}
+_CASES = {_wordtable.FRONT: r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+", _wordtable.BACK: r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"}
+_FLAGS = {
+    _wordtable.O200K: _CASES,
+    _wordtable.TEKKEN: _CASES,
+    _wordtable.DEEPSEEK3: {_wordtable.IDEOGRAPH: "[一-龥\u3040-ゟ゠-ヿ]+"},
+}
 # Without regard to case it is an s, which patterns with 's in them look for.
 _LONG_S = 0x17F
 
@@ -34,12 +45,12 @@ def scripts_of(pattern: int, is_normalized: bool) -> bytes:
     table = bytearray([_wordtable.FOREIGN]) * _wordtable.SCRIPT_CHARS
     for codes in _REACH:
         table[codes.start : codes.stop] = bytes(len(codes))
-    is_deepseek = pattern == _wordtable.DEEPSEEK3
-    for kind, regex in (_DEEPSEEK3_CLASSES if is_deepseek else _CLASSES).items():
+    for kind, regex in _MORE_CLASSES.get(pattern, _CLASSES).items():
         for codes in _matches(regex):
             table[codes.start : codes.stop] = bytes([kind]) * len(codes)
-    for codes in _matches(_IDEOGRAPHS) if is_deepseek else ():
-        table[codes.start : codes.stop] = bytes(byte | _wordtable.IDEOGRAPH for byte in table[codes.start : codes.stop])
+    for flag, regex in _FLAGS.get(pattern, {}).items():
+        for codes in _matches(regex):
+            table[codes.start : codes.stop] = bytes(byte | flag for byte in table[codes.start : codes.stop])
     for code in (_LONG_S, *(_changing() if is_normalized else ())):
         table[code] = _wordtable.FOREIGN
     return bytes(table)

@@ -42,6 +42,12 @@ BOS_FLAG_CLASSES = frozenset(f"{family}Tokenizer{suffix}" for family in ("Llama"
 LLAMA_CLASSES = {f"{family}Tokenizer{suffix}": family == "Llama" for family in ("Llama", "CodeLlama") for suffix in ("", "Fast")}
 # Of Llama 3 and of Qwen 2 and 3, as their tokenizer.json has them.
 _LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Of gpt-oss, Llama 4 and MiniMax M2; and of Mistral Nemo and Nemotron 3, who leave out what follows a word.
+_O200K_WORDS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Of DeepSeek V3 and R1, one cut after another.
 _DEEPSEEK3_WORDS = (
     r"\p{N}{1,3}",
@@ -52,6 +58,8 @@ _DEEPSEEK3_WORDS = (
 WORD_PATTERNS: dict[tuple[str | None, ...], int] = {
     (_LLAMA3_WORDS,): _wordtable.LLAMA3,
     (_LLAMA3_WORDS.replace("{1,3}", ""),): _wordtable.QWEN2,
+    (_O200K_WORDS,): _wordtable.O200K,
+    (_O200K_WORDS.replace("{1,3}", "").replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", ""),): _wordtable.TEKKEN,
     _DEEPSEEK3_WORDS: _wordtable.DEEPSEEK3,
 }
 # How byte-level tokenizers write the bytes in their vocabulary: printable Latin-1 as it is, the others from U+0100 on.
@@ -230,6 +238,9 @@ def _split_pattern(step: dict[str, Any]) -> str | None:
     match step:
         case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
             return pattern.replace("\r", r"\r").replace("\n", r"\n")  # some files have the characters themselves
+        # Takes away what is between matches, where all text is matched.
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Removed", "invert": True}:
+            return pattern if (pattern,) in WORD_PATTERNS else None
     return None
 
 

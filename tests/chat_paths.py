@@ -51,6 +51,8 @@ NAMES += [
     "thinker",
     "forward",
     "last_by_range",
+    "harmony",
+    "looks",
 ]
 Body = dict[str, Any]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "dict"}}}

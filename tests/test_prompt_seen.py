@@ -127,6 +127,45 @@ def test_thoughts_behind_the_last_question_end_what_is_known(tokenizers: dict[st
         assert found == whole
 
 
+@pytest.mark.parametrize("thoughts", ["", "I should look. "])
+def test_calls_are_read_turn_by_turn(thoughts: str, tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where thoughts are printed until an answer comes, that one makes them new; without any it changes nothing."""
+    counted = Counted(monkeypatch, tokenizers["harmony"])
+    tool = {"type": "function", "function": {"name": "f", "description": "does", "parameters": {"type": "object", "properties": {}}}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    messages: list[Any] = [{"role": "developer", "content": LONG[0]}, {"role": "user", "content": LONG[1]}]
+    for number in range(2, 16):
+        body = orjson.dumps({"messages": messages, "tools": [tool], "reasoning_effort": "high"})
+        found, whole = counted.keys(body), plain(counted.path.tokenizer, body)
+        assert whole is not None
+        assert found == Keys(whole.tokens, False, {Variant(16): whole.keys[Variant(16)]})
+        is_answered = number == 9 and bool(thoughts)
+        if number > 2 and not is_answered:
+            assert len(counted.parsed) == len(messages[-2:])
+        if number == 8:
+            messages += [{"role": "assistant", "content": LONG[number]}, {"role": "user", "content": LONG[-number]}]
+        else:
+            messages.append({"role": "assistant", "content": thoughts and thoughts + LONG[number], "tool_calls": [call]})
+            messages.append({"role": "tool", "tool_call_id": "1", "content": LONG[-number]})
+
+
+def test_the_day_of_a_date_ends_what_is_known(tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch) -> None:
+    today = ["2026-11-21"]
+    monkeypatch.setattr(stable_module, "strftime_now", lambda format: today[0])
+    counted = Counted(monkeypatch, tokenizers["harmony"])
+    for day in ("2026-11-21", "2026-11-22", "2026-11-21"):
+        today[0] = day
+        for texts in (LONG[:5], LONG[:7], LONG[:7], LONG[:9]):
+            body = chat(*texts)
+            prompt = counted.path.tokenizer.chat
+            assert prompt is not None
+            text = prompt.render(orjson.loads(body)["messages"], kwargs={"strftime_now": lambda format: today[0]})
+            assert day in text
+            ids = counted.path.tokenizer.encode(text, False)
+            assert counted.keys(body).tokens == len(ids)
+            assert counted.keys(body).keys[Variant(16)] == counted.path.reader.keys_of(ids, 16)
+
+
 def test_of_an_unowned_conversation_only_the_beginning_is_read(counted: Counted) -> None:
     body = chat(*LONG)
     found = counted.keys(body, nobody)

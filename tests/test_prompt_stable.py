@@ -34,10 +34,19 @@ MESSAGE = st.one_of(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": TEXT}),
     st.fixed_dictionaries({"role": st.just("assistant"), "content": TEXT, "tool_calls": st.just([CALL])}),
     st.fixed_dictionaries({"role": st.just("tool"), "content": TEXT, "name": TEXT}),
+    st.fixed_dictionaries({"role": st.just("assistant"), "thinking": TEXT, "tool_calls": st.just([CALL])}),
+    st.fixed_dictionaries({"role": st.just("developer"), "content": TEXT}),
     st.fixed_dictionaries(
         {"role": st.just("assistant"), "content": TEXT, "reasoning_content": TEXT}, optional={"tool_calls": st.just([CALL])}
     ),
     st.fixed_dictionaries({"role": st.just("user"), "content": st.just([{"type": "text", "text": "part"}])}),
+)
+
+
+# Of a round of calls: their answers, then the one to the question, and the next question.
+STEPS = st.one_of(
+    st.tuples(MESSAGE.filter(lambda message: "tool_calls" in message), st.just({"role": "tool", "content": "42"})),
+    st.tuples(st.just({"role": "assistant", "content": "so"}), st.just({"role": "user", "content": "why?"})),
 )
 
 
@@ -46,6 +55,8 @@ def conversations(draw: st.DrawFn) -> list[Message]:
     """Some that most templates take, and some that few do."""
     if draw(st.booleans()):
         return draw(st.lists(MESSAGE, min_size=1, max_size=7))
+    if draw(st.booleans()):
+        return [{"role": "user", "content": draw(TEXT)}, *(step for _ in range(draw(st.integers(1, 4))) for step in draw(STEPS))]
     texts = draw(st.lists(TEXT, min_size=1, max_size=9))
     first = draw(st.booleans())
     roles = ["system"] * first + ["user", "assistant"] * len(texts)
@@ -54,7 +65,17 @@ def conversations(draw: st.DrawFn) -> list[Message]:
 
 ROLES = st.lists(st.sampled_from(["user", "assistant", "tool"]), max_size=4)
 TOOLS = st.none() | st.just([{"type": "function", "function": {"name": "f", "parameters": {}}}])
-KWARGS = st.sampled_from([{}, {}, {"enable_thinking": False}, {"date_string": "today"}, {"namespace": None}, {"strftime_now": "x"}])
+KWARGS = st.sampled_from(
+    [
+        {},
+        {},
+        {"enable_thinking": False},
+        {"date_string": "today"},
+        {"namespace": None},
+        {"strftime_now": "x"},
+        {"reasoning_effort": "high", "builtin_tools": ["browser"]},
+    ]
+)
 
 
 def whole(name: str, messages: list[Message], tools: Any, kwargs: dict[str, Any]) -> str | None:
@@ -192,6 +213,7 @@ FRAMED = [
     "thinker",
     "forward",
     "deepseek",
+    "harmony",
 ]
 
 

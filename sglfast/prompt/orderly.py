@@ -4,7 +4,8 @@ Runs in: shard, when the tokenizer is loaded.
 Contract: in a template that `is_orderly` takes, nothing is carried from one turn of a loop to the next but attributes of namespaces, and
     nothing decides about the text but its variables and the clock. `mark_loops` changes a syntax tree so that each loop that may be
     the one over the messages asks the filter LOOP_FILTER what to walk over, or SCAN_FILTER where it prints nothing; and what is printed
-    before it is left out where the test KNOWN_TEST says so; nothing else changes. A template that is refused costs speed, not exactness.
+    before it is left out where the test KNOWN_TEST says so; loops in it that look ahead are prompt/ahead.py's; nothing else changes. A
+    template that is refused costs speed, not exactness.
 Why a list of what is refused is enough for the first: jinja2's own `set` does not outlive a turn, its sandbox lets no template change
     a list or a dict, and what else has a memory is few: iterators that were begun, `loop.changed`, cyclers and joiners, chance.
 """
@@ -12,6 +13,8 @@ Why a list of what is refused is enough for the first: jinja2's own `set` does n
 from collections.abc import Iterator
 
 from jinja2 import nodes
+
+from sglfast.prompt.ahead import mark_looks
 
 LOOP_FILTER, SCAN_FILTER, KNOWN_TEST = "sglfast_loop", "sglfast_scan", "sglfast_known"
 
@@ -36,7 +39,10 @@ def is_orderly(tree: nodes.Template) -> bool:
 def mark_loops(tree: nodes.Template) -> int:
     """Put the marks into a tree; returns how many loops got one. The filter is given the loop's number, from 0."""
     pure_calls = _PURE_CALLS.difference(macro.name for macro in tree.find_all(nodes.Macro))
-    return _Marking(sum(1 for _ in _loops(tree.body)), pure_calls).mark(tree.body)
+    loops = list(_loops(tree.body))
+    marked = _Marking(len(loops), pure_calls).mark(tree.body)
+    mark_looks(tree, loops)
+    return marked
 
 
 def _branches(node: nodes.If) -> list[list[nodes.Node]]:

@@ -139,9 +139,9 @@ class RawReader:
             try:
                 return self._seen(template, scan, limit, context, turn, kind, [last] if count == len(scan) else [], continuation, engine)
             except NotStableError:
-                if not turn.border.form:
+                if turn.border.is_sure:
                     raise
-                # What a scan of the whole found may have changed what was printed before the border, but not before an earlier one.
+                # What a look at the whole found may have changed what was printed before the border, but not before an earlier one.
                 place = next((at for at, name in enumerate(names) if self.keyer.prefixes.get(name) is turn), len(names))
                 names = names[place + 1 :]
                 turn = self.keyer.prefixes.first(names)

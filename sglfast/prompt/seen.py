@@ -116,7 +116,7 @@ class Turns:
         if stamp != kind.stamp:
             kind = Kind.of(kind.context, kind.variants, stamp, self.keyer.prefixes.seed)
         self.put(scan, kind, prefix.chains, prefix.keys, border, text[end : border.chars], role, chain_bytes)
-        return not border.form
+        return border.is_sure
 
     def ending(self, text: str) -> "array[int]":
         """Token ids of what stands behind the last message: nearly always the same few characters."""
@@ -140,12 +140,14 @@ class Turns:
         opening_role: str | None, chain_bytes: int,
     ) -> None:  # fmt: skip
         """Remember a border under the name of the messages that it needs."""
-        at, needed, _, loop, values, form, ranges, roles = border
+        at, needed, _, loop, values, form, ranges, roles, absent = border
         state = repr(values) if values else ""
         if len(state) <= _STATE_CHARS:
             family: tuple[object, ...] = (kind.name, at, loop, state, opening_role)
             if form:
                 family += (form, ranges, *roles[:at])
+            if absent:
+                family += (absent,)
             frames = self._families.get(family)
             if frames is None:
                 frames = self._families[family] = {}

@@ -7,9 +7,9 @@ Contract: the text of a Run that was started at a border of an earlier Run is wh
 Why it holds. A template is a program without input but its variables, so two runs go the same way as long as all they have read is
     the same. Here it gets its messages from a View, which notes what is read: `needed` counts the messages that any step so far has
     looked at, and a run that has asked for their number, or come to their end, in its loop has no more borders; what it has found out
-    about them before the loop is compared (prompt/scans.py). What stands before a border was printed by steps that read no more than
-    that. To begin at the border, the same program runs again on the whole conversation,
-    but its loop over the messages starts in the middle: everything before the loop is set anew (only what it would print is left
+    about them before the loop is compared (prompt/scans.py), what it looks for ahead is looked for again (prompt/ahead.py).
+    What stands before a border was printed by steps that read no more than that. To begin at the border, the same program runs again on the
+    whole conversation, but its loop over the messages starts in the middle: everything before the loop is set anew (only what it would print is left
     out), and the one thing that jinja2 carries from one turn of a loop to the next, the attributes of namespaces, is put back as
     it was. Templates with any other memory are refused (prompt/orderly.py).
     The clock is read through the Run: its words are part of what must be the same (`stamp`).
@@ -23,6 +23,7 @@ from jinja2 import Environment, Template
 from jinja2.runtime import Context
 from jinja2.utils import Namespace
 
+from sglfast.prompt.ahead import Question, add_ahead
 from sglfast.prompt.kept import NotStableError, is_plain, size_bytes
 from sglfast.prompt.orderly import KNOWN_TEST, LOOP_FILTER, SCAN_FILTER, is_orderly, mark_loops
 from sglfast.prompt.scans import Glance, Message, Range, Scan, add_tests, attributes_of, range_of
@@ -39,7 +40,8 @@ class Border(NamedTuple):
     at: number of the message behind it; needed: messages, from the first, that decide about all text before it; chars: of the run's text
     before it; loop: which loop over which rest of the messages; state: what each namespace has that it had not before the loop; form,
     ranges: with what a scan of the whole conversation came to the loop (Scan.end), and within what its numbers must be; roles: those that
-    the scan has asked for, of this conversation's messages from the first on; they save parsing where messages[:at] are the same.
+    the scan has asked for, of this conversation's messages from the first on; they save parsing where messages[:at] are the same;
+    absent: questions that no message behind it may answer with yes (prompt/ahead.py).
     """
 
     at: int
@@ -50,6 +52,12 @@ class Border(NamedTuple):
     form: bytes = b""
     ranges: tuple[Range, ...] = ()
     roles: Sequence[str] = ()
+    absent: tuple[str, ...] = ()
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it holds for all conversations that begin with the messages that it needs."""
+        return not self.form and not self.absent
 
     @property
     def size_bytes(self) -> int:
@@ -131,8 +139,8 @@ class Run:
     """One rendering, as far as it was asked for: its text bit by bit in `parts`, and the borders that it has passed."""
 
     __slots__ = (
-        "_attributes", "_before", "_glance_at", "_is_whole", "_loop", "_message_at", "_namespaces", "_needed", "_scan", "_start",
-        "borders", "chars", "clock", "context", "count", "has_lost_borders", "parts", "rendering", "template",
+        "_absent", "_attributes", "_before", "_glance_at", "_is_whole", "_looks", "_loop", "_message_at", "_namespaces", "_needed",
+        "_scan", "_start", "borders", "chars", "clock", "context", "count", "has_lost_borders", "parts", "rendering", "template",
     )  # fmt: skip
 
     def __init__(
@@ -159,6 +167,8 @@ class Run:
         self._namespaces: list[Namespace] = []
         self._attributes: list[dict[str, Any]] = []  # of the namespaces that were there before the loop
         self._before: list[dict[str, Any]] = []
+        self._absent: tuple[str, ...] = ()
+        self._looks: dict[str, tuple[int, int]] = {}  # by question: from where on was looked, where the first was, or the end
 
     def go_on(self, chars: int | None = None) -> bool:
         """Render until there are so many characters; True: there is no more. Whatever a template raises comes out."""
@@ -203,6 +213,22 @@ class Run:
         if self.clock.setdefault(format, text) != text:
             raise NotStableError("the time has changed")
         return text
+
+    def is_ahead(self, start: int, name: str, question: Question) -> bool:
+        """Whether a message from `start` on answers a question with yes."""
+        if self._loop is None:
+            raise NotStableError("a look ahead from before the loop")
+        count = self.count
+        begun, found = self._looks.get(name, (count, count))
+        if not begun <= start <= found:
+            found = next((index for index in range(start, count) if question(self._message_at(index))), count)
+            self._looks[name] = start, found
+        if found < count:
+            self._needed = max(self._needed, found + 1)
+            return True
+        if name not in self._absent:
+            self._absent += (name,)
+        return False
 
     # ---- what Views and loops note ----
 
@@ -262,6 +288,11 @@ class Run:
             or start.form != (b"" if self._scan is None else self._scan.form)
         ):
             raise NotStableError("not the way that led to the border")
+        for name in start.absent:
+            self._looks[name] = start.at, self.count
+            if any(self.context.vars[name](self._message_at(index)) for index in range(start.at, self.count)):
+                raise NotStableError("what was not there when it was looked for is there now")
+        self._absent = start.absent
         for attributes, values in zip(self._attributes, start.state, strict=True):
             attributes.update(values)
         self.parts.clear()
@@ -292,10 +323,10 @@ class Run:
             needed = index
         scan = self._scan
         if scan is None:
-            self.borders.append(Border(index, needed, self.chars, self._loop, state))
+            self.borders.append(Border(index, needed, self.chars, self._loop, state, b"", (), (), self._absent))
         else:
             ranges = tuple(map(range_of, scan.slots))
-            self.borders.append(Border(index, needed, self.chars, self._loop, state, scan.form, ranges, scan.roles))
+            self.borders.append(Border(index, needed, self.chars, self._loop, state, scan.form, ranges, scan.roles, self._absent))
 
 
 def _watching_environment() -> Environment:
@@ -303,5 +334,6 @@ def _watching_environment() -> Environment:
     environment.filters[LOOP_FILTER] = enter
     environment.filters[SCAN_FILTER] = scan
     add_tests(environment)
+    add_ahead(environment)
     environment.tests[KNOWN_TEST] = is_known
     return environment

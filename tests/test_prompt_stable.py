@@ -316,8 +316,13 @@ def test_a_template_with_too_many_clocks_is_not_followed() -> None:
         template.run(len(PLAIN), PLAIN.__getitem__, template.variables(None, {})).go_on()
 
 
-def test_what_is_printed_before_the_loop_is_not_printed_again() -> None:
-    template = StableTemplate.of(ChatTemplate("{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}", {}))
+NAMES_OF_TOOLS = "{% macro names(all) %}{% for tool in all %}{{ one(tool) }}{% endfor %}{% endmacro %}"
+NAMES_OF_TOOLS += "{% macro one(tool) %}{% for key, value in tool.items() %}{{ value }}{% endfor %}{% endmacro %}{{ names(tools) }}"
+
+
+@pytest.mark.parametrize("before", ["{{ tools | tojson }}", NAMES_OF_TOOLS])
+def test_what_is_printed_before_the_loop_is_not_printed_again(before: str) -> None:
+    template = StableTemplate.of(ChatTemplate(before + "{% for m in messages %}{{ m.content }}{% endfor %}", {}))
     assert template is not None
     tools = [{"name": "f"}]
     first = template.run(8, PLAIN.__getitem__, template.variables(tools, {}))

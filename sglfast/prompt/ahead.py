@@ -116,7 +116,7 @@ def _mark(body: list[nodes.Node], questions: list[nodes.Node]) -> None:
             body[place] = nodes.Assign(flag, nodes.Filter(node.iter, AHEAD_FILTER, arguments, [], None, None)).set_lineno(line)
 
 
-def _look(node: nodes.For) -> tuple[str, nodes.Expr, nodes.NSRef] | None:
+def _look(node: nodes.For) -> tuple[str, nodes.Node, nodes.NSRef] | None:
     """The item's name, the question and the attribute of `for item in ... if question set attribute = true`; None of any other loop."""
     if node.recursive or node.test is not None or node.else_ or not isinstance(node.target, nodes.Name) or len(node.body) != 1:
         return None
@@ -136,7 +136,7 @@ def _look(node: nodes.For) -> tuple[str, nodes.Expr, nodes.NSRef] | None:
     return item, asked.test, flag.target
 
 
-def _names(node: nodes.Expr) -> Iterator[str]:
+def _names(node: nodes.Node) -> Iterator[str]:
     if isinstance(node, nodes.Name):
         yield node.name
     for name in node.find_all(nodes.Name):

@@ -11,6 +11,7 @@ Why a list of what is refused is enough for the first: jinja2's own `set` does n
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from jinja2 import nodes
 
@@ -23,6 +24,8 @@ _MEMORIES = frozenset({"cycler", "joiner", "lipsum", "changed"})
 # Filters whose result is an iterator, which is empty when it is read again.
 _ITERATORS = frozenset({"map", "select", "reject", "selectattr", "rejectattr", "batch", "slice", "unique", "reverse", "items"})
 _PURE_CALLS = frozenset({"raise_exception", "strftime_now", "range", "dict"})
+# Of data, which is all that a template has besides macros; the sandbox lets none of them change anything.
+_PURE_METHODS = frozenset({"items", "keys", "values", "get", "split", "strip", "lstrip", "rstrip", "startswith", "endswith", "replace"})
 
 
 def is_orderly(tree: nodes.Template) -> bool:
@@ -38,9 +41,8 @@ def is_orderly(tree: nodes.Template) -> bool:
 
 def mark_loops(tree: nodes.Template) -> int:
     """Put the marks into a tree; returns how many loops got one. The filter is given the loop's number, from 0."""
-    pure_calls = _PURE_CALLS.difference(macro.name for macro in tree.find_all(nodes.Macro))
     loops = list(_loops(tree.body))
-    marked = _Marking(len(loops), pure_calls).mark(tree.body)
+    marked = _Marking(len(loops), _pure_in(tree)).mark(tree.body)
     mark_looks(tree, loops)
     return marked
 
@@ -72,10 +74,40 @@ def _raises(node: nodes.Expr) -> bool:
     return isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name == "raise_exception"
 
 
+class _Pure(NamedTuple):
+    """What may be called without a trace but what it returns: functions and macros by name, methods by theirs."""
+
+    calls: frozenset[str]
+    methods: frozenset[str]
+
+    def has_all(self, node: nodes.Node) -> bool:
+        """Whether a part of a template calls nothing else and sets no attribute."""
+        return next(node.find_all(nodes.NSRef), None) is None and all(map(self._has, node.find_all(nodes.Call)))
+
+    def _has(self, call: nodes.Call) -> bool:
+        called = call.node
+        if isinstance(called, nodes.Name):
+            return called.name in self.calls
+        return isinstance(called, nodes.Getattr) and called.attr in self.methods
+
+
+def _pure_in(tree: nodes.Template) -> _Pure:
+    """What is pure in a template: of its macros those that set no attribute, make no namespace, and call only what is pure."""
+    macros = list(tree.find_all(nodes.Macro))
+    names = {macro.name for macro in macros}
+    callees = {id(call.node) for call in tree.find_all(nodes.Call)}
+    if any(name.name in names and name.ctx == "load" and id(name) not in callees for name in tree.find_all(nodes.Name)):
+        return _Pure(_PURE_CALLS - names, frozenset())  # a macro that is a value may be called by any name
+    pure = _Pure(_PURE_CALLS | names, _PURE_METHODS)
+    while impure := {macro.name for macro in macros if macro.name in pure.calls and not pure.has_all(macro)}:
+        pure = _Pure(pure.calls - impure, _PURE_METHODS)
+    return pure
+
+
 class _Marking:
-    def __init__(self, n_loops: int, pure_calls: frozenset[str]) -> None:
+    def __init__(self, n_loops: int, pure: _Pure) -> None:
         self._n_loops = n_loops
-        self._pure_calls = pure_calls
+        self._pure = pure
         self._marked = 0
 
     def mark(self, body: list[nodes.Node]) -> int:
@@ -89,12 +121,8 @@ class _Marking:
                 name = LOOP_FILTER if any(map(_prints, node.find_all(nodes.Output))) else SCAN_FILTER
                 node.iter = nodes.Filter(node.iter, name, [nodes.Const(self._marked)], [], None, None, lineno=node.lineno)
                 self._marked += 1
-            elif isinstance(node, nodes.Output) and self._only_prints(node):
+            elif isinstance(node, nodes.Output) and self._pure.has_all(node):  # a macro might set an attribute
                 messages = nodes.Name("messages", "load", lineno=node.lineno)
                 known = nodes.Test(messages, KNOWN_TEST, [], [], None, None, lineno=node.lineno)
                 body[place] = nodes.If(nodes.Not(known, lineno=node.lineno), [node], [], [], lineno=node.lineno)
         return self._marked
-
-    def _only_prints(self, node: nodes.Output) -> bool:
-        """Whether to evaluate it leaves no trace: a macro might set an attribute of a namespace."""
-        return all(isinstance(call.node, nodes.Name) and call.node.name in self._pure_calls for call in node.find_all(nodes.Call))

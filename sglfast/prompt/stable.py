@@ -8,10 +8,10 @@ Why it holds. A template is a program without input but its variables, so two ru
     the same. Here it gets its messages from a View, which notes what is read: `needed` counts the messages that any step so far has
     looked at, and a run that has asked for their number, or come to their end, in its loop has no more borders; what it has found out
     about them before the loop is compared (prompt/scans.py), what it looks for ahead is looked for again (prompt/ahead.py).
-    What stands before a border was printed by steps that read no more than that. To begin at the border, the same program runs again on the
-    whole conversation, but its loop over the messages starts in the middle: everything before the loop is set anew (only what it would print is left
-    out), and the one thing that jinja2 carries from one turn of a loop to the next, the attributes of namespaces, is put back as
-    it was. Templates with any other memory are refused (prompt/orderly.py).
+    What stands before a border was printed by steps that read no more than that. To begin at the border, the same program runs again on
+    the whole conversation, but its loop over the messages starts in the middle: everything before the loop is set anew (only what it
+    would print is left out), and the one thing that jinja2 carries from one turn of a loop to the next, the attributes of namespaces,
+    is put back as it was. Templates with any other memory are refused (prompt/orderly.py).
     The clock is read through the Run: its words are part of what must be the same (`stamp`).
 """
 

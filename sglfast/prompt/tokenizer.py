@@ -25,10 +25,10 @@ import orjson
 from tokenizers import AddedToken, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
 
-from sglfast import _wordtable
 from sglfast.errors import ConfigError, PromptError
 from sglfast.prompt.scripts import scripts_of
 from sglfast.prompt.template import ChatTemplate
+from sglfast.prompt.word_patterns import word_pattern_of
 
 DEMO_TOKENIZER_PATH: str = str(Path(__file__).parent / "demo_tokenizer")
 
@@ -40,28 +40,6 @@ BOS_FLAG_CLASSES = frozenset(f"{family}Tokenizer{suffix}" for family in ("Llama"
 }
 # Their marks of a beginning are those of the class; whether `legacy` of the config counts.
 LLAMA_CLASSES = {f"{family}Tokenizer{suffix}": family == "Llama" for family in ("Llama", "CodeLlama") for suffix in ("", "Fast")}
-# Of Llama 3 and of Qwen 2 and 3, as their tokenizer.json has them.
-_LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Of gpt-oss, Llama 4 and MiniMax M2; and of Mistral Nemo and Nemotron 3, who leave out what follows a word.
-_O200K_WORDS = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Of DeepSeek V3 and R1, one cut after another.
-_DEEPSEEK3_WORDS = (
-    r"\p{N}{1,3}",
-    "[一-龥\u3040-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-)
-WORD_PATTERNS: dict[tuple[str | None, ...], int] = {
-    (_LLAMA3_WORDS,): _wordtable.LLAMA3,
-    (_LLAMA3_WORDS.replace("{1,3}", ""),): _wordtable.QWEN2,
-    (_O200K_WORDS,): _wordtable.O200K,
-    (_O200K_WORDS.replace("{1,3}", "").replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", ""),): _wordtable.TEKKEN,
-    _DEEPSEEK3_WORDS: _wordtable.DEEPSEEK3,
-}
 # How byte-level tokenizers write the bytes in their vocabulary: printable Latin-1 as it is, the others from U+0100 on.
 _AS_THEY_ARE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = [byte for byte in range(256) if byte not in _AS_THEY_ARE]
@@ -156,12 +134,7 @@ class Tokenizer:
         """How text is cut into words, when that is one of the patterns of _wordtable and nothing else is done to it but NFC; else None."""
         if self._rust.pre_tokenizer is None or self.normalized_growth == 0:
             return None
-        match json.loads(self._rust.pre_tokenizer.__getstate__()):
-            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
-                return _wordtable.GPT2
-            case {"type": "Sequence", "pretokenizers": [*splits, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}:
-                return WORD_PATTERNS.get(tuple(map(_split_pattern, splits)))
-        return None
+        return word_pattern_of(json.loads(self._rust.pre_tokenizer.__getstate__()))
 
     def scripts(self) -> bytes | None:
         """What each character is to a tokenizer with a `word_pattern` (prompt/scripts.py)."""
@@ -231,17 +204,6 @@ class Tokenizer:
         """Return every lowercase ASCII word w of two or more letters whose " w" is an entry of the vocabulary, sorted."""
         entries = (self._rust.decode([token_id]) for token_id in range(self._rust.get_vocab_size(with_added_tokens=False)))
         return sorted({entry[1:] for entry in entries if re.fullmatch(" [a-z]{2,}", entry)})
-
-
-def _split_pattern(step: dict[str, Any]) -> str | None:
-    """The pattern of a step that cuts text at its matches, and between them; None of any other."""
-    match step:
-        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
-            return pattern.replace("\r", r"\r").replace("\n", r"\n")  # some files have the characters themselves
-        # Takes away what is between matches, where all text is matched.
-        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Removed", "invert": True}:
-            return pattern if (pattern,) in WORD_PATTERNS else None
-    return None
 
 
 def _text_of(entry: str) -> str | None:

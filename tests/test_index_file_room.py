@@ -9,7 +9,7 @@ import pytest
 from kv_publisher import Publisher, stored, two_in_a_row, wait_until
 from test_index_main import House
 
-from sglfast._counters import RANK_BLIND
+from sglfast._counters import R_GENERATION, RANK_BLIND
 from sglfast._workers import FREE
 from sglfast.index import file_room
 from sglfast.index.file_room import FileRoom, files_of, is_for_lack_of_files
@@ -88,6 +88,7 @@ def test_whoever_changes_keeps_his_place(house: SmallHouse) -> None:
 def test_it_is_followed_when_the_limit_is_raised(house: SmallHouse, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_room, "_FIRST_PAUSE_S", 0.0)
     _, second = house.three_ranks()
+    house.index._room.freed()  # the pause that was set before
     for _ in range(3):
         house.index.retry()
         assert house.control.state(5) == BLIND
@@ -115,6 +116,10 @@ def test_a_file_that_cannot_be_opened_is_no_end(house: SmallHouse, monkeypatch: 
         patch.setattr(os, "eventfd", refuse)
         house.index.sync()
         assert house.control.state(0) == BLIND
+        generation = house.control.ranks.get(0, R_GENERATION)
+        house.index._room.freed()
+        house.index.retry()
+        assert (house.control.state(0), house.control.ranks.get(0, R_GENERATION)) == (BLIND, generation), "in vain, and still told"
     house.hear(engine, 0)
 
 

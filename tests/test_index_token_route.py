@@ -291,6 +291,20 @@ def test_a_window_over_mla_is_not_the_main_attention() -> None:
 
 
 @pytest.mark.parametrize("is_usual", [False, True])
+def test_another_process_of_the_engine_may_count_another_group(is_usual: bool) -> None:
+    house = House()
+    house.index.has_agreed = is_usual
+    full = {"kv_cache_spec_kind": "full_attention"}
+    house.apply(stored([1, 2], TOKENS[:8], group_idx=1, **full))
+    assert house.overlap(TOKENS) == 2
+    house.index.clear()
+    house.apply(stored([1, 2], TOKENS[:8], group_idx=0, **full))
+    assert (house.overlap(TOKENS), house.index.main_group) == (2, 0)
+    house.apply(removed([1, 2], group_idx=0))
+    assert house.overlap(TOKENS) == 0
+
+
+@pytest.mark.parametrize("is_usual", [False, True])
 def test_of_two_full_attentions_the_first_counts_until_it_is_none(is_usual: bool) -> None:
     house = House()
     house.index.has_agreed = is_usual

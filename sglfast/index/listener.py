@@ -39,13 +39,19 @@ def listen_endpoint(base: str, rank: int) -> str:
 
 
 class Listener:
-    """Listens at `endpoint`; subscribers connect to `inner`. Raises zmq.ZMQError when the address cannot be bound."""
+    """Listens at `endpoint`; subscribers connect to `inner`. Raises zmq.ZMQError when the address cannot be bound,
+    and OSError when there are too many open files."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, log: logging.Logger) -> None:
         self.inner = "inproc://kv-listen-" + endpoint
         self._log = log
-        self._source = context.socket(zmq.SUB)
-        self._target = context.socket(zmq.PUB)
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._source = context.socket(zmq.SUB)
+            self._target = context.socket(zmq.PUB)
+        except zmq.ZMQError:
+            os.close(self._stop_fd)
+            raise
         try:
             for made in (self._source, self._target):
                 made.setsockopt(zmq.LINGER, 0)
@@ -59,8 +65,8 @@ class Listener:
             self._source.bind(endpoint)
         except zmq.ZMQError:
             self._close_sockets()
+            os.close(self._stop_fd)
             raise
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread = threading.Thread(target=self._run, name=f"kv-listen {endpoint}", daemon=True)
         self._thread.start()
 

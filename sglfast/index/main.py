@@ -197,10 +197,10 @@ class Index:
             subscriber, why = self._follow_rank(view, endpoint_of(view), worker_rank, 0)
             if subscriber is not None:
                 subscribers.append(subscriber)
-            elif why == REASON_NO_DESCRIPTORS:
+                continue
+            if why == REASON_NO_DESCRIPTORS:
                 self._room.wait(waiting, now_s)
-            else:
-                self._leave(view, worker_rank, why)
+            self._leave(view, worker_rank, why)  # also then: a try that got as far as the sockets has cleared the row
 
     def _leave(self, view: WorkerView, worker_rank: int, why: int) -> None:
         """A rank is not followed. why: position in RANK_REASONS."""
@@ -278,7 +278,7 @@ class Index:
             place = listen_endpoint(self._kv_listen, worker_rank)
             if place not in self._listeners:
                 self._listeners[place] = Listener(self._context, place, self._log)
-        except (ConfigError, zmq.ZMQError) as error:
+        except (ConfigError, OSError, zmq.ZMQError) as error:
             self._log.error("no KV events of rank %d of %s: %s", worker_rank, url, error)
             return None, REASON_NO_DESCRIPTORS if is_for_lack_of_files(error) else REASON_NOT_LISTENING
         return self._listeners[place].inner, 0

@@ -295,6 +295,7 @@ class RankIndex:
         """Forget all blocks of the rank; returns how many they were."""
         before = self.counters.blocks_removed
         self._by_tokens.clear()  # without the lock: the kernel may have a GiB to get back
+        self._by_tokens.main_group = UNTOLD_GROUP  # what comes may be another engine process's, whose caches count otherwise
         with self._tree.lock:
             if not self._is_retired:
                 self._clear_blocks(self._tree.writer)

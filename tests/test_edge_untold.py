@@ -82,9 +82,20 @@ def test_another_worker_that_has_it_is_no_excuse_but_another_rank_of_the_same(dp
         lambda house: house.set(c.R_STATE, c.RANK_SYNCING),
         lambda house: house.set(c.R_STATE, c.RANK_DEGRADED),
         lambda house: house.set(c.R_GENERATION, 3),
+        lambda house: house.set(c.R_STREAM, 3),
+        lambda house: house.set(c.R_RESTARTS, 1),
+        lambda house: house.set(c.R_EVENTS, 6),
         lambda house: house.set(c.R_BLOCKS_REMOVED, 26),
     ],
-    ids=["events are fetched again", "events are known to be lost", "another worker", "a quarter of the cache went"],
+    ids=[
+        "events are fetched again",
+        "events are known to be lost",
+        "another worker",
+        "another process of it",
+        "its engine was restarted",
+        "another index",
+        "a quarter of the cache went",
+    ],
 )
 def test_what_explains_the_absence_ends_the_wait(change: Callable[[House], None]) -> None:
     house = House()

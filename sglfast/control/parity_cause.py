@@ -98,6 +98,12 @@ def _too_little(evidence: Evidence) -> str:
     if not (evidence.has_overlap or counts.exact):
         return _PROMPTS
     # Blocks of the router's prompts are the worker's; some are missing.
+    is_looked_for = not evidence.reasons and (evidence.n_ranks == 1 or evidence.is_steered)  # see edge/untold
+    if is_looked_for and not counts.untold:
+        return (
+            "its KV events are applied long after its answers: the worker publishes them late, or the router's index process gets too "
+            "little CPU time; or it prepares a part of the prompts otherwise than the router (chat template, tools, thoughts, images)"
+        )
     more = ", or tells the removal of one copy of a block while it keeps another" if evidence.engine == "vllm" else ""
     return (
         f"the worker leaves stored blocks out of its KV events{more}: it finds blocks in its cache that they never told; or it prepares "

@@ -29,13 +29,16 @@ _DROPPED_SHARE = 4  # one in so many blocks
 
 @dataclass(slots=True)
 class _Missing:
-    """key: of the block; ranks: all of its worker's; generation, events, removed_blocks: words of its rank's row at the answer."""
+    """key: of the block; ranks: all of its worker's; process, events, removed_blocks: words of its rank's row at the answer.
+
+    process: what tells one engine process's events from another's.
+    """
 
     key: bytes
     rank: int
     ranks: range
     worker_idx: int
-    generation: int
+    process: tuple[int, int, int]
     events: int
     removed_blocks: int
     ticks_left: int = TICKS_BEHIND_EVENTS
@@ -63,7 +66,7 @@ class Untold:
                 route.rank,
                 range(route.rank - route.dp_rank, route.rank - route.dp_rank + max(route.upstream.dp_size, 1)),
                 route.upstream.worker_idx,
-                row[words.R_GENERATION],
+                _process_of(row),
                 row[words.R_EVENTS],
                 row[words.R_BLOCKS_REMOVED],
             )
@@ -75,7 +78,8 @@ class Untold:
 
     def _is_waited_for(self, missing: _Missing) -> bool:
         row = self._ranks.row(missing.rank)
-        if row[words.R_STATE] != words.RANK_EXACT or row[words.R_GENERATION] != missing.generation:
+        # Fewer events: another index process counts them anew.
+        if row[words.R_STATE] != words.RANK_EXACT or _process_of(row) != missing.process or row[words.R_EVENTS] < missing.events:
             return False
         # An engine that takes no notice of the rank that it is told finds other ranks' blocks.
         if self._tree.match(missing.key) and any(rank in missing.ranks for rank, _ in self._tree.hits()):
@@ -90,3 +94,7 @@ class Untold:
         if removed_blocks * _DROPPED_SHARE <= row[words.R_OWNED_BLOCKS]:
             self._column.add_worker(missing.worker_idx, words.W_PARITY_UNTOLD)
         return False
+
+
+def _process_of(row: list[int]) -> tuple[int, int, int]:
+    return row[words.R_GENERATION], row[words.R_STREAM], row[words.R_RESTARTS]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 from edge_harness import Edge, settled, wait_until
@@ -65,6 +66,23 @@ def test_the_last_attempt_s_error_is_passed_on_however_long(workers: list[Worker
         assert (found.status, found.body) == (500, LONG)
         assert len(workers[0].calls) == 3
         wait_until(lambda: ended == [True, True], "the others are left")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"disable_circuit_breaker": False, "cb_failure_threshold": 1},
+        {"request_timeout_secs": 1.0, "retry_initial_backoff_ms": 5000, "retry_max_backoff_ms": 5000},
+    ],
+    ids=["it shuts the only worker", "no time is left for another attempt"],
+)
+def test_a_long_error_is_not_dropped_for_an_attempt_that_cannot_be_made(workers: list[Worker], settings: dict[str, Any]) -> None:
+    with Edge(workers[:1], **QUICK | settings) as edge, settled(edge):
+        edge.allowed_log = ("circuit is open",)
+        workers[0].plan(says(_LONG_HEAD["content-length"], LONG))
+        found = edge.ask(post(SENT))
+        assert (found.status, found.body) == (500, LONG)
+        assert len(workers[0].calls) == 1
 
 
 @pytest.mark.parametrize("disable_retries", [False, True])

@@ -125,18 +125,22 @@ class Attempts:
         else:
             self._send(following)
 
-    def failed(self, route: Route, reason: errors.Reason, *, at: Upstream | None = None, is_quick: bool = False) -> None:
+    def failed(
+        self, route: Route, reason: errors.Reason, *, at: Upstream | None = None, is_quick: bool = False, pause_s: float | None = None
+    ) -> None:
         """The attempt by this route came to nothing: make another, maybe after a pause, or tell the client.
 
         reason: told when there is no further attempt and no worker gave an answer; at: whose fault it is, if not the route's own
-        worker's; is_quick: a worker that was not tried yet may be asked without a pause, because this one has done nothing.
+        worker's; is_quick: a worker that was not tried yet may be asked without a pause, because this one has done nothing; pause_s: the
+        pause, where it is known already.
         """
         exchange = self._exchange
         shard = exchange.shard
         self._failures += 1
         self._tried += ((at or route.upstream).worker_idx,)
         following = shard.router.next_choice(route, self._tried) if self._failures < shard.retry.max_attempts else None
-        pause_s = shard.retry.pause_s(self._failures)
+        if pause_s is None:
+            pause_s = shard.retry.pause_s(self._failures)
         if following is None or monotonic() + pause_s >= exchange.deadline_s:
             self.give_up(reason)
         elif is_quick and not any(row in self._tried for row in following.rows):
@@ -207,13 +211,18 @@ class Attempts:
     def _drop(self, held: HeldAnswer) -> bool:
         """Make another attempt without the rest of an answer that is too long to be kept; False: nobody else is there, it is the answer."""
         exchange = self._exchange
-        route, connection = exchange.route, exchange.connection
-        if route is None or connection is None or held.head.status not in RETRYABLE or not self.has_other(route, route.upstream):
+        shard, route, connection = exchange.shard, exchange.route, exchange.connection
+        if route is None or connection is None or held.head.status not in RETRYABLE or not self._has_more():
+            return False
+        row, pause_s = route.upstream.worker_idx, shard.retry.pause_s(self._failures + 1)
+        following = shard.router.next_choice(route, (*self._tried, row))
+        # The only worker may be shut by this very error: then there would be nothing left to tell the client.
+        if following is None or (shard.breakers.is_on and row in following.rows) or monotonic() + pause_s >= exchange.deadline_s:
             return False
         self._held = exchange.connection = None
         connection.close()
         exchange.leave_worker(_OUTCOMES.get(held.head.status, _counters.W_ERRORS))
-        self.failed(route, errors.UPSTREAM_UNREACHABLE)
+        self.failed(route, errors.UPSTREAM_UNREACHABLE, pause_s=pause_s)
         return True
 
     def release(self) -> None:

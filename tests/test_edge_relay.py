@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 from edge_harness import Edge, run, settled
-from raw_client import request
+from raw_client import WAIT_S, request
 from scripted_worker import Worker
 
 from sglfast._httphead import RequestHead, ResponseHead, scan_request
@@ -256,3 +256,18 @@ def test_a_client_that_leaves_while_control_works_leaves_nothing(worker: Worker)
             peer.settimeout(8)
             while peer.recv(65536):
                 pass  # its end comes when the shard has let go
+
+
+def test_who_waits_for_control_when_the_shard_stops_is_told_so(worker: Worker) -> None:
+    name = f"sglfast-test-{time.time_ns()}"
+    listener = _listener(name)
+    with listener, Edge([worker], control_address="@" + name) as edge, edge.client() as client:
+        client.send(request("GET", "/workers"))
+        peer, _ = listener.accept()
+        with peer:
+            edge.control.send(b"q")
+            assert edge.process.wait(WAIT_S) == 0
+            found = client.read_answer()
+            assert (found.status, found.code, found.closes) == (503, "shutting_down", True)
+            assert client.has_ended()
+            assert edge.log() == ""

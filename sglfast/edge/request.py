@@ -8,6 +8,7 @@ Runs in: shards; `PromptKeyer` also in its own threads. Contract: the body is pa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import itertools
 import logging
@@ -230,8 +231,12 @@ class PromptKeyer:
             if len(self._waiting) + self._is_busy >= _MAX_WAITING:
                 return False
 
+        def land(done: Future[T]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the shard has ended meanwhile
+                self._loop.call_soon_threadsafe(self._landed, done, then)
+
         def begin() -> None:
-            self._threads.submit(work).add_done_callback(lambda done: self._loop.call_soon_threadsafe(self._landed, done, then))
+            self._threads.submit(work).add_done_callback(land)
 
         waiting = _Waiting(begin, lambda: then(None), is_wanted)
         heapq.heappush(self._waiting, (self._loop.time() + n_bytes * _LATER_S_A_BYTE, next(self._order), waiting))

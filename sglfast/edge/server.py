@@ -102,6 +102,10 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         try:
             if self.exchange is not None:
                 self.exchange.break_off(errors.SHUTTING_DOWN)
+            elif self.state == BUSY:  # the answer of the tokenizer, or of control, is written at once when it is there
+                if self.task is not None:
+                    self.task.cancel()
+                self.answer_error(errors.SHUTTING_DOWN, None)
         except Exception as error:
             report(self.shard.log, error)
         self.close_after_write()

@@ -21,7 +21,7 @@
 #include <immintrin.h>
 #endif
 
-#define SF_JSON_MESSAGES (1 << 12) /* each costs some 60 ns here; who sends more has time */
+#define SF_JSON_MESSAGES (1 << 16) /* each costs some 60 ns here; who sends more has time */
 
 enum { SF_JSON_OK = 0, SF_JSON_UNUSUAL = -1, SF_JSON_NO_MEMORY = -2 };
 

@@ -172,7 +172,7 @@ def test_as_many_messages_as_there_may_be() -> None:
         return b'{"messages":[' + b",".join([b"{}"] * count) + b"]}"
 
     assert len(split(body(1 << 12))) == 1 << 12
-    assert scan_chat(body((1 << 12) + 1), SEED) is None
+    assert scan_chat(body((1 << 16) + 1), SEED) is None
 
 
 # ---- names ----

@@ -120,16 +120,22 @@ class Text:
 
 
 class Frame:
-    """What is printed behind a border: strings, and holes for texts of messages, counted from the border on."""
+    """What is printed behind a border: strings, and holes for texts of messages, counted from the border on.
 
-    __slots__ = ("_asked", "_not_empty", "_parts", "borders")
+    opening: the first message, if a scan has read more of it than its role: then the frame is for conversations with that one.
+    """
 
-    def __init__(self, parts: tuple[str | Hole, ...], noted: list[Hole | Asked], borders: tuple[Border, ...]) -> None:
+    __slots__ = ("_asked", "_not_empty", "_parts", "borders", "opening")
+
+    def __init__(
+        self, parts: tuple[str | Hole, ...], noted: list[Hole | Asked], borders: tuple[Border, ...], opening: Message | None
+    ) -> None:  # fmt: skip
         """borders: `chars` of each is the number of parts before it."""
         self._parts = parts
         self._not_empty = tuple(item for item in noted if isinstance(item, Hole))
         self._asked = tuple(item for item in noted if isinstance(item, Asked))
         self.borders = borders
+        self.opening = opening
 
     def fill(self, messages: Sequence[Message]) -> list[str] | None:
         """The parts with the texts of the messages behind the border."""
@@ -167,6 +173,7 @@ class FrameMaker:
         """
         noted: list[Hole | Asked] = []
         known: dict[int, Message] = {}
+        read: list[Message] = []
 
         def message_at(at: int) -> Message:
             if at not in known:
@@ -177,7 +184,10 @@ class FrameMaker:
             return known[at]
 
         def glance_at(at: int) -> Message:
-            return message_at(at) if at or not border.at else opening()
+            if at or not border.at:
+                return message_at(at)
+            read.append(opening())
+            return read[0]
 
         run = self._template.run(border.at + len(roles), message_at, variables, border, glance_at)
         try:
@@ -194,7 +204,7 @@ class FrameMaker:
         ):
             return None
         borders = tuple(found._replace(chars=ends[found.chars]) for found in run.borders)
-        return Frame(parts, noted, borders)
+        return Frame(parts, noted, borders, read[0] if read else None)
 
 
 def _go_through(run: Run) -> list[int]:

@@ -104,9 +104,15 @@ class Turns:
             return -1
         return self.keyer.pieces.last_cut(text, max(0, chars - _REST_CHARS), chars) or -1
 
+    def least_border(self, text: str, end: int) -> int:
+        """Where the first border is behind which text may go on in any way, if its chains are those of text[:end]: a cut between words is
+        one only with the two characters that follow it, one behind the token that ends messages with any."""
+        mark = self.keyer.pieces.border
+        return end if mark and text.startswith(mark, end - len(mark)) else end + 2
+
     def remember(self, scan: ChatScan, limit: int, kind: Kind, run: Run, end: int, prefix: Prefix, text: str) -> bool:
         """Remember the first border of a whole text that is not before text[:end]; False when none is sure to be used again."""
-        border = next((border for border in run.borders if border.chars >= end), None)
+        border = next((border for border in run.borders if border.chars >= self.least_border(text, end)), None)
         stamp = self._template.stamp()
         if border is None or not 0 < border.needed <= limit or border.chars > end + _REST_CHARS or not run.is_stamped(stamp):
             return False
@@ -140,12 +146,12 @@ class Turns:
         opening_role: str | None, chain_bytes: int,
     ) -> None:  # fmt: skip
         """Remember a border under the name of the messages that it needs."""
-        at, needed, _, loop, values, form, ranges, roles, absent = border
+        at, needed, _, loop, values, form, ranges, roles, absent, prints = border
         state = repr(values) if values else ""
         if len(state) <= _STATE_CHARS:
             family: tuple[object, ...] = (kind.name, at, loop, state, opening_role)
             if form:
-                family += (form, ranges, *roles[:at])
+                family += (form, ranges, prints, *roles[:at])
             if absent:
                 family += (absent,)
             frames = self._families.get(family)
@@ -261,9 +267,10 @@ class SeenKeying:
         """Remember the first border behind the old one that is not before text[:end]."""
         turn = self._turn
         rest_chars = len(turn.rest)
+        least = self._turns.least_border(text, end)
         for border in self._borders:
             at = rest_chars + (border.chars if self._counts_chars else sum(map(len, self._parts[: border.chars])))
-            if at < end:
+            if at < least:
                 continue
             if at <= end + _REST_CHARS and border.needed <= self._limit and self._turns.is_now(self._kind):
                 opening_role, chain_bytes = turn.opening_role, turn.chain_bytes

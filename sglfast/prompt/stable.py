@@ -41,7 +41,8 @@ class Border(NamedTuple):
     before it; loop: which loop over which rest of the messages; state: what each namespace has that it had not before the loop; form,
     ranges: with what a scan of the whole conversation came to the loop (Scan.end), and within what its numbers must be; roles: those that
     the scan has asked for, of this conversation's messages from the first on; they save parsing where messages[:at] are the same;
-    absent: questions that no message behind it may answer with yes (prompt/ahead.py).
+    absent: questions that no message behind it may answer with yes (prompt/ahead.py); prints: how many before the loop had begun when the
+    scan did: it may have begun in the last of them, so that one is made again.
     """
 
     at: int
@@ -53,6 +54,7 @@ class Border(NamedTuple):
     ranges: tuple[Range, ...] = ()
     roles: Sequence[str] = ()
     absent: tuple[str, ...] = ()
+    prints: int = 0
 
     @property
     def is_sure(self) -> bool:
@@ -140,7 +142,7 @@ class Run:
 
     __slots__ = (
         "_absent", "_attributes", "_before", "_glance_at", "_is_whole", "_looks", "_loop", "_message_at", "_namespaces", "_needed",
-        "_scan", "_start", "borders", "chars", "clock", "context", "count", "has_lost_borders", "parts", "rendering", "template",
+        "_prints", "_scan", "_start", "borders", "chars", "clock", "context", "count", "has_lost_borders", "parts", "rendering", "template",
     )  # fmt: skip
 
     def __init__(
@@ -164,6 +166,7 @@ class Run:
         self._is_whole = False  # the number of messages has made a difference in the loop
         self._scan: Scan | None = None  # it has made one before the loop
         self._loop: tuple[int, int] | None = None
+        self._prints = 0  # that have begun before the scan, or the loop
         self._namespaces: list[Namespace] = []
         self._attributes: list[dict[str, Any]] = []  # of the namespaces that were there before the loop
         self._before: list[dict[str, Any]] = []
@@ -232,10 +235,13 @@ class Run:
 
     # ---- what Views and loops note ----
 
-    def take(self, index: int) -> Message:
-        """A message that the template looks at."""
-        if index >= self._needed and (self._scan is None or self._loop is not None):
-            self._needed = index + 1
+    def take(self, index: int, begun: tuple[int, int] | None = None) -> Message:
+        """A message that the template looks at. begun: as of `see_end`."""
+        if index >= self._needed:
+            if self._loop is not None or (self._scan is None and self._start is None):
+                self._needed = index + 1
+            elif self._scan is None:
+                self.see_end(begun)  # what led to the border found no such message, or had a scan behind it
         return self._message_at(index)
 
     def glances(self, indexes: range) -> list[Glance]:
@@ -264,10 +270,13 @@ class Run:
         """The template has looked at the end, and its loop has not begun."""
         return self._scan is not None and self._loop is None
 
-    @property
-    def is_before_start(self) -> bool:
-        """What is printed now is known."""
-        return self._start is not None and self._loop is None and self._scan is None
+    def is_print_known(self) -> bool:
+        """A print begins: what it prints is known."""
+        if self._loop is not None or self._scan is not None:
+            return False
+        self._prints += 1
+        start = self._start
+        return start is not None and (not start.form or self._prints < start.prints)
 
     def enter(self, view: View, loop: int) -> View | Walk:
         """A loop over messages begins: the first one is the one with borders."""
@@ -326,7 +335,9 @@ class Run:
             self.borders.append(Border(index, needed, self.chars, self._loop, state, b"", (), (), self._absent))
         else:
             ranges = tuple(map(range_of, scan.slots))
-            self.borders.append(Border(index, needed, self.chars, self._loop, state, scan.form, ranges, scan.roles, self._absent))
+            self.borders.append(
+                Border(index, needed, self.chars, self._loop, state, scan.form, ranges, scan.roles, self._absent, self._prints)
+            )
 
 
 def _watching_environment() -> Environment:

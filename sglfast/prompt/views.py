@@ -46,7 +46,7 @@ class View:
         run = self._run
         begun = run.place
         for index in range(self._offset, run.count):
-            yield run.take(index)
+            yield run.take(index, begun)
         run.see_end(begun)
 
     def __getitem__(self, key: Any) -> Any:
@@ -148,7 +148,7 @@ def scan(value: Any, _: int) -> Any:
 
 
 def is_known(value: Any) -> bool:
-    return type(value) is View and value._run.is_before_start
+    return type(value) is View and value._run.is_print_known()
 
 
 def _is_place(value: object) -> bool:

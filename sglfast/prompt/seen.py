@@ -272,6 +272,8 @@ class SeenKeying:
             at = rest_chars + (border.chars if self._counts_chars else sum(map(len, self._parts[: border.chars])))
             if at < least:
                 continue
+            if border.needed < turn.border.needed:  # of a frame that another turn had made, which needed less
+                border = border._replace(needed=turn.border.needed)
             if at <= end + _REST_CHARS and border.needed <= self._limit and self._turns.is_now(self._kind):
                 opening_role, chain_bytes = turn.opening_role, turn.chain_bytes
                 self._turns.put(self._scan, self._kind, chains, keys, border, text[end:at], opening_role, chain_bytes)

@@ -206,16 +206,19 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
             roles += (message["role"],)
         frames = turn.frames
         frame = frames.get(roles)
-        opening = functools.partial(self.opening, scan, lambda at: self.message(scan.message(at), engine), engine)
         if frame is None and roles not in frames:
             if len(frames) == _FRAMES:
                 frames.clear()
             frames[roles] = False  # what comes once is not worth one
         elif frame is False:
+            opening = functools.partial(self._opening_of, scan, engine)
             frame = frames[roles] = self._frames.make(turn.border, turn.opening_role, roles, context.variables, opening)
-        if isinstance(frame, Frame) and frame.opening is not None and frame.opening != opening():
+        if not isinstance(frame, Frame) or (frame.opening is not None and frame.opening != self._opening_of(scan, engine)):
             return None
-        return frame if isinstance(frame, Frame) else None
+        return frame
+
+    def _opening_of(self, scan: ChatScan, engine: Engine) -> Message:
+        return self.opening(scan, lambda at: self.message(scan.message(at), engine), engine)
 
     def _context(self, template: StableTemplate, scan: ChatScan, dialect: Dialect) -> Context | None:
         text = scan.context

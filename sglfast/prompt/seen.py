@@ -112,7 +112,8 @@ class Turns:
 
     def remember(self, scan: ChatScan, limit: int, kind: Kind, run: Run, end: int, prefix: Prefix, text: str) -> bool:
         """Remember the first border of a whole text that is not before text[:end]; False when none is sure to be used again."""
-        border = next((border for border in run.borders if border.chars >= self.least_border(text, end)), None)
+        least = self.least_border(text, end)
+        border = next((border for border in run.borders if border.chars >= least), None)
         stamp = self._template.stamp()
         if border is None or not 0 < border.needed <= limit or border.chars > end + _REST_CHARS or not run.is_stamped(stamp):
             return False

@@ -12,13 +12,14 @@ from tokenizers import Tokenizer as RustTokenizer
 from sglfast._blockhash import token_keys
 from sglfast.errors import PromptError
 from sglfast.prompt.adapters import asked_for, starts_of
-from sglfast.prompt.ids import Keys
+from sglfast.prompt.ids import IdsKeying, Keys
 from sglfast.prompt.keys import PromptReader, RequestKind
 from sglfast.prompt.lazy import Keying, LazyKeyer
 from sglfast.prompt.pieces import PieceCache
 from sglfast.prompt.prefixes import PrefixCache
 from sglfast.prompt.raw import RawReader
 from sglfast.prompt.seen import SeenKeying, Turns
+from sglfast.prompt.template import ChatTemplate
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
 from sglfast.shm import Dialect, Variant, dialect_of
 
@@ -115,14 +116,25 @@ class Chats:
 
     def forget(self) -> "Chats":
         """As a new one; to make one takes a while."""
-        limit = self.keyer.prefixes._limit_bytes
-        self.keyer.prefixes = PrefixCache(limit)
-        self.keyer.pieces.cache = PieceCache(3 * limit)
+        self._forget_text()
         if self.raw._template is not None:
             self.raw._turns = Turns(self.keyer, self.raw._template)
         return self
 
-    def begin(self, body: bytes, variants: list[Variant], head_chars: int) -> Keying | SeenKeying | None:
+    def change_template(self, source: str) -> bool:
+        """As a new one whose tokenizer has this template; whether it is followed. Raises what ChatTemplate does."""
+        self.tokenizer.chat = ChatTemplate(source, {})
+        self._forget_text()
+        self.reader = PromptReader(self.tokenizer)
+        self.raw = RawReader(self.keyer)
+        return self.raw._template is not None
+
+    def _forget_text(self) -> None:
+        limit = self.keyer.prefixes._limit_bytes
+        self.keyer.prefixes = PrefixCache(limit)
+        self.keyer.pieces.cache = PieceCache(3 * limit)
+
+    def begin(self, body: bytes, variants: list[Variant], head_chars: int) -> Keying | IdsKeying | SeenKeying | None:
         """None: there are no keys."""
         keying = self.raw.begin(body, variants, head_chars)
         if keying is not None:

@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import Any, ClassVar
 
 import msgspec
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -365,3 +366,18 @@ class TokenMachine(Machine):
 TestShaRoute = ShaMachine.TestCase
 TestTokenRoute = TokenMachine.TestCase
 TestShaRoute.settings = TestTokenRoute.settings = settings(max_examples=250, stateful_step_count=40, deadline=None, database=None)
+
+
+@pytest.mark.parametrize("machine", [ShaMachine, TokenMachine])
+def test_what_a_mute_socket_left_open_is_not_lost_for_the_next_index(machine: type[Machine]) -> None:
+    """An index takes over, cannot ask, and is killed; the next one can: nothing was lost, although replay does not reach back to 0."""
+    run = machine()
+    run.begin(has_replay=True, buffer_batches=10_000, history=0, is_old=True)
+    run.deliver_answer(n=1)
+    run.turn_replay_on_and_off(is_now=True)
+    run.kill_index(is_now=True, n_unsaved=0, has_note=True)
+    for _ in range(3):
+        run.deliver_answer(n=1)
+    assert run.stream.counters.give_ups == 1
+    run.kill_index(is_now=True, n_unsaved=0, has_note=True)
+    run.teardown()

@@ -58,7 +58,10 @@ class StreamState:
     @property
     def resume(self) -> Resume | None:
         """What another process would need to go on from here; None when nothing is known yet."""
-        return None if self.next_seq is None else Resume(self.next_seq, self._last_print or 0, self._loss)
+        if self.next_seq is None:
+            return None
+        # Nothing was lost if this is the engine that was left: that is for the other process to find out, as it is for this one.
+        return Resume(self.next_seq, self._last_print or 0, 0 if self._is_unproven else self._loss)
 
     @property
     def deadline_s(self) -> float | None:

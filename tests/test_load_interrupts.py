@@ -56,14 +56,18 @@ class Busy(asyncio.Protocol):
 async def busy(log: list[str]) -> None:
     loop = asyncio.get_running_loop()
     ends = socket.socketpair()
-    transports = [(await loop.create_connection(Busy, sock=end))[0] for end in ends]
-    transports[0].write(b"x")
+    transports = []
     try:
+        for end in ends:
+            transports.append((await loop.create_connection(Busy, sock=end))[0])
+        transports[0].write(b"x")
         await asyncio.sleep(10)
         log.append("nobody ended it")
     finally:
         for transport in transports:
             transport.abort()
+        for end in ends:  # one that a signal left without a transport
+            end.close()
         await asyncio.sleep(0)
         log.append("cleaned")
 

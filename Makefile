@@ -22,7 +22,7 @@ MISSING_PROTOS := $(foreach stem,$(PROTOS:.proto=),$(if $(and $(wildcard $(stem)
 BUILD_FLAGS := $(SGLFAST_DEBUG) $(SGLFAST_SANITIZE) $(SGLFAST_CFLAGS)
 ARGS :=
 
-.PHONY: help run test test-fast check build icount bench san docs wheel clean FORCE
+.PHONY: help run test test-fast soak check build icount bench san docs wheel clean FORCE
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: build $(VENV)/.installed-dev ## run every test
 
 test-fast: build $(VENV)/.installed-dev ## run the tests, without those that take more than 20 s
 	$(PY) -m pytest -n 2 --dist loadfile -m 'not slow and not alone' $(ARGS)
+
+soak: build $(VENV)/.installed-dev ## run the tests that use chance with new seeds, until one fails or Ctrl-C
+	while SGLFAST_TEST_SEED=new $(PY) -m pytest -n 2 -m 'chance and not alone' $(ARGS); do :; done; exit 1
 
 check: build $(VENV)/.installed-dev build/hints.log ## the one gate: format, lint, types, floors, tests, instruction counts
 	$(BIN)/ruff format --check .

@@ -1,4 +1,6 @@
-"""What every test has: seeds that a failure shows, the golden folder, and a guard against what a test leaves behind.
+"""What every test has: seeds, the golden folder, and a guard against what a test leaves behind.
+
+Chance is the same on every run, so that a change is judged by what it changes; `make soak` looks for more, with new seeds.
 
 The guard fails a test that ends with a new child process or an open socket of its own, and the run if at its end any
 process is alive that descends from it, whoever its parent is by then. Fixtures of a wider scope may keep theirs until
@@ -11,6 +13,7 @@ import os
 import random
 import signal
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,9 +29,12 @@ GOLDEN = Path(__file__).parent / "golden"
 RUN_MARK = f"PYTEST_RUN_MARK={os.getpid()}-{time.time_ns()}-"
 GRACE_S = 2.0
 
+SEED = os.environ.get("SGLFAST_TEST_SEED", "")  # a number, `new`, or nothing: each test has its own
+
 # Other people use this machine: no example is failed for being slow.
-hypothesis.settings.register_profile("sglfast", deadline=None, print_blob=True)
-hypothesis.settings.load_profile("sglfast")
+hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("new", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("new" if SEED == "new" else "same")
 
 
 class SeededRandom(random.Random):
@@ -43,9 +49,18 @@ class SeededRandom(random.Random):
 
 
 @pytest.fixture
-def rng() -> SeededRandom:
-    """A new seed on every run, or the one in the environment's SGLFAST_TEST_SEED."""
-    return SeededRandom(int(os.environ.get("SGLFAST_TEST_SEED") or random.SystemRandom().getrandbits(32)))
+def rng(request: pytest.FixtureRequest) -> SeededRandom:
+    """The test's own seed, or what SGLFAST_TEST_SEED says."""
+    if SEED == "new":
+        return SeededRandom(random.SystemRandom().getrandbits(32))
+    return SeededRandom(int(SEED) if SEED else zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what new seeds may tell something of."""
+    for item in items:
+        if "rng" in getattr(item, "fixturenames", ()) or hypothesis.is_hypothesis_test(getattr(item, "obj", None)):
+            item.add_marker("chance")
 
 
 @pytest.fixture(scope="session")

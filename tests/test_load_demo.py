@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import random
 import re
 import shlex
 import signal
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import SeededRandom
 from rich.console import Console
 from test_load_client import Seen, serving, uvloop_run
 
@@ -26,7 +26,6 @@ from sglfast.load.demo import WorkerView, live_line, live_table, main, what_to_t
 
 ROOT = Path(__file__).parent.parent
 SGLFAST = [sys.executable, "-m", "sglfast"]
-SEED = int(os.environ.get("SGLFAST_TEST_SEED", random.randrange(1 << 32)))
 TRIES = 6
 LAST_SIGNAL_S = 6.0
 
@@ -207,16 +206,15 @@ def test_prefill_and_decode_apart() -> None:
 
 
 @pytest.mark.parametrize("attempt", range(TRIES))
-def test_signal_at_any_moment_ends_it_and_its_children(attempt: int) -> None:
+def test_signal_at_any_moment_ends_it_and_its_children(rng: SeededRandom, attempt: int) -> None:
     """From the first import over the start of the children to the traffic; bounded, and nothing is left."""
-    chance = random.Random(SEED + attempt)
-    after_s = LAST_SIGNAL_S * (attempt + chance.random()) / TRIES
+    after_s = LAST_SIGNAL_S * (attempt + rng.random()) / TRIES
     with demo("--traffic", "--workers", "1") as process:
         end_s, pids = time.monotonic() + after_s, set[int]()
         while time.monotonic() < end_s:
             pids |= descendants(process.pid)  # also of those that end by themselves
             time.sleep(0.02)
-        process.send_signal(chance.choice((signal.SIGTERM, signal.SIGINT)))
+        process.send_signal(rng.choice((signal.SIGTERM, signal.SIGINT)))
         with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             pids |= descendants(process.pid)
         rest, _ = process.communicate(timeout=60)

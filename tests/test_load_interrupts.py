@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import os
-import random
 import signal
 import socket
 import threading
@@ -13,12 +12,12 @@ from functools import partial
 from typing import cast
 
 import pytest
+from conftest import SeededRandom
 
 from sglfast.load.interrupts import Interrupts
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TRIES = 20
-SEED = int(os.environ.get("SGLFAST_TEST_SEED", random.randrange(1 << 32)))
 
 
 @pytest.fixture(autouse=True)
@@ -76,13 +75,12 @@ def run_busy(interrupts: Interrupts, log: list[str]) -> None:
     interrupts.run(busy(log))
 
 
-def test_callbacks_of_the_loop_lose_no_signal(capfd: pytest.CaptureFixture[str]) -> None:
-    chance = random.Random(SEED)
+def test_callbacks_of_the_loop_lose_no_signal(rng: SeededRandom, capfd: pytest.CaptureFixture[str]) -> None:
     for attempt in range(TRIES):
         log: list[str] = []
         with Interrupts() as interrupts, pytest.raises(KeyboardInterrupt):
-            killed(chance.uniform(0.0, 0.1), SIGNALS[attempt % 2], partial(run_busy, interrupts, log))
-        assert log in ([], ["cleaned"]), f"seed {SEED}"
+            killed(rng.uniform(0.0, 0.1), SIGNALS[attempt % 2], partial(run_busy, interrupts, log))
+        assert log in ([], ["cleaned"])
     assert capfd.readouterr().err == ""
 
 

@@ -3,9 +3,6 @@
 Named conversations that once had keys of another text, and templates that template_grammar.py makes, from seeds that never change.
 """
 
-import itertools
-import os
-import time
 from collections.abc import Sequence
 
 import orjson
@@ -20,7 +17,6 @@ from sglfast.prompt.seen import SeenKeying
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 from sglfast.shm import Variant
 
-SECS = float(os.environ.get("SGLFAST_TEST_TEMPLATES_SECS", 0))
 SEEDS = range(1, 9)
 TEMPLATES_PER_SEED = 24
 FAILURES_MAX = 12  # a template that has refused so many conversations refuses most
@@ -186,16 +182,6 @@ def test_made_templates(path: Chats, seed: int, monkeypatch: pytest.MonkeyPatch)
     assert frames
 
 
-@pytest.mark.timeout(SECS + 120)
-@pytest.mark.skipif(not SECS, reason="SGLFAST_TEST_TEMPLATES_SECS is not set")
 def test_more_made_templates(path: Chats, rng: SeededRandom) -> None:
-    """One seed a template, counted up from that of the run."""
-    end = time.monotonic() + SECS
-    for seed in itertools.count(rng.first_seed):
-        if time.monotonic() > end:
-            return
-        try:
-            check_seed(path, seed, 1, Seen())
-        except pytest.fail.Exception as failure:
-            failure.msg = f"SGLFAST_TEST_SEED={seed} repeats it: {failure.msg}"
-            raise
+    """Some more with new seeds (`make soak`)."""
+    check_seed(path, rng.first_seed, TEMPLATES_PER_SEED, Seen())

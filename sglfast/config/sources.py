@@ -25,12 +25,7 @@ from sglfast.errors import ConfigError
 
 PREFIX = "SGLFAST_"
 # Variables that are no settings: of the build, of the tests, and SGLFAST_SHA=portable, which leaves a processor's SHA instructions unused.
-OTHER_VARIABLES = frozenset(
-    {
-        "SGLFAST_DEBUG", "SGLFAST_SANITIZE", "SGLFAST_CFLAGS", "SGLFAST_ONLY", "SGLFAST_TEST_SEED", "SGLFAST_TEST_TEMPLATES_SECS",
-        "SGLFAST_SHA",
-    }
-)  # fmt: skip
+OTHER_VARIABLES = frozenset({"SGLFAST_DEBUG", "SGLFAST_SANITIZE", "SGLFAST_CFLAGS", "SGLFAST_ONLY", "SGLFAST_TEST_SEED", "SGLFAST_SHA"})
 # Kubernetes sets these in every pod beside a Service whose name begins with "sglfast"; nobody meant them as settings.
 _OF_KUBERNETES = re.compile(r"SGLFAST_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
 _PORT_OF_KUBERNETES = re.compile(r"(tcp|udp|sctp)://")

@@ -68,6 +68,8 @@ bench: build $(VENV)/.installed-dev ## micro benchmarks, then the router against
 	$(PY) bench/prompt_path.py
 	$(PY) bench/match_under_load.py
 	$(PY) bench/index_events.py
+	$(PY) bench/index_killed.py
+	$(PY) bench/long_prompts.py
 	@if command -v nginx >/dev/null && command -v wrk >/dev/null; then $(PY) bench/compare.py $(ARGS) && $(PY) bench/streams.py; \
 	else echo 'SKIPPED: the comparison needs nginx and wrk (apt-get install nginx-light haproxy wrk)'; fi
 

@@ -51,6 +51,7 @@ class SimSettings:
     prefill_tokens_per_s: float | None = None
     decode_tokens_per_s: float | None = None
     kv_events: bool = True
+    replay: bool = True
     tokenizer_path: str = DEMO_TOKENIZER_PATH
     mx_server: str | None = None
     mx_role: Literal["seed", "target"] | None = None
@@ -74,6 +75,8 @@ class SimSettings:
         flags = ["--workers", str(self.workers), "--base-port", "0", "--tokenizer-path", self.tokenizer_path]
         if not self.kv_events:
             flags.append("--no-kv-events")
+        if not self.replay:
+            flags.append("--no-replay")
         if self.mode != "null":
             flags += ["--disaggregation-mode", self.mode]
         if self.mode == "prefill":

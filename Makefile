@@ -63,14 +63,17 @@ build: $(VENV)/.editable ## compile what changed; leaves .venv/bin/sglfast
 icount: build $(VENV)/.installed-dev ## instructions per call against bench/icount.json (ARGS=--write to set new budgets)
 	$(PY) bench/icount.py $(ARGS)
 
-bench: build $(VENV)/.installed-dev ## micro benchmarks, then the router against nginx if nginx and wrk are there
+FIGURES := out/bench
+bench: build $(VENV)/.installed-dev ## what BENCHMARKS.md shows, nginx beside it if nginx and wrk are there; pictures in out/bench
+	@mkdir -p $(FIGURES)
 	$(PY) -m pytest bench -o addopts=-q --benchmark-only
-	$(PY) bench/prompt_path.py
-	$(PY) bench/match_under_load.py
-	$(PY) bench/index_events.py
+	$(PY) bench/prompt_path.py --plot $(FIGURES)/prompt_path.svg
+	$(PY) bench/match_under_load.py --plot $(FIGURES)/match_under_load.svg
+	$(PY) bench/index_events.py --plot $(FIGURES)/index_events.svg
 	$(PY) bench/index_killed.py
 	$(PY) bench/long_prompts.py
-	@if command -v nginx >/dev/null && command -v wrk >/dev/null; then $(PY) bench/compare.py $(ARGS) && $(PY) bench/streams.py; \
+	@if command -v nginx >/dev/null && command -v wrk >/dev/null; then $(PY) bench/compare.py --plot $(FIGURES)/compare.svg $(ARGS) \
+		&& $(PY) bench/streams.py --plot $(FIGURES)/streams.svg; \
 	else echo 'SKIPPED: the comparison needs nginx and wrk (apt-get install nginx-light haproxy wrk)'; fi
 
 # The sanitized modules live in a copy of the tree, so that the working ones stay as they are. The first line after the

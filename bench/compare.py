@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from contenders import CONTENDERS, WORKERS, Router, Setting, free_ports, start_router, start_workers
+from drawing import Bars, add_plot, draw_bars
 from load import Workload, chat, run_wrk
 from processes import BenchError, require
 
@@ -38,6 +39,8 @@ def main() -> int:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     print(json.dumps(report, indent=1) if options.json else table(report))
+    if options.plot:
+        draw_bars(options.plot, report["workload"], [bars(report, "CPU time a request, microseconds")])
     ratio = report["medians"].get("sglfast", {}).get("ratio")
     if options.max_ratio is not None and (ratio is None or ratio > options.max_ratio):
         print(f"compare: sglfast at {ratio} x {report['base']}, allowed are {options.max_ratio}", file=sys.stderr)
@@ -55,6 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--cores", help="ROUTER,LOAD: the two cores to use (default: the first two)")
     parser.add_argument("--max-ratio", type=float, help="exit code 1 if sglfast costs more than this times the base")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of a table")
+    add_plot(parser)
     options = parser.parse_args(argv)
     if min(options.rounds, options.seconds, options.connections) < 1:
         parser.error("--rounds, --seconds and --connections are 1 or more")
@@ -175,6 +179,13 @@ def summarize(rounds: list[dict[str, Any]], names: list[str]) -> dict[str, dict[
             "rss_kb": statistics.median(row["rss_kb"] for row in mine),
         }
     return medians
+
+
+def bars(report: dict[str, Any], title: str) -> Bars:
+    """The medians as a panel of a picture, with the range of the rounds."""
+    rounds = {name: [row["us_per_request"] for row in report["rounds"] if row["router"] == name] for name in report["medians"]}
+    values = {name: row["us_per_request"] for name, row in report["medians"].items()}
+    return Bars(title, values, {name: (min(times), max(times)) for name, times in rounds.items()}, form="{:.1f}")
 
 
 def machine() -> str:

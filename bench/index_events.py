@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 
 import zmq
 from compare import machine
+from drawing import Bars, add_plot, draw_bars
 
 from sglfast import shm
 from sglfast._blockhash import page_keys
@@ -141,18 +142,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="KV events from ZMQ frames to visible blocks, on one core.")
     parser.add_argument("--blocks", type=int, default=512_000, help="blocks of each run")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each row; the best one counts")
+    add_plot(parser)
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     own_core, other_cores = cores[0], cores[1:] or cores
     os.sched_setaffinity(0, {own_core})
     print(f"{machine()}; {time.strftime('%Y-%m-%d')}; CPU {own_core} reads, {other_cores} publish")
     print(f"{'KV events to visible blocks':44}{'a core, blocks/s':>18}{'wall, blocks/s':>18}{'goal':>12}")
+    reached: dict[str, float] = {}
     for route in ("sha256", "tokens"):
         for way in WAYS:
             n_blocks = options.blocks // PROMPT_BLOCKS * PROMPT_BLOCKS
             a_core, wall = map(max, zip(*(measure(route, way, n_blocks, other_cores) for _ in range(options.rounds)), strict=True))
             name = f"{route}, {BLOCK_TOKENS[route]} tokens a block, {way}"
+            reached[name] = a_core
             print(f"{name:44}{a_core:18,.0f}{wall:18,.0f}{WANTED_BLOCKS_PER_S:12,}", flush=True)
+    if options.plot:
+        bars = Bars("blocks/s of one core", reached, goal=("at least", WANTED_BLOCKS_PER_S))
+        draw_bars(options.plot, "KV events, from a TCP socket to visible blocks", [bars])
     return 0
 
 

@@ -19,6 +19,7 @@ import time
 from multiprocessing.synchronize import Event as Flag
 
 from compare import machine
+from drawing import add_plot, draw_times
 
 from sglfast import shm
 from sglfast._hashtree import TreeReader, TreeWriter
@@ -107,6 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Matching under load, applying, and memory, of the hash tree.")
     parser.add_argument("--seconds", type=float, default=5.0, help="time of matching, with and without the writer")
     parser.add_argument("--blocks-per-s", type=int, default=200_000, help="what the writer applies")
+    add_plot(parser)
     options = parser.parse_args()
     cores = sorted(os.sched_getaffinity(0))
     fd, segment = shm.create(max_workers=1, max_ranks=RANKS, max_shards=1, capacity_blocks=CAPACITY)
@@ -138,6 +140,9 @@ def main() -> int:
     print(f"  {'goal, while 200,000 blocks/s are applied':62}{GOAL_P50_US:8.2f}{GOAL_P99_US:8.2f}")
     print(f"applying stored blocks, one core: {apply_blocks_per_s(5):,.0f} blocks/s  goal {GOAL_BLOCKS_PER_S:,}")
     print(f"shared memory a block at {RANKS} ranks: {bytes_a_block():.1f} bytes  goal {GOAL_BYTES} at most")
+    if options.plot:
+        title = f"match of {PROMPT_BLOCKS} blocks over {RANKS} ranks, a call from Python"
+        draw_times(options.plot, title, {name: times for name, times, _ in loads}, {"p50": GOAL_P50_US, "p99": GOAL_P99_US})
     return 0
 
 

@@ -16,8 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
+from drawing import Bars, add_plot, draw_bars
 from prompt_texts import KINDS, source, tokenizer_of_chinese
 
 from sglfast import shm
@@ -53,10 +55,20 @@ def best_us(rounds: list[list[float]]) -> float:
     return best
 
 
-def ratio(plain: list[list[float]], other: list[list[float]]) -> str:
-    """What the bests give, and the range of single rounds."""
+class Ratio(NamedTuple):
+    """Plain to another, of the bests; the lowest and the highest of single rounds."""
+
+    best: float
+    lowest: float
+    highest: float
+
+    def __str__(self) -> str:
+        return f"{self.best:.0f} ({self.lowest:.0f}..{self.highest:.0f})"
+
+
+def ratio(plain: list[list[float]], other: list[list[float]]) -> Ratio:
     single = [statistics.median(whole) / statistics.median(short) for whole, short in zip(plain, other, strict=True)]
-    return f"{best_us(plain) / best_us(other):.0f} ({min(single):.0f}..{max(single):.0f})"
+    return Ratio(best_us(plain) / best_us(other), min(single), max(single))
 
 
 def conversation(text: str, number: int, newest: str) -> Messages:
@@ -73,8 +85,8 @@ def body_of(messages: Messages) -> bytes:
     return orjson.dumps({"model": "demo", "messages": messages, "temperature": 0.7, "stream": True})
 
 
-def measure(kind: str, tokenizer: Tokenizer, writer: TreeWriter, tree: TreeReader) -> str:
-    """A line of the table."""
+def measure(kind: str, tokenizer: Tokenizer, writer: TreeWriter, tree: TreeReader) -> dict[str, Ratio]:
+    """Print a line of the table; returns its ratios, of `seen` and `cold`."""
     text, reader = source(kind), PromptReader(tokenizer)
     base = conversation(text, 0, "")[:-1]
     question = "and what of {}?" if text.isascii() else "那么{}呢？"
@@ -108,24 +120,43 @@ def measure(kind: str, tokenizer: Tokenizer, writer: TreeWriter, tree: TreeReade
         for name, call, bodies in (("plain", plain, newest), ("seen", warm, newest), ("cold", fresh(), strangers)):
             times[name].append(round_us(call, bodies))
     figures = [best_us(rounds) for rounds in times.values()]
-    ratios = [ratio(times["plain"], times[name]) for name in ("seen", "cold")]
-    return f"{kind:8}{tokens:8,}{figures[0]:10,.0f}{figures[1]:8.1f}{figures[2]:8.1f}{ratios[0]:>18}{ratios[1]:>18}"
+    ratios = {name: ratio(times["plain"], times[name]) for name in WANTED}
+    ends = "".join(f"{each!s:>18}" for each in ratios.values())
+    print(f"{kind:8}{tokens:8,}{figures[0]:10,.0f}{figures[1]:8.1f}{figures[2]:8.1f}{ends}", flush=True)
+    return ratios
+
+
+def draw(path: str, ratios: dict[str, dict[str, Ratio]]) -> None:
+    panels = [
+        Bars(
+            f"{name}: times as fast as tokenizing everything",
+            {kind: row[name].best for kind, row in ratios.items()},
+            {kind: (row[name].lowest, row[name].highest) for kind, row in ratios.items()},
+            ("at least", wanted),
+        )
+        for name, wanted in WANTED.items()
+    ]
+    draw_bars(path, f"{BYTES >> 10} KB chat through the prompt path", panels)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the prompt path costs as a fraction of tokenizing everything.")
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"only these of {', '.join(KINDS)}")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of a model, instead of the demo's and the one trained here for Chinese")
+    add_plot(parser)
     options = parser.parse_args()
     _, segment = shm.create(max_workers=64, max_ranks=64, max_shards=1, capacity_blocks=1 << 16)
     writer, tree = TreeWriter(segment), TreeReader(segment)
     print(f"page 64, SHA-256 kernel {kernel()}; microseconds\n")
     print(f"{'text':8}{'tokens':>8}{'plain':>10}{'seen':>8}{'cold':>8}{'plain/seen':>18}{'plain/cold':>18}")
     with tempfile.TemporaryDirectory() as folder:
+        ratios: dict[str, dict[str, Ratio]] = {}
         for kind in options.kinds or KINDS:
             path = options.tokenizer or (DEMO_TOKENIZER_PATH if kind in ("prose", "code") else tokenizer_of_chinese(Path(folder)))
-            print(measure(kind, load_tokenizer(path), writer, tree), flush=True)
+            ratios[kind] = measure(kind, load_tokenizer(path), writer, tree)
     print(f"{'wanted':42}{WANTED['seen']:18}{WANTED['cold']:18}")
+    if options.plot:
+        draw(options.plot, ratios)
 
 
 if __name__ == "__main__":

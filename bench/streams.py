@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compare import choose, cores, machine, progress, summarize, table
+from compare import bars, choose, cores, machine, progress, summarize, table
 from contenders import WORKERS, Router, Setting, free_ports, start_router
+from drawing import add_plot, draw_bars
 from processes import BenchError, PinnedProcess, require
 
 _PEERS = Path(__file__).parent / "stream_peers.py"
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--cores", help="ROUTER,LOAD: the two cores to use (default: the first two)")
     parser.add_argument("--max-ratio", type=float, help="exit code 1 if sglfast costs more than this times the base")
     parser.add_argument("--json", action="store_true", help="print everything as JSON instead of a table")
+    add_plot(parser)
     options = parser.parse_args()
     try:
         report = compare_streams(options)
@@ -42,6 +44,8 @@ def main() -> int:
         print(f"streams: {error}", file=sys.stderr)
         return 2
     print(json.dumps(report, indent=1) if options.json else table(report))
+    if options.plot:
+        draw_bars(options.plot, report["workload"], [bars(report, "CPU time an event, microseconds")])
     ratio = report["medians"].get("sglfast", {}).get("ratio")
     return int(options.max_ratio is not None and (ratio is None or ratio > options.max_ratio))
 

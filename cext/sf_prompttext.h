@@ -3,7 +3,8 @@
  *   prompt   the raw JSON value of the first of input_ids, messages, prompt, input, text that is a string, an array or an object
  *   context  what else decides about a KV cache: model, tools, cache_salt, ...: the chain begins with a hash of their raw values; null
  *            is as good as nothing
- *   pieces   the prompt is cut at fixed places: every 128 bytes up to 2 KiB, from there 16 times in each doubling
+ *   pieces   the prompt is cut at fixed places: every 128 bytes up to 2 KiB, from there 16 times in each doubling; a prompt of 16 bytes or
+ *            more that ends before the first cut is one piece
  *   key i    = XXH3-64(key i-1 || XXH3-64(piece i))
  *
  * Equal beginnings of the raw prompt thus have equal keys up to the last cut inside them: at most a sixteenth less than what is
@@ -28,6 +29,7 @@
 #define SF_TEXT_SCAN_BYTES (UINT64_C(4) << 20)
 #define SF_TEXT_KEYS_MAX 192u /* the cut at SF_TEXT_SCAN_BYTES */
 #define SF_TEXT_STEP 128u
+#define SF_TEXT_WHOLE_MIN 16u /* shorter ones have too few tokens for a share of them to mean anything */
 
 typedef struct {
     const char *prompt; /* NULL: the body has none */
@@ -150,16 +152,22 @@ static inline void sf_text_find(sf_text_t *text, const char *body, uint64_t n) {
     } while (p < end && *p == ',');
 }
 
+/* The key behind a piece. link: the chain so far, and where its next hash goes. */
+static inline uint64_t _sf_text_key(uint64_t *link, const char *piece, uint64_t n_bytes) {
+    link[1] = sf_xxh3(piece, n_bytes, 0, sf_xxh3_secret);
+    link[0] = sf_xxh3_0_to_16((const uint8_t *)link, 2 * sizeof *link, 0);
+    return link[0] ? link[0] : 1;
+}
+
 /* Keys of the prompt's pieces, at most SF_TEXT_KEYS_MAX; none is 0. Returns how many. */
 static inline uint32_t sf_text_keys(const sf_text_t *text, uint64_t *keys) {
     uint64_t link[2] = {text->context, 0}, at = 0, cut;
     uint32_t n = 0;
     while (n < SF_TEXT_KEYS_MAX && (cut = sf_text_cut(n + 1)) <= text->prompt_bytes) {
-        link[1] = sf_xxh3(text->prompt + at, cut - at, 0, sf_xxh3_secret);
-        link[0] = sf_xxh3_0_to_16((const uint8_t *)link, sizeof link, 0);
-        keys[n++] = link[0] ? link[0] : 1;
+        keys[n++] = _sf_text_key(link, text->prompt + at, cut - at);
         at = cut;
     }
+    if (!n && text->prompt_bytes >= SF_TEXT_WHOLE_MIN) keys[n++] = _sf_text_key(link, text->prompt, text->prompt_bytes);
     return n;
 }
 #endif

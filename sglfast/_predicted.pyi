@@ -12,8 +12,8 @@ GRACE_MS: int
 def text_keys(body: bytes) -> tuple[bytes, int]:
     """Return (keys of the prompt in a raw JSON body, 8 bytes each; bytes of the prompt's raw value).
 
-    Key i stands for the first `text_cut(i)` bytes of the prompt and for all else in the body that decides about a KV cache. (b"", 0):
-    the body has no prompt that a key could be made of. Format: cext/sf_prompttext.h.
+    Key i stands for the first `text_cut(i)` bytes of the prompt, or for the whole of a shorter one, and for all else in the body that
+    decides about a KV cache. (b"", 0): the body has no prompt that a key could be made of. Format: cext/sf_prompttext.h.
     """
 
 def text_cut(n_keys: int) -> int:

@@ -230,7 +230,7 @@ def text_keys(members: dict[str, bytes]) -> tuple[list[int], int]:
     key = sum(xxhash.xxh3_64_intdigest(value) * (2 * i + 3) for i, value in context)
     keys: list[int] = []
     at = 0
-    for cut in text_cuts(len(prompt)):
+    for cut in text_cuts(len(prompt)) or [len(prompt)] * (len(prompt) >= 16):
         piece = xxhash.xxh3_64_intdigest(prompt[at:cut])
         key = xxhash.xxh3_64_intdigest((key % 2**64).to_bytes(8, "little") + piece.to_bytes(8, "little"))
         keys.append(key or 1)

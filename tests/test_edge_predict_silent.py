@@ -146,7 +146,35 @@ def test_explain_of_an_approximate_pool() -> None:
     run(inside())
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b'{"messages":[]}', b"no JSON", body("short")])
+def test_a_short_prompt_is_found_as_a_whole() -> None:
+    """Too short for a cut: only the same again finds it, and nothing is made of the beginning that others share with it."""
+    short, other = b'{"model":"demo","prompt":"repeated prompt for cache"}', b'{"model":"demo","prompt":"repeated prompt for cakes"}'
+
+    def test(shard: Shard, index: Index) -> None:
+        first = route_of(shard.router, short)
+        sent(shard, first)
+        assert first.decision == CACHE_MISS
+        for _ in range(11):
+            index.drain()
+            again = route_of(shard.router, short)
+            assert (again.upstream, again.decision) == (first.upstream, CACHE_HIT)
+            sent(shard, again)
+            shard.router.settle(again)
+        assert route_of(shard.router, other).decision == CACHE_MISS
+
+    shards(memory_of(block_size=0), test, **APPROXIMATE)
+
+
+def test_a_short_prompt_is_no_prediction_where_events_tell() -> None:
+    def test(shard: Shard, index: Index) -> None:
+        route = route_of(shard.router, body("a short prompt that comes often"))
+        assert route.prediction is None
+        assert index.drain() == 0
+
+    shards(memory_of(), test, keyer=ColdKeyer(), **EXACT)
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"messages":[]}', b"no JSON", b'{"model":"demo","prompt":"two words"}'])
 def test_bodies_without_keys_go_by_load(data: bytes) -> None:
     def test(shard: Shard, index: Index) -> None:
         route = route_of(shard.router, data)

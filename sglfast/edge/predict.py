@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # For prompts that nobody tokenizes: about what English text and code have, and the unit in which their overlap is reported.
 BYTES_PER_TOKEN = 4
 BLOCK_TOKENS = 64
+_FIRST_CUT_BYTES = text_cut(1)
 
 
 class Found(NamedTuple):
@@ -64,7 +65,8 @@ class Predictor:
     def look_up(self, pool: Pool, body: bytes) -> Found:
         """Which workers of the pool were sent how much of the body's prompt. Cost: 6 us for 32 KB."""
         keys, n_bytes = text_keys(body)
-        if not keys:
+        # Of workers with events a prompt that short is no block that could be missed, and a crowd of equal ones is better spread.
+        if not keys or (n_bytes < _FIRST_CUT_BYTES and not pool.is_approximate):
             return NOTHING
         shares: dict[int, tuple[int, float]] = {}
         ranks = pool.ranks
@@ -73,7 +75,7 @@ class Predictor:
             for rank, n_keys in self._table.hits():
                 position = pool.positions.get(rank)
                 if position is not None:
-                    share = text_cut(n_keys) / n_bytes
+                    share = min(1.0, text_cut(n_keys) / n_bytes)
                     if by_rank is not None and ranks is not None and rank in ranks.owned:
                         by_rank[rank] = (position, share)
                     if position not in shares or share > shares[position][1]:

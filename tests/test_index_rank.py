@@ -16,6 +16,7 @@ from sglfast._segment import Segment, segment_bytes
 from sglfast.index import rank as rank_module
 from sglfast.index.live import Run
 from sglfast.index.rank import RankIndex, TreeLock
+from sglfast.index.sink import Outcome
 from sglfast.wire import kv_events
 from sglfast.wire.kv_events import EventOut
 
@@ -120,10 +121,21 @@ def test_unreadable_batch_is_counted(house: House, caplog: pytest.LogCaptureFixt
 
 def test_unreadable_event_is_counted_and_its_siblings_applied(house: House) -> None:
     good = msgspec.msgpack.decode(batch(root()))[1]
-    payload = msgspec.msgpack.encode([1.0, [*good, ["BlockTeleported", 1]], 0])
+    payload = msgspec.msgpack.encode([1.0, [*good, ["BlockRemoved", 1]], 0])
     assert house.index.apply(payload).is_lossy
     assert house.index.counters.undecoded == 1
     assert house.overlap(page_keys(TOKENS, P)) == 4
+
+
+def test_an_unknown_kind_of_event_is_passed_over(house: House, caplog: pytest.LogCaptureFixture) -> None:
+    """What a newer engine tells besides is no loss: the rank stays as well known as it was."""
+    good = msgspec.msgpack.decode(batch(root()))[1]
+    for odd in (["BlockTeleported", 1], {"type": "BlockTeleported", "block_hashes": [1]}):
+        payload = msgspec.msgpack.encode([1.0, [odd, *good], 0])
+        assert house.index.apply(payload) == Outcome()
+    assert house.index.counters.undecoded == 2
+    assert house.overlap(page_keys(TOKENS, P)) == 4
+    assert "1 of 2 events are of a kind that is not known here ('BlockTeleported')" in caplog.text
 
 
 def test_retired_rank_touches_nothing(house: House) -> None:

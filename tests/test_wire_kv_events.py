@@ -127,8 +127,8 @@ def good_siblings(bad: Any) -> bytes:
 @pytest.mark.parametrize(
     "bad",
     [
-        ["BlockMoved", [1]],
-        {"type": "BlockMoved"},
+        [7, "BlockMoved"],
+        {"type": 5},
         {"block_hashes": [1]},
         {"type": "BlockRemoved"},
         {"type": "BlockRemoved", "block_hashes": 5},
@@ -149,8 +149,15 @@ def good_siblings(bad: Any) -> bytes:
 def test_bad_event_keeps_its_siblings(bad: Any) -> None:
     batch = kv_events.decode_batch(good_siblings(bad))
     assert batch.events == [BlockRemoved(struct.pack("<Q", 7), "GPU"), AllBlocksCleared()]
-    assert batch.undecoded == 1
+    assert (batch.undecoded, batch.unknown) == (1, ())
     assert batch.rank == 3
+
+
+@pytest.mark.parametrize("new", [["BlockMoved"], ["BlockMoved", [1], {"to": "DISK"}], {"type": "BlockMoved"}, {"to": [1], "type": "BlockMoved"}])
+def test_a_kind_of_event_that_is_not_known_is_named(new: Any) -> None:
+    batch = kv_events.decode_batch(good_siblings(new))
+    assert batch.events == [BlockRemoved(struct.pack("<Q", 7), "GPU"), AllBlocksCleared()]
+    assert (batch.undecoded, batch.unknown) == (0, ("BlockMoved",))
 
 
 @pytest.mark.parametrize("shape", ["map", "array"])

@@ -33,6 +33,7 @@ _PLAIN, _CLEARED, _LOSSY = Outcome(), Outcome(is_cleared=True), Outcome(is_lossy
 # While no root block has agreed: all of the first few are recomputed, then now and then one.
 _FIRST_CHECKS, _CHECK_EVERY = 8, 16
 _LOG_EVERY_S = 10.0
+_KIND_CHARS = 64  # of a name that somebody else has chosen
 # Writing to the tree holds its lock and the GIL: what a larger batch says is written in turns, between which other ranks write.
 _TURN_BYTES = 65536
 _TURN_KEYS = 8192
@@ -81,7 +82,7 @@ def clear_rank(tree: TreeLock, rank: int, beat: Callable[[], None] | None = None
 
 @dataclass(slots=True)
 class BlockCounters:
-    """Totals since the rank was taken up. undecoded: events, and batches of which no event could be read (each as one).
+    """Totals since the rank was taken up. undecoded: events, of unknown kinds too, and batches that could not be read (each as one).
 
     orphans: blocks of the token route left out because their place in the prompt is unknown.
     """
@@ -183,9 +184,13 @@ class RankIndex:
         if stored_in is not None and not self.has_agreed:
             self._check(stored_in)
         self.counters.orphans = self._by_tokens.orphans
+        n_events = len(batch.events) + batch.undecoded + len(batch.unknown)
+        if batch.unknown:
+            # No reason to distrust what is known: a newer engine tells more. If that was about blocks, the parity loop sees it.
+            what = f"{len(batch.unknown)} of {n_events} events are of a kind that is not known here ({batch.unknown[0][:_KIND_CHARS]!r})"
+            self.note_undecoded(what, len(batch.unknown))
         if undecoded:
-            n_events = len(batch.events) + batch.undecoded
-            self.note_undecoded(f"{undecoded} of {n_events} events are unknown or malformed", undecoded)
+            self.note_undecoded(f"{undecoded} of {n_events} events are malformed", undecoded)
             return _LOSSY
         return outcome if orphans == self._by_tokens.orphans else _LOSSY
 

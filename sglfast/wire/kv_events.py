@@ -2,9 +2,9 @@
 
 Runs in: index (decode), sim (encode). No I/O.
 Contract: a batch is a msgpack array `[ts, events, rank]`, short and long arrays accepted; an event is a tagged array
-    (sglang <= 0.5.19, vLLM <= 0.23) or a tagged map (later). An event that is unknown, malformed or lists more than
+    (sglang <= 0.5.19, vLLM <= 0.23) or a tagged map (later). An event that is malformed or lists more than
     MAX_BLOCK_HASHES blocks is counted in `Batch.undecoded` and its siblings are kept: dropping a sibling removal would leave a
-    stale owner. Only a payload that is no batch raises. Nothing here keeps prompt tokens: `token_ids` stays an undecoded view.
+    stale owner. One of a kind that is not known here is named in `Batch.unknown`. Only a payload that is no batch raises. Nothing here keeps prompt tokens: `token_ids` stays an undecoded view.
 Why keys as bytes: nearly every hash is 9 bytes on the wire (a tag and a big-endian 64-bit number), so a whole list becomes the
     little-endian words that the tree takes with eight strided copies and no Python integer; other lists take the general road.
 Source: spec/kv_events.md 1.3 to 1.5, 2.6.
@@ -85,12 +85,16 @@ Event = BlockStored | BlockRemoved | AllBlocksCleared
 
 
 class Batch(msgspec.Struct):
-    """One message: ts in unix seconds; rank as the engine names itself (None when it does not); undecoded: events left out."""
+    """One message: ts in unix seconds; rank as the engine names itself (None when it does not); undecoded: events left out.
+
+    unknown: the kinds of those that were left out because no such kind is known; an engine that is newer than we are has them.
+    """
 
     ts: float
     events: list[Event]
     rank: int | None
     undecoded: int
+    unknown: tuple[str, ...] = ()
 
 
 # ---- what stands on the wire ----
@@ -144,6 +148,15 @@ class _ClearedArray(msgspec.Struct, tag="AllBlocksCleared", array_like=True):
     pass
 
 
+class _KindMap(msgspec.Struct):
+    type: str
+
+
+class _KindArray(msgspec.Struct, array_like=True):
+    type: str
+
+
+_KINDS = frozenset({"BlockStored", "BlockRemoved", "AllBlocksCleared"})
 _MapEvent = _StoredMap | _RemovedMap | _ClearedMap
 _ArrayEvent = _StoredArray | _RemovedArray | _ClearedArray
 E = TypeVar("E")
@@ -160,6 +173,8 @@ _array_batch_decoder = msgspec.msgpack.Decoder(_WireBatch[_ArrayEvent])
 _raw_batch_decoder = msgspec.msgpack.Decoder(_WireBatch[msgspec.Raw])
 _map_decoder = msgspec.msgpack.Decoder(_MapEvent)
 _array_decoder = msgspec.msgpack.Decoder(_ArrayEvent)
+_map_kind_decoder = msgspec.msgpack.Decoder(_KindMap)
+_array_kind_decoder = msgspec.msgpack.Decoder(_KindArray)
 _rank_decoder = msgspec.msgpack.Decoder(int)
 _salt_decoder = msgspec.msgpack.Decoder(str | None)
 _hashes_decoder = msgspec.msgpack.Decoder(list[int | bytes])
@@ -200,14 +215,28 @@ def _decode_one_by_one(payload: bytes) -> Batch:
     except _UNDECODABLE as error:
         raise KvEventError(f"not a KV event batch [ts, events, rank]: {error} ({len(payload)} bytes)") from None
     events: list[Event] = []
+    unknown: list[str] = []
     undecoded = 0
     for raw in wire.events:
+        is_map = _is_map(memoryview(raw)[0])
         try:
-            decoder = _map_decoder if _is_map(memoryview(raw)[0]) else _array_decoder
-            events.append(_event_of(decoder.decode(raw)))
+            events.append(_event_of((_map_decoder if is_map else _array_decoder).decode(raw)))
         except _UNDECODABLE:
-            undecoded += 1
-    return Batch(wire.ts, events, _rank_of(wire.rank), undecoded)
+            kind = _unknown_kind(raw, is_map=is_map)
+            if kind is None:
+                undecoded += 1
+            else:
+                unknown.append(kind)
+    return Batch(wire.ts, events, _rank_of(wire.rank), undecoded, tuple(unknown))
+
+
+def _unknown_kind(raw: msgspec.Raw, *, is_map: bool) -> str | None:
+    """The kind of an event that could not be read, None when it has none or we should know it."""
+    try:
+        kind = (_map_kind_decoder if is_map else _array_kind_decoder).decode(raw).type
+    except _UNDECODABLE:
+        return None
+    return None if kind in _KINDS else kind
 
 
 def _rank_of(raw: msgspec.Raw) -> int | None:

@@ -319,6 +319,19 @@ def test_how_a_rank_is_told(fields: dict[str, Any], rank_ways: str) -> None:
     assert server_info.parse_server_info(body(**fields), "http://w:1").rank_ways == rank_ways
 
 
+def test_key_route_of_a_worker_that_describes_its_events_and_tells_no_version() -> None:
+    """Gateways and stand-ins between us and an engine hand on what they know; only an SGLang with the chain has that descriptor."""
+    described = {"publisher": "zmq", "endpoint_host": "*", "endpoint_port_base": 5557, "topic": "", "block_size": 64, "dp_size": 1}
+
+    def route(**fields: Any) -> str:
+        return server_info.parse_server_info(body(kv_events=described, **fields), "http://w:1").key_route
+
+    assert route() == "sha256"
+    assert route(version="0.0.0.dev1") == route(version="0.5.5") == "tokens"
+    assert route(vllm_config={}) == "tokens"
+    assert route(kv_events_config=json.dumps({"publisher": "zmq", "format": "dynamo"})) == "tokens"
+
+
 def test_key_route_of_other_formats_and_engines() -> None:
     def route(**fields: Any) -> str:
         return server_info.parse_server_info(body(version="0.5.23", **fields), "http://w:1").key_route

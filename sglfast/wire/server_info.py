@@ -132,7 +132,7 @@ def parse_server_info(body: bytes, worker_url: str) -> WorkerFacts:
         version=version,
         startup_time=_take(fields, "startup_time", float),
         page_size=_positive(fields, "page_size"),
-        key_route=key_route_of(sglang_version, is_dynamo=is_dynamo),
+        key_route=key_route_of(sglang_version, is_dynamo=is_dynamo, is_described=described is not None and "vllm_config" not in fields),
         kv_connects_out=kv is not None and config is not None and not _binds(config, is_undescribed),
         adapters="models" if "vllm_config" in fields else "named" if _tells_adapters(version, is_dynamo=is_dynamo) else "shared",
         tools=_tool_form(sglang_version),
@@ -151,13 +151,16 @@ def rank_ways_of(version: str | None) -> str:
     return next((ways for first, ways in _RANK_WAYS if numbers >= first or numbers <= (0, 0, 0)), "")
 
 
-def key_route_of(version: str | None, *, is_dynamo: bool = False) -> Literal["sha256", "tokens"]:
+def key_route_of(version: str | None, *, is_dynamo: bool = False, is_described: bool = False) -> Literal["sha256", "tokens"]:
     """The way to block keys for an engine that gives this SGLang version: "sha256" from 0.5.6 on in the default format.
 
-    Development versions count as the release they lead to; a version that is none (`0.0.0...`, vLLM's absence) gets "tokens".
+    Development versions count as the release they lead to; a version that is none (`0.0.0...`) gets "tokens", and so does its absence,
+    unless the worker describes its events (is_described): of all engines only SGLang from 0.5.13 on does.
     """
-    numbers = _numbers_of(version)
-    return "sha256" if numbers >= _FIRST_CHAINED and not is_dynamo else "tokens"
+    if is_dynamo:
+        return "tokens"
+    is_chained = _numbers_of(version) >= _FIRST_CHAINED or (version is None and is_described)
+    return "sha256" if is_chained else "tokens"
 
 
 def _numbers_of(version: str | None) -> tuple[int, ...]:

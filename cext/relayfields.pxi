@@ -18,6 +18,11 @@ def names_rank(bytes body not None):
     return sf_names_rank(PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body)) != 0
 
 
+def retarget(RequestHead head not None, bytes target not None):
+    """Hand a request on under another target, which is not looked at again."""
+    head.target = target
+
+
 cdef inline char *put(char *end, bytes data) noexcept:
     memcpy(end, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
     return end + PyBytes_GET_SIZE(data)

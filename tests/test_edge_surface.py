@@ -34,7 +34,7 @@ def test_every_endpoint_has_a_kind_that_prompts_know() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/chat/completions", "/v1/completions", "/generate", "/v1/embeddings", "/v1/responses", "/v1/classify", "/v1/rerank", "/rerank"],
+    ["/v1/chat/completions", "/v1/completions", "/generate", "/v1/embeddings", "/v1/responses", "/v1/classify", "/v1/rerank"],
 )
 def test_relayed_and_counted(path: str, edge: Edge, worker: Worker) -> None:
     before = edge.worker_word(0, c.W_REQUESTS)
@@ -42,6 +42,12 @@ def test_relayed_and_counted(path: str, edge: Edge, worker: Worker) -> None:
     assert edge.ask(post(body, target=path)).body == body
     assert worker.calls[-1].request_line == f"POST {path} HTTP/1.1".encode()
     assert edge.worker_word(0, c.W_REQUESTS) == before + 1
+
+
+@pytest.mark.parametrize("query", ["", "?a=1&b"])
+def test_workers_have_rerank_under_v1(query: str, edge: Edge, worker: Worker) -> None:
+    assert edge.ask(post(b'{"query":"a"}', target=f"/rerank{query}")).status == 200
+    assert worker.calls[-1].request_line == f"POST /v1/rerank{query} HTTP/1.1".encode()
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/audio/transcriptions"])

@@ -62,11 +62,13 @@ class Endpoint:
     """A path of the data plane that is relayed to a worker. kind: value of prompt.keys.RequestKind.
 
     takes_rid: SGLang reads a `rid` in its bodies. Not those of embeddings: a list of inputs with one rid is answered 500 there.
+    worker_path: under which workers have it, where that is another one.
     """
 
     path: bytes
     kind: int
     takes_rid: bool = False
+    worker_path: bytes = b""
 
 
 ENDPOINTS: dict[bytes, Endpoint] = {
@@ -79,7 +81,7 @@ ENDPOINTS: dict[bytes, Endpoint] = {
         Endpoint(b"/v1/responses", 4),
         Endpoint(b"/v1/classify", 3),  # its input is an embedding's
         Endpoint(b"/v1/rerank", 5),
-        Endpoint(b"/rerank", 5),
+        Endpoint(b"/rerank", 5, worker_path=b"/v1/rerank"),  # SGLang has the latter only, vLLM both
     )
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from sglfast import _counters, errors
 from sglfast._httphead import MORE, TOO_LARGE, Chunks, RequestHead
-from sglfast._relay import BODY, BUSY, CHUNKED, CLOSED, HEAD, UNUSUAL, ClientBase
+from sglfast._relay import BODY, BUSY, CHUNKED, CLOSED, HEAD, UNUSUAL, ClientBase, retarget
 from sglfast.edge import answers
 from sglfast.edge.exchange import Exchange
 from sglfast.edge.later import LATER, Handler
@@ -269,6 +269,8 @@ class ClientConnection(ClientBase, asyncio.Protocol):
         if endpoint is None:
             self._ask_later(LATER[path], head, body)
             return
+        if endpoint.worker_path:
+            retarget(head, endpoint.worker_path + target.removeprefix(endpoint.path))
         exchange = self.exchange = Exchange(self, endpoint, head, body)
         if self.shard.has_own_ids:
             exchange.take_id(self.shard.id_in(head))

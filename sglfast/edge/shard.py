@@ -73,7 +73,7 @@ class Shard(ShardBase):
         self.max_clients = most_clients(boot.config)
         self.door: Door | None = None
         self.is_draining = False
-        self.endpoints = ENDPOINTS
+        self.endpoints = {path: endpoint for path, endpoint in ENDPOINTS.items() if not endpoint.worker_path}
         self.started_s = int(time.time())
         self.now_s = loop.time()  # coarse: moved by the tick
         self._silent_until_s = 0.0

@@ -153,6 +153,12 @@ def test_bad_event_keeps_its_siblings(bad: Any) -> None:
     assert batch.rank == 3
 
 
+@pytest.mark.parametrize("shape", [["TierBlocksCleared", "GPU"], {"type": "TierBlocksCleared", "medium": "GPU"}])
+def test_a_tier_that_is_cleared_counts_as_all_of_them(shape: Any) -> None:
+    batch = kv_events.decode_batch(msgspec.msgpack.encode([TS, [shape], 0]))
+    assert (batch.events, batch.undecoded, batch.unknown) == ([AllBlocksCleared()], 0, ())
+
+
 @pytest.mark.parametrize("new", [["BlockMoved"], ["BlockMoved", [1], {"to": "DISK"}], {"type": "BlockMoved"}, {"to": [1], "type": "BlockMoved"}])
 def test_a_kind_of_event_that_is_not_known_is_named(new: Any) -> None:
     batch = kv_events.decode_batch(good_siblings(new))

@@ -78,7 +78,11 @@ class BlockRemoved(msgspec.Struct):
 
 
 class AllBlocksCleared(msgspec.Struct):
-    """The rank's cache is empty, in every tier."""
+    """The rank's cache is empty, in every tier.
+
+    vLLM is about to tell of one tier alone (TierBlocksCleared, opt-in there). That is taken for all of them: what other tiers still hold
+    costs a prefill or two, and owners that are none would cost many.
+    """
 
 
 Event = BlockStored | BlockRemoved | AllBlocksCleared
@@ -222,21 +226,22 @@ def _decode_one_by_one(payload: bytes) -> Batch:
         try:
             events.append(_event_of((_map_decoder if is_map else _array_decoder).decode(raw)))
         except _UNDECODABLE:
-            kind = _unknown_kind(raw, is_map=is_map)
-            if kind is None:
+            kind = _kind_of(raw, is_map=is_map)
+            if kind == "TierBlocksCleared":
+                events.append(AllBlocksCleared())
+            elif kind is None or kind in _KINDS:
                 undecoded += 1
             else:
                 unknown.append(kind)
     return Batch(wire.ts, events, _rank_of(wire.rank), undecoded, tuple(unknown))
 
 
-def _unknown_kind(raw: msgspec.Raw, *, is_map: bool) -> str | None:
-    """The kind of an event that could not be read, None when it has none or we should know it."""
+def _kind_of(raw: msgspec.Raw, *, is_map: bool) -> str | None:
+    """What an event calls itself, None when it has no name."""
     try:
-        kind = (_map_kind_decoder if is_map else _array_kind_decoder).decode(raw).type
+        return (_map_kind_decoder if is_map else _array_kind_decoder).decode(raw).type
     except _UNDECODABLE:
         return None
-    return None if kind in _KINDS else kind
 
 
 def _rank_of(raw: msgspec.Raw) -> int | None:

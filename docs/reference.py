@@ -92,6 +92,34 @@ Policies of sglang-router that are not offered:
 |---|---|
 """
 
+_SEEN = """
+What clients see differently:
+
+| of sglang-router 0.3.2 | here |
+|---|---|
+| its own errors have a `type` that is the status in words and `X-SMG-Error-Code`, or no body at all (401, 404, 405, 408, 429) | all \
+have OpenAI's error object and `x-router-error-code`; most codes have other names (`no_healthy_workers` for `no_available_workers`) |
+| bodies that are no JSON or lack a field: 400, 415 or 422 from the router | they go on; the worker says what is wrong with them |
+| bodies are written anew: unknown fields of chats are lost, defaults are added | the same bytes, for SGLang with a `rid` in front |
+| seven of a request's headers go on to the worker | all that are not for one connection only |
+| an `x-request-id` that it makes begins with `chatcmpl-`, `cmpl-`, `gnt-`, `resp-` or `req-` | 32 hex digits |
+| answers of `/v1/rerank` are made anew, with `results` | as the worker gives them |
+| `/v1/responses/ID`, `/v1/conversations`, `/v1/tokenizers`, `/parse`, `/wasm`, `/ha` | 404 |
+
+And what dashboards do:
+
+| metric there, on port 29000 | here, on the main port |
+|---|---|
+| `smg_http_responses_total`, `smg_http_connections_active` | `sglfast_responses_total` (by class of status), `sglfast_connections` |
+| `smg_router_request_duration_seconds`, `smg_router_ttft_seconds` | `sglfast_request_duration_seconds`, `sglfast_ttft_seconds` |
+| `smg_worker_health`, `smg_worker_pool_size` | `sglfast_worker_up`, `sglfast_workers` |
+| `smg_worker_requests_active` | `sglfast_worker_inflight_requests` |
+| `smg_worker_selection_total` | `sglfast_worker_selected_requests_total` |
+| `smg_worker_cb_state` | `sglfast_breaker_state`, with the same numbers |
+| `smg_worker_cb_transitions_total` | `sglfast_breaker_transitions_total` |
+| `smg_worker_retries_total`, `smg_worker_retries_exhausted_total` | `sglfast_retries_total`, `sglfast_retries_exhausted_total` |
+"""
+
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|")
@@ -152,6 +180,7 @@ def router_page() -> str:
         parts.append(f"| `{row['flag']}` | {here} | `{row['default']}` | {_cell(why)} |\n")
     parts.append(_POLICIES_HEAD)
     parts += [f"| `{name}` | {_cell(instead)} |\n" for name, instead in OTHER_POLICIES.items()]
+    parts.append(_SEEN)
     return "".join(parts)
 
 

@@ -1,6 +1,7 @@
 """The text of /metrics, read back with Prometheus' own parser, against what was written into shared memory."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,6 +237,13 @@ def test_processes(segment: Segment, workers: Workers) -> None:
     resident_bytes = int(status.partition("VmRSS:")[2].split()[0]) * 1024
     assert seen.get("process_resident_memory_bytes", process="control") == pytest.approx(resident_bytes, rel=0.2)
     assert seen.get("process_cpu_seconds_total", process="shard0") == pytest.approx(sum(os.times()[:2]), rel=0.2, abs=0.1)
+
+
+def test_the_page_for_users_of_sglang_router_names_metrics_that_there_are(segment: Segment, workers: Workers) -> None:
+    names = set(re.findall(r"`(sglfast_\w+)`", (Path(__file__).parent.parent / "docs" / "sglang-router.md").read_text()))
+    text = Metrics(segment, lambda: workers.views).render().decode()
+    assert len(names) >= 12
+    assert names <= set(re.findall(r"^# HELP (\w+) ", text, re.MULTILINE))
 
 
 def test_names_and_helps(segment: Segment, workers: Workers) -> None:

@@ -159,7 +159,9 @@ def test_a_tier_that_is_cleared_counts_as_all_of_them(shape: Any) -> None:
     assert (batch.events, batch.undecoded, batch.unknown) == ([AllBlocksCleared()], 0, ())
 
 
-@pytest.mark.parametrize("new", [["BlockMoved"], ["BlockMoved", [1], {"to": "DISK"}], {"type": "BlockMoved"}, {"to": [1], "type": "BlockMoved"}])
+@pytest.mark.parametrize(
+    "new", [["BlockMoved"], ["BlockMoved", [1], {"to": "DISK"}], {"type": "BlockMoved"}, {"to": [1], "type": "BlockMoved"}]
+)
 def test_a_kind_of_event_that_is_not_known_is_named(new: Any) -> None:
     batch = kv_events.decode_batch(good_siblings(new))
     assert batch.events == [BlockRemoved(struct.pack("<Q", 7), "GPU"), AllBlocksCleared()]

@@ -2,9 +2,10 @@
 
 Runs in: index (decode), sim (encode). No I/O.
 Contract: a batch is a msgpack array `[ts, events, rank]`, short and long arrays accepted; an event is a tagged array
-    (sglang <= 0.5.19, vLLM <= 0.23) or a tagged map (later). An event that is malformed or lists more than
-    MAX_BLOCK_HASHES blocks is counted in `Batch.undecoded` and its siblings are kept: dropping a sibling removal would leave a
-    stale owner. One of a kind that is not known here is named in `Batch.unknown`. Only a payload that is no batch raises. Nothing here keeps prompt tokens: `token_ids` stays an undecoded view.
+    (sglang <= 0.5.19, vLLM <= 0.23) or a tagged map (later). An event that is malformed or lists more than MAX_BLOCK_HASHES blocks is
+    counted in `Batch.undecoded`, one of a kind that is not known here is named in `Batch.unknown`; their siblings are kept: dropping a
+    sibling removal would leave a stale owner. Only a payload that is no batch raises. Nothing here keeps prompt tokens: `token_ids`
+    stays an undecoded view.
 Why keys as bytes: nearly every hash is 9 bytes on the wire (a tag and a big-endian 64-bit number), so a whole list becomes the
     little-endian words that the tree takes with eight strided copies and no Python integer; other lists take the general road.
 Source: spec/kv_events.md 1.3 to 1.5, 2.6.

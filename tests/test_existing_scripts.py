@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +123,15 @@ def test_a_script_starts_and_its_clients_are_served(script: str, workers: list[s
             assert "--max-tree-size changes nothing" in router.err, "what has no meaning here is said"
             (log,) = (tmp_path / "logs").iterdir()
             assert sorted(log.read_text().splitlines()) == sorted(router.err.splitlines()), "processes write in any order"
+
+
+def test_a_short_prompt_that_comes_again_stays_where_it_was(workers: list[str], tmp_path: Path) -> None:
+    with started(PLAIN, workers, tmp_path) as router:
+        router.until(lambda: ask(router, "GET", "/readiness")[2].get("healthy_workers") == 2, "both workers")
+        body = {"model": "demo-model", "prompt": "repeated prompt for cache", "max_tokens": 1}
+        told = [ask(router, "POST", "/v1/completions", body, **{"x-sglfast-kv": "1"})[1]["x-sglfast-kv"] for _ in range(12)]
+        # Another process may choose for the next request before it knows of the first one's place.
+        assert max(Counter(line.partition(";")[0] for line in told).values()) >= 10, told
 
 
 def test_without_a_healthy_worker_it_answers_503(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import uvloop
 
 from sglfast.errors import ConfigError
-from sglfast.load.client import TAIL_TRIM_BYTES, Answer, LoadClient, _Exchange
+from sglfast.load.client import TAIL_TRIM_BYTES, Answer, LoadClient, _Connection, _Exchange
 
 T = TypeVar("T")
 
@@ -281,6 +281,27 @@ def test_refused() -> None:
     (answer,), _ = ask(f"http://127.0.0.1:{port}")
     assert answer.error == "connect"
     assert b"refused" in answer.body.lower() or b"connect" in answer.body.lower()
+
+
+def test_closes_although_a_request_was_cancelled_when_its_connection_was_just_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run(url: str) -> None:
+        client, made = LoadClient(url), []
+
+        def cancelling(connection: _Connection, transport: asyncio.BaseTransport) -> None:
+            connection_made(connection, transport)
+            made.append(connection)
+            asyncio.get_running_loop().call_soon(task.cancel)  # before the task hears of its connection
+
+        connection_made = _Connection.connection_made
+        monkeypatch.setattr(_Connection, "connection_made", cancelling)
+        task = asyncio.create_task(client.get("/"))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert made
+        await asyncio.wait_for(client.close(), 10)
+
+    with serving(lambda _: [b""]) as server:
+        uvloop_run(run(server.url))
 
 
 def test_cancelled_request_leaves_no_connection() -> None:

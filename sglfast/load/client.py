@@ -142,7 +142,6 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
-        self._client.connections.add(self)
 
     def send(self, data: bytes, exchange: _Exchange) -> None:
         self._exchange = exchange
@@ -254,6 +253,8 @@ class LoadClient:
             return Answer(started_s=started_s, latency_s=time.perf_counter() - started_s, error="connect_timeout")
         except OSError as error:
             return Answer(started_s=started_s, latency_s=time.perf_counter() - started_s, error="connect", body=str(error).encode())
+        # Not before: uvloop closes a connection whose making was cancelled at its very end, and tells it nothing any more.
+        self.connections.add(connection)
         return await self._exchange(connection, request, started_s, timeout_s, is_stream)
 
     async def get(self, path: str, *, timeout_s: float = 10.0) -> Answer:

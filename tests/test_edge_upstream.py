@@ -1,5 +1,6 @@
 """sglfast.edge.upstream: the pool of connections to a worker, and the framing of answers."""
 
+import asyncio
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from raw_client import WAIT_S, chunk, many, post, request
 from scripted_worker import SSE_HEAD, Call, Worker, answer, answer_head, echoes, says, then_closes
 
 from sglfast import _counters as c
+from sglfast.edge.upstream import UpstreamConnection
 
 HEALTH = request("GET", "/health")
 
@@ -139,6 +141,33 @@ def test_a_connection_of_an_abandoned_request_is_kept_and_may_fail_like_an_idle_
         for sock in [second, listener, *fill, *accepted]:
             sock.close()
         edge.settle()
+
+
+def test_a_connection_that_is_made_when_its_time_is_just_over_is_not_counted_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[UpstreamConnection] = []
+
+    def late(connection: UpstreamConnection, transport: asyncio.BaseTransport) -> None:
+        connection_made(connection, transport)
+        made.append(connection)
+        time.sleep(0.3)  # the loop finds the time over before it resumes who waits for the connection
+
+    connection_made = UpstreamConnection.connection_made
+    monkeypatch.setattr(UpstreamConnection, "connection_made", late)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        memory = Memory([f"http://127.0.0.1:{listener.getsockname()[1]}"])
+
+        async def test() -> None:
+            shard = shard_in_loop(memory, connect_timeout_secs=0.2)
+            shard.router.refresh()
+            client, side = stub_client(shard)
+            client.data_received(post())
+            while not (answer := side.take()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert b"upstream_timeout" in answer
+            assert len(made) == 1
+
+        run(test())
+    assert memory.worker_word(0, c.W_CONNECTIONS) == 0
 
 
 class InLoop:

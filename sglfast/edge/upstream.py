@@ -41,6 +41,8 @@ class UpstreamConnection(WorkerConnectionBase, asyncio.Protocol):
         self.upstream.shard.column.add_worker(self.upstream.worker_idx, _counters.W_CONNECTIONS, 1)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.transport is None:  # told before, by Upstream._open
+            return
         self.transport = None
         self.upstream.forget(self)
         exchange = self.exchange
@@ -130,10 +132,12 @@ class Upstream(UpstreamBase):
             return protocol
 
     async def _open(self, exchange: Leg, route: Route | None) -> None:
-        shard = self.shard
+        shard, connection = self.shard, UpstreamConnection(self)
         try:
-            connection = await self.connect(lambda: UpstreamConnection(self))
+            await self.connect(lambda: connection)
         except (OSError, TimeoutError, ValueError) as error:
+            if connection.transport is not None:  # made when its time was just over: uvloop closes it, and tells it nothing any more
+                connection.connection_lost(error)
             is_ours = isinstance(error, OSError) and error.errno in _OUR_OWN
             if not is_ours:
                 shard.column.add_worker(self.worker_idx, _counters.W_CONNECT_ERRORS)

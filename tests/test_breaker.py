@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from dataclasses import dataclass
@@ -297,12 +298,13 @@ def test_many_processes_send_one_probe(rng: SeededRandom) -> None:
                         case _:
                             breakers.succeeded(0, generation, is_probe, now_s)
 
+        # Drawn here: children that draw from their copies of one generator all draw the same.
+        seeds = [rng.getrandbits(32) for _ in range(23)]
         with (
-            forked(lambda: hammer(0, rng.getrandbits(32))), forked(lambda: hammer(1, rng.getrandbits(32))),
-            forked(lambda: hammer(2, rng.getrandbits(32))),
+            forked(lambda: hammer(0, seeds[20])), forked(lambda: hammer(1, seeds[21])), forked(lambda: hammer(2, seeds[22])),
         ):  # fmt: skip
-            for _ in range(20):
-                with forked(lambda: hammer(3, rng.getrandbits(32))) as victim:
+            for seed in seeds[:20]:
+                with forked(functools.partial(hammer, 3, seed)) as victim:
                     time.sleep(0.02)
                     victim.kill()
                 control.release_shard(3)

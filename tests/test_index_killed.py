@@ -26,6 +26,7 @@ from sglfast.shm import KeyRoute
 
 LOG = logging.getLogger("test.killed")
 N_BATCHES = 4000
+LEFT_BATCHES = 400  # what the process to be killed leaves to the next one, should the kill be late
 Message = tuple[int, bytes]
 
 
@@ -59,7 +60,7 @@ class Process:
             for seq, payload in messages[at : at + n]:
                 self.stream.on_live(seq, payload, 0.0)
             self.note.save(self.stream.resume)
-            at += n
+            at = min(at + n, len(messages))
             if progress is not None:
                 progress[:8] = at.to_bytes(8, "little")
 
@@ -106,7 +107,7 @@ def test_killed_index(memory: Memory, rng: SeededRandom, route: KeyRoute, round_
         try:
             writer = TreeWriter(memory.segment)
             writer.reset()
-            Process(memory, writer, route, None).follow([message for message, _ in messages], progress)
+            Process(memory, writer, route, None).follow([message for message, _ in messages[:-LEFT_BATCHES]], progress)
             time.sleep(60)
         finally:
             os._exit(1)

@@ -158,8 +158,9 @@ def test_who_leaves_a_stream_leaves_both_workers(stack: Stack) -> None:
 
 
 def test_regular_workers_beside_a_pair() -> None:
+    prompts = Prompts()
     with stack_of(sim("null"), sim("prefill"), sim("decode")) as stack:
-        answers = send_all(stack.url, [Prompts().text(seed, 200) for seed in range(120)], connections=12, max_tokens=30)
+        answers = send_all(stack.url, [prompts.text(seed, 200) for seed in range(120)], connections=12, max_tokens=30)
         assert [answer.error for answer in answers] == [""] * 120
         regular, prefill, decode = (stats(url)["requests"] for url in stack.worker_urls)
         assert regular + prefill == 120

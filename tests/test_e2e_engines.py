@@ -97,16 +97,16 @@ def vllm(request: pytest.FixtureRequest) -> Iterator[EngineStack]:
 
 
 def test_requests_go_to_the_vllm_worker_that_owns_their_blocks(vllm: EngineStack, prompts: Prompts) -> None:
-    texts = {seed: prompts.text(seed, 16 * 20 + 1) for seed in range(1, 13)}
+    texts = {seed: prompts.text(seed, 16 * 20 + 1) for seed in range(1, 21)}
     first = {seed: ask(vllm, text) for seed, text in texts.items()}
     assert {reply.overlap_blocks for reply in first.values()} == {0}
     assert len({reply.worker for reply in first.values()}) >= 2, "equal loads: one of three at random"
-    wait_blocks(vllm, 12 * 20)
+    wait_blocks(vllm, 20 * 20)
     for seed, text in texts.items():
         reply = ask(vllm, text + prompts.text(seed + 50, 16 * 5))
         assert (reply.worker, reply.overlap_blocks, reply.cached_tokens, reply.state) == (first[seed].worker, 20, 320, "EXACT")
         assert reply.prompt_blocks == 25
-    wait_blocks(vllm, 12 * 25)
+    wait_blocks(vllm, 20 * 25)
     owner = first[1].worker
     urllib.request.urlopen(urllib.request.Request(f"{owner}/reset_prefix_cache", b""), timeout=TIMEOUT_S).close()
     kept = 25 * sum(reply.worker != owner for reply in first.values())

@@ -201,7 +201,7 @@ class Keying:
         self._chains = [chain.copy() for chain in chains]
         self._keys = list(keys)
         borders = self._keyer.pieces.last_borders(self._text, 1)
-        self._cut = cut
+        self._cut = cut if cut not in borders else -1
         last = cut if cut > 0 else borders[-1] if borders else -1
         self._ends = self._keyer.pieces.ends(self._text, 0, last, first_chars=self._first_chars)
         self._is_open = True

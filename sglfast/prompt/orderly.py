@@ -104,6 +104,13 @@ def _pure_in(tree: nodes.Template) -> _Pure:
     return pure
 
 
+def _unless_known(node: nodes.Stmt, walked: list[nodes.Expr]) -> nodes.If:
+    """The print or the loop, left out where what it prints is known. walked: what a loop goes through."""
+    messages = nodes.Name("messages", "load", lineno=node.lineno)
+    known = nodes.Test(messages, KNOWN_TEST, walked, [], None, None, lineno=node.lineno)
+    return nodes.If(nodes.Not(known, lineno=node.lineno), [node], [], [], lineno=node.lineno)
+
+
 class _Marking:
     def __init__(self, n_loops: int, pure: _Pure) -> None:
         self._n_loops = n_loops
@@ -119,10 +126,10 @@ class _Marking:
                     self.mark(branch)
             elif isinstance(node, nodes.For) and _is_plain(node):
                 name = LOOP_FILTER if any(map(_prints, node.find_all(nodes.Output))) else SCAN_FILTER
-                node.iter = nodes.Filter(node.iter, name, [nodes.Const(self._marked)], [], None, None, lineno=node.lineno)
+                walked, node.iter = node.iter, nodes.Filter(node.iter, name, [nodes.Const(self._marked)], [], None, None, lineno=node.lineno)
                 self._marked += 1
+                if name == LOOP_FILTER and self._pure.has_all(node):
+                    body[place] = _unless_known(node, [walked])  # tools, most often
             elif isinstance(node, nodes.Output) and self._pure.has_all(node):  # a macro might set an attribute
-                messages = nodes.Name("messages", "load", lineno=node.lineno)
-                known = nodes.Test(messages, KNOWN_TEST, [], [], None, None, lineno=node.lineno)
-                body[place] = nodes.If(nodes.Not(known, lineno=node.lineno), [node], [], [], lineno=node.lineno)
+                body[place] = _unless_known(node, [])
         return self._marked

@@ -96,9 +96,10 @@ class Turns:
         return run.borders[-1].chars - _REST_CHARS <= at <= run.borders[-1].chars
 
     def place_of_cut(self, run: Run, limit: int, last_border: int, text: str) -> int:
-        """Where to remember a whole text, if that is not at the last token that ends a message; -1 for nowhere."""
-        if self.has_marks:
-            return -1
+        """Where to remember a whole text, if that is not at the last token that ends a message; -1 for nowhere.
+
+        A template may look for what follows a message before it ends it, as many do with answers of tools: then an earlier one counts.
+        """
         chars = next((border.chars for border in reversed(run.borders) if 0 < border.needed <= limit), 0)
         if chars - _REST_CHARS <= last_border <= chars:
             return -1
@@ -252,7 +253,7 @@ class SeenKeying:
         self._keys = Keys(tokens, False, capped)
 
     def place_of_cut(self, text: str) -> int:
-        """Where to remember the text behind the turn, if its template prints no tokens that tell; 0 for nowhere."""
+        """Where to remember the text behind the turn; 0 for nowhere."""
         for border in reversed(self._borders):
             if border.needed <= self._limit:
                 at = len(self._turn.rest) + (border.chars if self._counts_chars else sum(map(len, self._parts[: border.chars])))
@@ -302,7 +303,7 @@ class _LongKeying(Keying):
         prompt = PromptText(text=text, continuation=seen._continuation, cache_salt=seen._salt)
         super().__init__(seen._turns.keyer, prompt, seen._kind.variants, seen._asked)
         self._seen = seen
-        self._begin_behind(seen._turn.chains, seen._turn.keys, -1 if seen._turns.has_marks else seen.place_of_cut(text) or -1)
+        self._begin_behind(seen._turn.chains, seen._turn.keys, seen.place_of_cut(text) or -1)
 
     def _remember(self, end: int, prefix: Prefix) -> None:
         self._seen.remember(end, prefix.chains, prefix.keys, self._text)

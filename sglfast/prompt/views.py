@@ -147,8 +147,9 @@ def scan(value: Any, _: int) -> Any:
     return run.glances(range(value._offset, run.count)) if run.is_scanning else value
 
 
-def is_known(value: Any) -> bool:
-    return type(value) is View and value._run.is_print_known()
+def is_known(value: Any, *walked: Any) -> bool:
+    """Whether what is printed now is known. walked: what a loop that prints goes through; one over messages is made in any case."""
+    return type(value) is View and View not in map(type, walked) and value._run.is_print_known()
 
 
 def _is_place(value: object) -> bool:

@@ -2,7 +2,7 @@
 
 Runs in: shards, on the request path; never blocks. A ChatScan keeps the body and 40 bytes a message.
 Contract: `scan_chat` reads no more than it must to split the body; what it cannot split is None and belongs to a parser. A split body
-    is valid JSON exactly if `context` and each message are (cext/sf_json.h), and nothing here has looked at that.
+    is valid JSON exactly if `context`, `tools` and each message are (cext/sf_json.h), and nothing here has looked at that.
     `name(n)` is the same for two bodies exactly if their first n messages are the same bytes; what stands between them, and all else
     in the body, does not count. It is 128 bits of XXH3 chained over the messages: by chance two differing ones are not to be
     expected, and without the seed, which never leaves the process, a client cannot look for them; a wrong one would cost a wrong hint.
@@ -30,6 +30,8 @@ cdef extern from "sf_json.h" nogil:
         uint32_t n_messages
         uint64_t array_start
         uint64_t array_end
+        uint64_t tools_start
+        uint64_t tools_end
 
     const char *sf_json_string_end(const char *p, const char *end, int is_narrow) noexcept
     int sf_json_scan_chat(sf_json_chat_t *chat, const char *base, size_t length) noexcept
@@ -154,13 +156,22 @@ cdef class ChatScan:
 
     @property
     def context(self):
-        cdef Py_ssize_t head = self.chat.array_start, tail = PyBytes_GET_SIZE(self.body) - self.chat.array_end
-        cdef bytes out = PyBytes_FromStringAndSize(NULL, head + 2 + tail)
-        cdef char *p = PyBytes_AS_STRING(out)
-        memcpy(p, PyBytes_AS_STRING(self.body), head)
-        memcpy(p + head, b"[]", 2)
-        memcpy(p + head + 2, PyBytes_AS_STRING(self.body) + self.chat.array_end, tail)
-        return out
+        # In the order in which the two stand in the body.
+        cdef Py_ssize_t a = self.chat.array_start, a_end = self.chat.array_end, b = self.chat.tools_start, b_end = self.chat.tools_end
+        cdef const char *first = "[]"
+        cdef const char *second = "null"
+        if b_end == 0:
+            b = b_end = PyBytes_GET_SIZE(self.body)
+            second = ""
+        elif b < a:
+            a, a_end, b, b_end = b, b_end, a, a_end
+            first, second = second, first
+        cdef bytes body = self.body
+        return b"".join((body[:a], first, body[a_end:b], second, body[b_end:]))
+
+    @property
+    def tools(self):
+        return self.body[self.chat.tools_start:self.chat.tools_end]
 
 
 def string_end(bytes text not None, *, bint is_narrow=False):

@@ -1,10 +1,10 @@
 /* Where the messages of a chat body stand: one pass over its JSON (RFC 8259), as strict about structure as a split of it needs.
  *
- *   body = white-space { members } white-space, one member is "messages": [ {...} , {...} ], all others are stepped over
+ *   body = white-space { members } white-space, one member is "messages": [ {...} , {...} ], one may be "tools", all others are stepped over
  *
- * Law: when this takes a body, the body is valid JSON exactly if each message is, and so is the body with [] in place of the messages;
- * and then its "messages" are those found here. It follows from what is checked: the bytes between the pieces (white space, one comma
- * each), that the name is written once and as it is (a name with an escape could be the same one), and that what follows the name is an
+ * Law: when this takes a body, the body is valid JSON exactly if each message is, and the tools, and so is the body with [] in place of the
+ * messages and null in place of the tools; and then its "messages" and "tools" are those found here. It follows from what is checked: the bytes between the pieces (white space, one comma
+ * each), that both names are written once and as they are (a name with an escape could be the same one), and that what follows the first is an
  * array of objects. Inside the pieces only strings are told from all else and brackets counted, so that in a valid body the ends are
  * right; in an invalid one some piece is invalid, which its reader finds. Tests hold it against a parser.
  *
@@ -34,6 +34,7 @@ typedef struct {
     sf_json_message_t *messages; /* the caller frees them, whatever was returned */
     uint32_t n_messages, capacity;
     uint64_t array_start, array_end; /* of the whole array in the body */
+    uint64_t tools_start, tools_end; /* of the value; 0 and 0 for none */
 } sf_json_chat_t;
 
 static inline const char *_sf_json_space(const char *p, const char *end) {
@@ -182,7 +183,15 @@ static inline int sf_json_scan_chat(sf_json_chat_t *chat, const char *base, size
             p = _sf_json_messages(chat, base, p, end, &code);
             if (!p) return code;
             chat->array_end = (uint64_t)(p - base);
-        } else p = _sf_json_value(p, end);
+        } else {
+            const char *value = p;
+            p = _sf_json_value(p, end);
+            if (p && name_end - name == 5 && !memcmp(name, "tools", 5)) {
+                if (chat->tools_end || p == value) return code;
+                chat->tools_start = (uint64_t)(value - base);
+                chat->tools_end = (uint64_t)(p - base);
+            }
+        }
         if (!p) return code;
         p = _sf_json_space(p, end);
     } while (p < end && *p == ',');

@@ -2,7 +2,7 @@ from typing import final
 
 @final
 class ChatScan:
-    """A chat body that was split: `context` and the messages, each a JSON object in raw bytes.
+    """A chat body that was split: `context`, `tools` and the messages, each JSON in raw bytes.
 
     body: the bytes given; len(scan): number of messages, at least 1. Positions outside raise IndexError.
     """
@@ -36,7 +36,11 @@ class ChatScan:
 
     @property
     def context(self) -> bytes:
-        """The body with [] in place of its messages."""
+        """The body with [] in place of its messages, and null in place of its tools."""
+
+    @property
+    def tools(self) -> bytes:
+        """The value of `tools` as it was written, empty when there is none."""
 
 def string_end(text: bytes, *, is_narrow: bool = False) -> int:
     """Offset of the quote that ends a string of which `text` has all but the quote before it; -1 when there is none.
@@ -45,7 +49,7 @@ def string_end(text: bytes, *, is_narrow: bool = False) -> int:
     """
 
 def scan_chat(body: bytes, seed: int) -> ChatScan | None:
-    """Split a chat body; None when it is not of the usual form: an object whose `messages`, written once, are objects.
+    """Split a chat body; None when it is not of the usual form: an object whose `messages` are objects, written once, as `tools` are.
 
     seed: 64 bits that make the names; the same for all names that are compared. None does not mean that the body is wrong.
     """

@@ -19,6 +19,7 @@ from sglfast.prompt.pieces import PieceCache
 from sglfast.prompt.prefixes import PrefixCache
 from sglfast.prompt.raw import RawReader
 from sglfast.prompt.seen import SeenKeying, Turns
+from sglfast.prompt.stable import Border
 from sglfast.prompt.template import ChatTemplate
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, Tokenizer, load_tokenizer
 from sglfast.shm import Dialect, Variant, dialect_of
@@ -75,6 +76,11 @@ def tokenizers_of(folder: Path) -> dict[str, Tokenizer]:
         (folder / name / "tokenizer_config.json").write_text(json.dumps(config))
         found[name] = load_tokenizer(str(folder / name))
     return found
+
+
+def behind(border: Border, messages: list[Any]) -> dict[int, Any]:
+    """Messages as a Frame wants them: by their place behind a border."""
+    return {at - border.at: message for at, message in enumerate(messages)}
 
 
 def everybody(keys: bytes) -> int:

@@ -55,7 +55,7 @@ VALUE = st.recursive(
     max_leaves=6,
 )
 MESSAGES = st.lists(st.dictionaries(TEXT | st.sampled_from(["role", "content", "messages"]), VALUE, max_size=4), min_size=1, max_size=8)
-MEMBERS = st.dictionaries(TEXT.filter(lambda key: key.isalnum() and key != "messages"), VALUE, max_size=3)
+MEMBERS = st.dictionaries(st.just("tools") | TEXT.filter(lambda key: key.isalnum() and key != "messages"), VALUE, max_size=3)
 SPACE = st.sampled_from(["", "", " ", "\n", "\t\r\n  "])
 
 
@@ -89,7 +89,8 @@ def test_a_split_is_the_parsers(case: tuple[bytes, dict[str, Any]]) -> None:
     assert len(scan) == len(value["messages"])
     assert [json.loads(scan.message(i)) for i in range(len(scan))] == value["messages"]
     assert [body[scan.start(i) : scan.end(i)] for i in range(len(scan))] == [scan.message(i) for i in range(len(scan))]
-    assert json.loads(scan.context) == value | {"messages": []}
+    assert json.loads(scan.context) == value | {"messages": []} | ({"tools": None} if "tools" in value else {})
+    assert scan.tools == b"" if "tools" not in value else json.loads(scan.tools) == value["tools"]
     flat = [not any(isinstance(item, dict | list) for item in message.values()) for message in value["messages"]]
     assert [scan.is_flat(i) for i in range(len(scan))] == [all(flat[i:]) for i in range(len(scan))]
 
@@ -113,10 +114,11 @@ def test_a_broken_body_is_no_sum_of_sound_pieces(case: tuple[bytes, Any], change
     if scan is None:
         return
     pieces = [scan.message(i) for i in range(len(scan))]
-    sound = all(is_json(piece) for piece in [*pieces, scan.context])
+    sound = all(is_json(piece) for piece in [*pieces, scan.context, scan.tools or b"null"])
     assert sound == is_json(bytes(body))
     if sound:
         assert orjson.loads(body)["messages"] == [orjson.loads(piece) for piece in pieces]
+        assert orjson.loads(body).get("tools") == orjson.loads(scan.tools or b"null")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,8 @@ def test_a_broken_body_is_no_sum_of_sound_pieces(case: tuple[bytes, Any], change
         b"{'messages':[{}]}", b'{messages:[{}]}', b'{"messages":[{"a":"b]}', b'{"messages":[{"a":"b\\"}]}',
         b'\xef\xbb\xbf{"messages":[{}]}', b'{"messages":[{}]}\0', b'{"x":1 "messages":[{}]}', b'{"x":{"messages":[{}]}}',
         b'["messages",[{}]]', b'{,"messages":[{}]}', b'{"messages":[{}],"a"}',
+        b'{"tools":,"messages":[{}]}', b'{"tools":1,"messages":[{}],"tools":1}',
+        b'{"messages":[{}],"tools"}', b'{"messages":[{}],"tools":}',
     ],
 )  # fmt: skip
 def test_what_is_not_split(body: bytes) -> None:

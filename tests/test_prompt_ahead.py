@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from chat_paths import behind
 from chat_templates import TEMPLATES
 
 from sglfast.prompt.ahead import Ahead
@@ -144,8 +145,8 @@ def test_what_was_found_is_answered_right_or_not_at_all(use: str) -> None:
                 rest = outcome(template.run(len(messages), messages.__getitem__, variables, border)) if messages else None
                 assert rest is None or text_of(first)[: border.chars] + rest == chat.render(messages)
                 if border.needed == border.at and roles:
-                    frame = FrameMaker(template).make(border, "user", roles, variables, lambda: start[0])
-                    parts = None if frame is None else frame.fill(messages[border.at :])
+                    frame = FrameMaker(template).make(border, "user", None, roles, variables, start.__getitem__)
+                    parts = None if frame is None else frame.fill(behind(border, messages))
                     assert parts is None or text_of(first)[: border.chars] + "".join(parts) == chat.render(messages)
 
 

@@ -83,7 +83,7 @@ def test_pieces_begin_short_and_start_again_behind_a_known_beginning(tokenizers:
     assert max(sizes) >= PIECE_CHARS
     assert next(pieces.ends(text, sum(sizes[:20]))) - sum(sizes[:20]) < 270
     middle = len(text) // 2 + 3  # in the middle of a word, so no cut of its own
-    assert middle in pieces.ends(text, 0, middle)
+    assert middle in pieces.ends(text, 0, [middle])
 
 
 def test_a_token_that_overlaps_another_is_no_border(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from chat_paths import behind
 from chat_templates import TEMPLATES
 
 from sglfast.prompt.frames import FrameMaker
@@ -138,10 +139,10 @@ def test_what_a_scan_found_is_answered_right_or_not_at_all(scan: str, finding: s
         for border in first.borders:
             for tail in tails:
                 messages = start[: border.needed] + [{"role": role, "content": "new"} for role in tail]
-                frame = FrameMaker(template).make(border, "user", ["user", *tail], variables, lambda: start[0])
+                frame = FrameMaker(template).make(border, "user", None, ["user", *tail], variables, start.__getitem__)
                 if frame is not None and border.needed == border.at:
                     longer = [*start[: border.at], {"role": "user", "content": "first"}, *messages[border.at :]]
-                    parts = frame.fill(longer[border.at :])
+                    parts = frame.fill(behind(border, longer))
                     assert parts is None or "".join(first.parts)[: border.chars] + "".join(parts) == chat.render(longer)
                 rest = text_of(template.run(len(messages), messages.__getitem__, variables, border)) if messages else None
                 if rest is not None:

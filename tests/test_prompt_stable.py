@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from chat_paths import behind
 from chat_templates import MIDDLE, NEVER, TEMPLATES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from sglfast.prompt.frames import FrameMaker
 from sglfast.prompt.kept import NotStableError
 from sglfast.prompt.stable import Border, Run, StableTemplate
 from sglfast.prompt.template import ChatTemplate
+from sglfast.prompt.texts import shape_of
 from sglfast.prompt.train import CHAT_TEMPLATE
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -165,11 +167,15 @@ def test_the_rest_is_what_the_whole_has_behind_the_border(
                     assert printed[: border.chars] + "".join(run.parts)[: later.chars] + "".join(again.parts) == wanted
 
 
-@settings(max_examples=150)
-@given(st.sampled_from(sorted(ALL)), conversations(), st.lists(TEXT, min_size=6, max_size=6), ROLES, TOOLS)
+SHAPED = st.lists(MESSAGE.filter(lambda message: shape_of(message) is not None), max_size=4)
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(sorted(ALL)), conversations(), SHAPED, st.lists(TEXT, min_size=6, max_size=6), TOOLS)
 def test_frames_are_what_is_printed_whatever_the_texts_are(
-    name: str, messages: list[Message], texts: list[str], roles: list[str], tools: Any
+    name: str, messages: list[Message], more: list[Message], texts: list[str], tools: Any
 ) -> None:
+    """Frames of the shapes of `more`, which is made of texts and calls, filled with others of those shapes."""
     template = STABLE[name]
     if template is None:
         return
@@ -177,23 +183,46 @@ def test_frames_are_what_is_printed_whatever_the_texts_are(
     first = run_of(name, messages, tools, {})
     text_of(first)
     maker = FrameMaker(template)
-    opening = messages[0]
-    role = opening["role"] if len(opening) == 2 and type(opening["content"]) is str else None
+    opening = shape_of(messages[0])
+    role = opening if isinstance(opening, str) else None
+    shapes = [shape for message in more if (shape := shape_of(message)) is not None]
     for border in first.borders:
-        frame = maker.make(border, role, roles, variables, lambda: opening)
+        before = shape_of(messages[border.at - 1]) if border.at else None
+        frame = maker.make(border, role, before, shapes, variables, messages.__getitem__)
         if frame is None or border.needed > border.at:
             continue
         for shift in range(3):
-            tail = [{"role": kind, "content": texts[(n + shift) % 6]} for n, kind in enumerate(roles)]
-            parts = frame.fill(tail)
-            if parts is None:
-                assert any(not text.strip() or any(word in text for word in ASKED) for text in texts)
+            tail = [retold(message, texts[(n + shift) % 6]) for n, message in enumerate(more)]
+            if [shape_of(message) for message in tail] != shapes:
                 continue
-            run = run_of(name, messages[: border.at] + tail, tools, {}, border)
+            longer = messages[: border.at] + tail
+            parts = frame.fill(behind(border, longer))
+            if parts is None:
+                said = str(longer)
+                assert any(not text.strip() or any(word in said for word in ASKED) for text in [*texts, *texts_in(longer)])
+                continue
+            run = run_of(name, longer, tools, {}, border)
             run.go_on()
             assert "".join(parts) == "".join(run.parts)
-            places = [(found.at, found.needed, len("".join(parts[: found.chars])), found.state) for found in frame.borders]
+            borders = frame.borders(behind(border, longer))
+            places = [(found.at, found.needed, len("".join(parts[: found.chars])), found.state) for found in borders]
             assert places == [(found.at, found.needed, found.chars, found.state) for found in run.borders]
+
+
+def retold(value: Any, text: str, key: str = "") -> Any:
+    """Another message of the same shape, if the text is not empty where the other's was not."""
+    if isinstance(value, dict):
+        return {"a": [text], text: 1} if key == "arguments" and value else {name: retold(item, text, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [retold(item, text) for item in value]
+    return text + key if isinstance(value, str) and value and key not in ("role", "type") else value
+
+
+def texts_in(value: Any) -> list[str]:
+    """All strings and dicts in it; of dicts what they hold, too, or none."""
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in texts_in(item)] if value else [""]
+    return [text for item in value for text in texts_in(item)] if isinstance(value, list) else [str(value)]
 
 
 ASKED = ("</think>", "<tool_response>", "/nothink")  # what some of the templates look for in a text
@@ -214,6 +243,8 @@ FRAMED = [
     "forward",
     "deepseek",
     "harmony",
+    "whole_messages",
+    "remembered",
 ]
 
 
@@ -225,20 +256,20 @@ def test_plain_messages_have_frames(name: str) -> None:
     run.go_on()
     border = run.borders[-1 if name != "zephyr" else -2]
     frame = FrameMaker(template).make(
-        border, "user", ("user", "assistant", "user")[border.at % 2 :], template.variables(None, {}), lambda: PLAIN[0]
+        border, "user", None, ("user", "assistant", "user")[border.at % 2 :], template.variables(None, {}), PLAIN.__getitem__
     )
     assert frame is not None
-    assert frame.borders
+    assert frame.borders([])
 
 
-@pytest.mark.parametrize("name", ["whole_messages", "remembers_messages", "remembered"])
-def test_what_depends_on_a_text_has_none(name: str) -> None:
+def test_what_keeps_whole_messages_has_none() -> None:
+    name = "remembers_messages"
     template = STABLE[name]
     assert template is not None
     run = run_of(name, PLAIN, None, {})
     run.go_on()
     for border in run.borders:
-        frame = FrameMaker(template).make(border, "user", ("assistant",), template.variables(None, {}), lambda: PLAIN[0])
+        frame = FrameMaker(template).make(border, "user", None, ("assistant",), template.variables(None, {}), PLAIN.__getitem__)
         assert frame is None
 
 
@@ -275,7 +306,7 @@ def test_every_question_to_a_text_is_answered_right_or_not_at_all(question: str)
     first = template.run(2, start.__getitem__, template.variables(None, {}))
     text_of(first)
     for border in first.borders:
-        frame = FrameMaker(template).make(border, "user", ("user", "user"), template.variables(None, {}), lambda: start[0])
+        frame = FrameMaker(template).make(border, "user", None, ("user", "user"), template.variables(None, {}), start.__getitem__)
         for content in ("a", "", " a ", "2", "[]", "0"):
             tail = [{"role": "user", "content": content}, {"role": "user", "content": "x" + content}]
             messages = start[: border.at] + tail
@@ -283,7 +314,7 @@ def test_every_question_to_a_text_is_answered_right_or_not_at_all(question: str)
                 wanted: str | None = chat.render(messages)
             except PromptError:
                 wanted = None
-            parts = frame.fill(tail) if frame is not None and border.needed <= border.at else None
+            parts = frame.fill(behind(border, messages)) if frame is not None and border.needed <= border.at else None
             before = "".join(first.parts)[: border.chars]
             if parts is not None:
                 assert before + "".join(parts) == wanted

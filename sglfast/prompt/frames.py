@@ -1,160 +1,84 @@
-"""What a chat template prints around plain messages, as text with holes: to fill one costs no rendering.
+"""What a chat template prints around the texts of messages, as text with holes: to fill one costs no rendering.
 
 Runs in: shards (the loop and the tokenizer's thread). A Frame is immutable.
-Contract: for messages of the same roles that have a text and nothing else, filling a Frame gives what a Run from the same border prints,
-    whatever the texts are; `fill` says None where that depends on a text that is empty, or on a word that the template looks for in it.
+Contract: for messages of the same shapes (prompt/texts.py), which differ in their texts and in the arguments of calls, filling a Frame
+    gives what a Run from the same border prints; `fill` says None where that depends on a text that is empty, or on a word that the
+    template looks for in it.
 Why it holds: the frame is printed by the template itself, run on Text objects in place of the texts. A Text can be put together with
-    strings, trimmed, and asked whether it is empty, or begins with, ends with or has a word (it says no, and that is noted); whatever
-    else is done to it raises, and then there is no frame. So no step can have depended on anything else that stands in a text, and each
-    hole is where a text goes as it is, or trimmed.
+    strings, trimmed, written as JSON, and asked whether it is empty, or begins with, ends with or has a word (it says no, and that is
+    noted); whatever else is done to it raises, and then there is no frame. So no step can have depended on anything else that stands in
+    a text, and each hole is where a text goes as it is, or as one such step leaves it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from jinja2 import Environment
+from jinja2 import Environment, pass_context
+from jinja2.runtime import Context
 
 from sglfast.prompt.kept import NotStableError
 from sglfast.prompt.scans import Message
 from sglfast.prompt.stable import Border, Run, StableTemplate
+from sglfast.prompt.texts import Asked, Data, Hole, Messages, Shape, Text, as_json, concat, message_of, shape_of
 
 _MAX_PARTS = 64
-
-
-class Hole:
-    """The place of a text: of message `at`, trimmed or as it is."""
-
-    __slots__ = ("at", "is_trimmed")
-
-    def __init__(self, at: int, is_trimmed: bool) -> None:
-        self.at = at
-        self.is_trimmed = is_trimmed
-
-
-class Asked(NamedTuple):
-    """A question of a template that was answered with no: where the text of `hole` has `word`."""
-
-    hole: Hole
-    where: str
-    word: str
-
-    def is_wrong(self, text: str) -> bool:
-        """Whether the answer for this text is yes."""
-        if self.where == "begin":
-            return text.startswith(self.word)
-        return text.endswith(self.word) if self.where == "end" else self.word in text
-
-
-class Text:
-    """Strings and holes, as a template sees them: a text of which nothing is known."""
-
-    __slots__ = ("_noted", "_parts")
-
-    def __init__(self, parts: tuple[str | Hole, ...], noted: list[Hole | Asked]) -> None:
-        self._parts = parts
-        self._noted = noted  # holes that were asked whether they are empty, and were taken not to be; other questions
-
-    def _joined(self, others: Sequence[object], *, is_before: bool) -> "Text":
-        parts: tuple[str | Hole, ...] = ()
-        for other in others:
-            if type(other) is Text:
-                parts += other._parts
-            elif type(other) is str:
-                parts += (other,) if other else ()
-            else:
-                raise NotStableError("a text is put together with what is none")
-        return Text(parts + self._parts if is_before else self._parts + parts, self._noted)
-
-    def __add__(self, other: object) -> "Text":
-        return self._joined((other,), is_before=False)
-
-    def __radd__(self, other: object) -> "Text":
-        return self._joined((other,), is_before=True)
-
-    def __bool__(self) -> bool:
-        if not any(part for part in self._parts if isinstance(part, str)):
-            holes = [part for part in self._parts if isinstance(part, Hole)]
-            if len(holes) != 1:
-                raise NotStableError("whether a text is empty depends on several")
-            self._noted.append(holes[0])
-        return True
-
-    def strip(self) -> "Text":
-        """A method of strings that templates use."""
-        return Text((Hole(self._hole().at, True),), self._noted)
-
-    def startswith(self, word: object) -> bool:
-        """As `strip`."""
-        return self._ask("begin", word)
-
-    def endswith(self, word: object) -> bool:
-        """As `strip`."""
-        return self._ask("end", word)
-
-    def __contains__(self, word: object) -> bool:
-        return self._ask("in", word)
-
-    def _hole(self) -> Hole:
-        hole = self._parts[0] if len(self._parts) == 1 else ""
-        if isinstance(hole, str):
-            raise NotStableError("a text with something around it is looked at")
-        return hole
-
-    def _ask(self, where: str, word: object) -> bool:
-        if type(word) is not str:
-            raise NotStableError("what a template prints depends on a text")
-        self._noted.append(Asked(self._hole(), where, word))
-        return False
-
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise NotStableError(f"text.{name}")
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise NotStableError("what a template prints depends on a text")
-
-    # jinja2 takes a TypeError of these for an answer, or Python has one of its own.
-    __eq__ = __ne__ = __hash__ = __getitem__ = __iter__ = __len__ = __int__ = __float__ = __index__ = _refuse
-    __str__ = __repr__ = __format__ = __mod__ = __rmod__ = __mul__ = __rmul__ = _refuse
 
 
 class Frame:
     """What is printed behind a border: strings, and holes for texts of messages, counted from the border on.
 
-    opening: the first message, if a scan has read more of it than its role: then the frame is for conversations with that one.
+    opening: the first message, if a scan has read more of it than its role: then the frame is for conversations with that one;
+    early: place (negative) and shape of others before the border, of which a scan has read more, or whose texts are asked for.
     """
 
-    __slots__ = ("_asked", "_not_empty", "_parts", "borders", "opening")
+    __slots__ = ("_asked", "_borders", "_has_open_state", "_not_empty", "_parts", "early", "opening")
 
     def __init__(
-        self, parts: tuple[str | Hole, ...], noted: list[Hole | Asked], borders: tuple[Border, ...], opening: Message | None
+        self, parts: tuple[str | Hole, ...], noted: list[Hole | Asked], borders: tuple[Border, ...], opening: Message | None,
+        early: tuple[tuple[int, Shape], ...],
     ) -> None:  # fmt: skip
         """borders: `chars` of each is the number of parts before it."""
         self._parts = parts
         self._not_empty = tuple(item for item in noted if isinstance(item, Hole))
         self._asked = tuple(item for item in noted if isinstance(item, Asked))
-        self.borders = borders
+        self._borders = borders
+        self._has_open_state = any(next(_holes_in(border.state), None) for border in borders)
         self.opening = opening
+        self.early = early
 
-    def fill(self, messages: Sequence[Message]) -> list[str] | None:
+    def fill(self, messages: Messages) -> list[str] | None:
         """The parts with the texts of the messages behind the border."""
         for hole in self._not_empty:
-            content = messages[hole.at]["content"]
-            if not (content.strip() if hole.is_trimmed else content):
+            if not hole.of(messages):
                 return None
         for asked in self._asked:
-            content = messages[asked.hole.at]["content"]
-            if asked.is_wrong(content.strip() if asked.hole.is_trimmed else content):
+            if asked.is_wrong(asked.hole.of(messages)):
                 return None
-        parts = []
-        for part in self._parts:
-            if isinstance(part, str):
-                parts.append(part)
-            else:
-                content = messages[part.at]["content"]
-                parts.append(content.strip() if part.is_trimmed else content)
-        return parts
+        return [part if isinstance(part, str) else part.of(messages) for part in self._parts]
+
+    def borders(self, messages: Messages) -> Sequence[Border]:
+        """The borders behind these messages; `chars` of each is the number of parts before it."""
+        if not self._has_open_state:
+            return self._borders
+        return [border._replace(state=_filled(border.state, messages)) for border in self._borders]
+
+
+def _holes_in(value: Any) -> Iterator[Hole]:
+    """Holes of the texts that are kept in namespaces."""
+    if type(value) is Text:
+        yield from (part for part in value._parts if isinstance(part, Hole))
+    elif type(value) in (list, tuple, dict):
+        for item in value.values() if type(value) is dict else value:
+            yield from _holes_in(item)
+
+
+def _filled(value: Any, messages: Messages) -> Any:
+    kind = type(value)
+    if kind is Text:
+        return "".join(part if isinstance(part, str) else part.of(messages) for part in value._parts)
+    if kind is dict:
+        return {name: _filled(item, messages) for name, item in value.items()}
+    return kind(_filled(item, messages) for item in value) if kind in (list, tuple) else value
 
 
 class FrameMaker:
@@ -164,47 +88,61 @@ class FrameMaker:
         self._template = template.twin(_for_texts)
 
     def make(
-        self, border: Border, opening_role: str | None, roles: Sequence[str], variables: Mapping[str, Any], opening: Callable[[], Message]
-    ) -> Frame | None:
-        """The frame of messages of these roles behind a border; None when there is none.
+        self, border: Border, opening_role: str | None, before: Shape | None, shapes: Sequence[Shape], variables: Mapping[str, Any],
+        early_at: Callable[[int], Message],
+    ) -> Frame | None:  # fmt: skip
+        """The frame of messages of these shapes behind a border; None when there is none.
 
-        opening_role: of the conversation's first message, if that has nothing but a text besides; opening: that message, for scans,
-        whose outcome is the same in all conversations that have the border's `form`.
+        opening_role: of the conversation's first message, if that has nothing but a text besides; before: shape of the last message
+        before the border; early_at: messages before the border, for scans, whose outcome is the same in all conversations that have the
+        border's `form`.
         """
         noted: list[Hole | Asked] = []
         known: dict[int, Message] = {}
-        read: list[Message] = []
+        opening: list[Message] = []
+        early: dict[int, Shape] = {}
+        assured: dict[int, Shape] = {}  # by the turn that the border belongs to
 
         def message_at(at: int) -> Message:
             if at not in known:
-                role = roles[at - border.at] if at >= border.at else opening_role if at == 0 else None
-                if role is None:
+                place = at - border.at
+                shape = shapes[place] if place >= 0 else opening_role if at == 0 else before if place == -1 else None
+                if shape is None:
                     raise NotStableError("a message that is not known")
-                known[at] = {"role": role, "content": Text((Hole(at - border.at, False),), noted)}
+                known[at] = message_of(shape, place, noted)
+                assured[place] = shape
             return known[at]
 
         def glance_at(at: int) -> Message:
-            if at or not border.at:
+            if at >= border.at:
                 return message_at(at)
-            read.append(opening())
-            return read[0]
+            message = early_at(at)
+            if at == 0:
+                opening[:] = [message]
+                return message
+            shape = shape_of(message)
+            if shape is None:
+                raise NotStableError("an unusual message")
+            early[at - border.at] = shape
+            return message_of(shape, at - border.at, noted)
 
-        run = self._template.run(border.at + len(roles), message_at, variables, border, glance_at)
+        run = self._template.run(border.at + len(shapes), message_at, variables, border, glance_at)
         try:
             ends = _go_through(run)
         except Exception:  # a template can raise anything
             return None
-        parts = tuple(part for printed in run.parts for part in (printed._parts if isinstance(printed, Text) else (printed,)))
+        parts: tuple[str | Hole, ...] = tuple(
+            part for printed in run.parts for part in (printed._parts if isinstance(printed, Text) else (printed,))
+        )
         # Without its borders nothing could be remembered behind a frame.
-        if (
-            run.has_lost_borders
-            or len(parts) > _MAX_PARTS
-            or any(isinstance(part, Hole) and part.at < 0 for part in parts)
-            or any((item.hole if isinstance(item, Asked) else item).at < 0 for item in noted)
-        ):
+        if run.has_lost_borders or len(parts) > _MAX_PARTS:
             return None
+        holes = [part for part in parts if not isinstance(part, str)]
+        holes += [hole for border in run.borders for hole in _holes_in(border.state)]
+        holes += [item.hole if isinstance(item, Asked) else item for item in noted]
+        early.update((hole.at, assured[hole.at]) for hole in holes if hole.at < 0 and hole.at not in early)
         borders = tuple(found._replace(chars=ends[found.chars]) for found in run.borders)
-        return Frame(parts, noted, borders, read[0] if read else None)
+        return Frame(parts, noted, borders, opening[0] if opening else None, tuple(early.items()))
 
 
 def _go_through(run: Run) -> list[int]:
@@ -224,23 +162,28 @@ def _for_texts(environment: Environment, words: dict[str, Any]) -> None:
     """Let a compiled template, whose global words are given, work with Texts."""
     filters: dict[str, Any] = environment.filters
     tests: dict[str, Any] = environment.tests
-    trim = filters["trim"]
-    filters["trim"] = lambda value, chars=None: value.strip() if type(value) is Text and chars is None else trim(value, chars)
+    trim, tojson = filters["trim"], filters["tojson"]
+
+    @pass_context
+    def tojson_of(
+        context: Context, value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> Any:
+        form = (ensure_ascii, indent, separators, sort_keys)
+        try:
+            return tojson(context, value, *form)
+        except TypeError:  # there is a Text in it
+            return as_json(value, form)
+
+    filters["tojson"] = tojson_of
+    filters["trim"] = lambda value, chars=None: value.strip(chars) if type(value) is Text else trim(value, chars)
     for name in ("string", "iterable", "sequence"):
-        tests[name] = _or_text(tests[name])
-    environment.concat = _concat  # type: ignore[method-assign]
+        tests[name] = _or_of(Text, tests[name])
+    for name in ("mapping", "iterable", "sequence"):
+        tests[name] = _or_of(Data, tests[name])
+    environment.concat = concat  # type: ignore[method-assign]
     words["str"] = lambda value: value if type(value) is Text else str(value)
-    words["str_join"] = _concat
+    words["str_join"] = concat
 
 
-def _or_text(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: type(value) is Text or test(value)
-
-
-def _concat(values: Any) -> Any:
-    parts: list[Any] = [value if type(value) is Text else str(value) for value in values]
-    for place, part in enumerate(parts):
-        if type(part) is Text:
-            whole = part._joined(parts[:place], is_before=True) if place else part
-            return whole._joined(parts[place + 1 :], is_before=False)
-    return "".join(parts)
+def _or_of(kind: type, test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is kind or test(value)

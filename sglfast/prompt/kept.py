@@ -19,14 +19,17 @@ class NotStableError(Exception):
 
 
 def is_plain(value: Any, depth: int = 0) -> bool:
-    """Whether a value is data that nothing can change: lists and dicts too, since the sandbox lets no template change them."""
+    """Whether a value is data that nothing can change: lists and dicts too, since the sandbox lets no template change them.
+
+    A class of ours says it with `_is_plain`.
+    """
     if value is None or type(value) in (str, int, bool, float):
         return True
     if type(value) in (list, tuple):
         return depth < 3 and len(value) <= _VALUES and all(is_plain(item, depth + 1) for item in value)
     if type(value) is dict:
         return depth < 3 and len(value) <= _VALUES and all(is_plain(item, depth + 1) for pair in value.items() for item in pair)
-    return False
+    return getattr(type(value), "_is_plain", False) is True
 
 
 def size_bytes(value: Any) -> int:

@@ -74,7 +74,7 @@ class Keying:
 
     __slots__ = (
         "_chains",
-        "_cut",
+        "_cuts",
         "_end",
         "_ends",
         "_first_chars",
@@ -90,7 +90,7 @@ class Keying:
         "_prompt",
         "_result",
         "_saved",
-        "_saved_cut",
+        "_saved_cuts",
         "_starts",
         "_text",
         "_variants",
@@ -107,8 +107,8 @@ class Keying:
         self._is_open = False  # the whole text is rendered and looked up
         self._end = 0  # of the next piece, once it is known
         self._saved: tuple[int, Prefix] | None = None
-        self._cut = -1  # a place to remember besides those behind the tokens that end messages
-        self._saved_cut: Prefix | None = None
+        self._cuts: list[int] = []  # places to remember besides those behind the tokens that end messages
+        self._saved_cuts: list[tuple[int, Prefix]] = []
         self._starts = starts_of(variants, *asked, prompt.cache_salt)
         self._live = [True] * len(variants)
         least = min([variant.block_size for variant in variants], default=0)
@@ -185,25 +185,25 @@ class Keying:
                 self._keys = list(known[1].keys)
                 self._probed = [0] * len(self._keys)
         last = borders[-1] if borders else -1
-        self._cut = self._place_of_cut(last)
-        self._ends = pieces.ends(text, self._pos, self._cut if self._cut > self._pos else last, first, self._first_chars)
+        self._cuts = [cut for cut in self._places_of_cuts(last) if cut > self._pos]
+        self._ends = pieces.ends(text, self._pos, sorted({*self._cuts, last}), first, self._first_chars)
         self._is_open = True
 
-    def _place_of_cut(self, last_border: int) -> int:
-        """Where to remember the chains besides at `last_border`, -1 for nowhere. For those who know more of the text than is in it."""
-        return -1
+    def _places_of_cuts(self, last_border: int) -> Sequence[int]:
+        """Where to remember the chains besides at `last_border`, ascending; below 1 is nowhere. For those who know more of the text than
+        is in it."""
+        return ()
 
-    def _remember_cut(self, prefix: Prefix) -> None:
-        """The chains are at that place."""
+    def _remember_cut(self, end: int, prefix: Prefix) -> None:
+        """The chains are at such a place."""
 
     def _begin_behind(self, chains: Sequence[KeyChain], keys: Sequence[bytes], cut: int) -> None:
-        """The text is what stands behind a known beginning, which is looked for no more. cut: see _place_of_cut."""
+        """The text is what stands behind a known beginning, which is looked for no more. cut: as one of _places_of_cuts."""
         self._chains = [chain.copy() for chain in chains]
         self._keys = list(keys)
         borders = self._keyer.pieces.last_borders(self._text, 1)
-        self._cut = cut if cut not in borders else -1
-        last = cut if cut > 0 else borders[-1] if borders else -1
-        self._ends = self._keyer.pieces.ends(self._text, 0, last, first_chars=self._first_chars)
+        self._cuts = [cut] if cut > 0 and cut not in borders else []
+        self._ends = self._keyer.pieces.ends(self._text, 0, self._cuts or borders, first_chars=self._first_chars)
         self._is_open = True
 
     def _estimated(self, rest_chars: int) -> bool:
@@ -247,15 +247,14 @@ class Keying:
             border = pieces.border
             if border and text.startswith(border, self._pos - len(border)):
                 self._saved = (self._pos, Prefix(tuple(chain.copy() for chain in self._chains), tuple(self._keys)))
-            if self._pos == self._cut:
-                self._saved_cut = Prefix(tuple(chain.copy() for chain in self._chains), tuple(self._keys))
+            if self._pos in self._cuts:
+                self._saved_cuts.append((self._pos, Prefix(tuple(chain.copy() for chain in self._chains), tuple(self._keys))))
             is_over = self._ask(probe)
         if self._saved is not None:
             self._remember(*self._saved)
             self._saved = None
-        if self._saved_cut is not None:
-            self._remember_cut(self._saved_cut)
-            self._saved_cut = None
+        while self._saved_cuts:
+            self._remember_cut(*self._saved_cuts.pop())
         tail_chars = len(self._prompt.continuation)
         if is_over and (self._pos < size or tail_chars):
             return self._estimated(size - self._pos)

@@ -11,7 +11,7 @@ Why a list of what is refused is enough for the first: jinja2's own `set` does n
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import nodes
 
@@ -104,7 +104,7 @@ def _pure_in(tree: nodes.Template) -> _Pure:
     return pure
 
 
-def _unless_known(node: nodes.Stmt, walked: list[nodes.Expr]) -> nodes.If:
+def _unless_known(node: nodes.Stmt, walked: list[Any]) -> nodes.If:
     """The print or the loop, left out where what it prints is known. walked: what a loop goes through."""
     messages = nodes.Name("messages", "load", lineno=node.lineno)
     known = nodes.Test(messages, KNOWN_TEST, walked, [], None, None, lineno=node.lineno)
@@ -126,7 +126,8 @@ class _Marking:
                     self.mark(branch)
             elif isinstance(node, nodes.For) and _is_plain(node):
                 name = LOOP_FILTER if any(map(_prints, node.find_all(nodes.Output))) else SCAN_FILTER
-                walked, node.iter = node.iter, nodes.Filter(node.iter, name, [nodes.Const(self._marked)], [], None, None, lineno=node.lineno)
+                walked = node.iter
+                node.iter = nodes.Filter(walked, name, [nodes.Const(self._marked)], [], None, None, lineno=node.lineno)
                 self._marked += 1
                 if name == LOOP_FILTER and self._pure.has_all(node):
                     body[place] = _unless_known(node, [walked])  # tools, most often

@@ -22,7 +22,7 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sglfast._wordtable import WordTable
@@ -191,16 +191,17 @@ class PieceTokenizer:
         return pieces
 
     def ends(
-        self, text: str, start: int = 0, last_border: int = -1, first: int | None = None, first_chars: int = FIRST_CHARS
+        self, text: str, start: int = 0, borders: Sequence[int] = (), first: int | None = None, first_chars: int = FIRST_CHARS
     ) -> Iterator[int]:
         """Where the pieces of text[start:] end. `start` must be a cut. One pass, whatever stands in the text.
 
-        last_border: a cut that ends a piece in any case; first: the cut from which pieces grow, `start` if None; first_chars: about the
+        borders: ascending cuts that end a piece in any case; first: the cut from which pieces grow, `start` if None; first_chars: about the
         length of the piece there.
         """
-        if start < last_border:
-            yield from self._ends(text, start, last_border, start if first is None else first, first_chars)
-            start, first = last_border, None
+        for border in borders:
+            if start < border:
+                yield from self._ends(text, start, border, start if first is None else first, first_chars)
+                start, first = border, None
         yield from self._ends(text, start, len(text), start if first is None else first, first_chars)
 
     def _ends(self, text: str, start: int, size: int, first: int, first_chars: int) -> Iterator[int]:

@@ -26,19 +26,23 @@ from sglfast.prompt.frames import Frame, FrameMaker
 from sglfast.prompt.kept import NotStableError
 from sglfast.prompt.keys import PromptText, cache_salt_of, given_of, text_of_chat
 from sglfast.prompt.lazy import Keying, LazyKeyer
+from sglfast.prompt.offers import Offer
 from sglfast.prompt.prefixes import Prefix
 from sglfast.prompt.scans import Message
 from sglfast.prompt.seen import Kind, SeenKeying, Turn, Turns
 from sglfast.prompt.stable import Run, StableTemplate
 from sglfast.prompt.template import RESERVED_KWARGS
+from sglfast.prompt.texts import Messages, Shape, shape_of
 from sglfast.shm import Dialect, Engine, Variant, dialect_of
 
 _LAST_NAMES = 8  # beginnings that are looked for, from the longest down; then those of the first messages, which many share
 _FIRST_NAMES = 2
+_FRESH_MESSAGES = 10  # of more of them only the beginning may be wanted
 _FRAME_MESSAGES = 6  # more new messages than that have no frame
 _FRAMES = 32  # for each kind of place in a conversation
 _MESSAGE_BYTES = 32  # around the text of a message: {"role":"user","content":""},
 _UNBOUNDED = 1 << 62
+_PARTS = (b'"content":[', b'"content": [')  # as those who write JSON begin them
 
 
 # What may be parsed at once: bytes of JSON, and objects and arrays in them.
@@ -66,8 +70,8 @@ class Context:
         return kind
 
 
-class _Opening(NamedTuple):
-    """A conversation's first message, which most templates look at again and again."""
+class _Early(NamedTuple):
+    """A conversation's first message, which most templates look at again and again, or another one that a scan looks at."""
 
     message: Message
     size_bytes: int
@@ -134,6 +138,8 @@ class RawReader:
         turn = self.keyer.prefixes.first(names)
         while turn is not None:
             assert isinstance(turn, Turn)
+            if count - turn.border.at > _FRESH_MESSAGES:
+                break
             if budget is not None and is_too_much(scan, turn.border.at, budget):
                 return None
             try:
@@ -147,13 +153,15 @@ class RawReader:
                 turn = self.keyer.prefixes.first(names)
         messages = _Messages(self, scan, budget, last, engine)
         run = template.run(count, messages.at, context.variables)
-        if context.has_tools or not scan.is_flat(0):
-            # Tools have a second try, and parts may be media: then all must be known at once.
+        has_second_try = context.has_tools and engine == "sglang"
+        is_whole = has_second_try and not template.tells_tools_first
+        if is_whole or _may_have_parts(scan):
+            # What comes late may be the tools' other form, or media: then all must be known at once.
             if is_too_much(scan, 0, budget):
                 return None
             for at in range(count):
                 messages.at(at)
-        is_all = run.go_on(None if context.has_tools else head_chars)
+        is_all = run.go_on(None if is_whole else head_chars, is_begun=has_second_try)
         prompt = PromptText(
             text="".join(run.parts),
             continuation=continuation,
@@ -181,10 +189,10 @@ class RawReader:
                 tail = [self.message(scan.message(place), engine) for place in range(at, fresh)] + last
         frame = self._frame(turn, tail, context, scan, engine)
         if frame is not None:
-            parts = frame.fill(tail)
-            if parts is not None:
+            known = self._with_early(frame, turn, tail, scan, engine) if frame.early else tail
+            if known is not None and (parts := frame.fill(known)) is not None:
                 return SeenKeying(
- self._turns, scan, limit, kind, turn, parts, frame.borders,
+ self._turns, scan, limit, kind, turn, tail, parts, frame.borders(known),
 counts_chars=False, continuation=continuation, salt=context.cache_salt, asked=context.asked,
 )  # fmt: skip
         messages = _Messages(self, scan, None, None, engine)
@@ -192,33 +200,43 @@ counts_chars=False, continuation=continuation, salt=context.cache_salt, asked=co
         run = template.run(count, messages.at, context.variables, turn.border)
         run.go_on()
         return SeenKeying(
- self._turns, scan, limit, kind, turn, run.parts, run.borders,
+ self._turns, scan, limit, kind, turn, tail, run.parts, run.borders,
 counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=context.asked,
 )  # fmt: skip
 
     def _frame(self, turn: Turn, tail: list[Message], context: Context, scan: ChatScan, engine: Engine) -> Frame | None:
         if len(tail) > _FRAME_MESSAGES:
             return None
-        roles: tuple[str, ...] = ()
+        shapes: tuple[Shape, ...] = ()
         for message in tail:
-            if len(message) != 2 or type(message["content"]) is not str:
+            shape = shape_of(message)
+            if shape is None:
                 return None
-            roles += (message["role"],)
+            shapes += (shape,)
         frames = turn.frames
-        frame = frames.get(roles)
-        if frame is None and roles not in frames:
+        frame = frames.get(shapes)
+        if frame is None and shapes not in frames:
             if len(frames) == _FRAMES:
                 frames.clear()
-            frames[roles] = False  # what comes once is not worth one
+            frames[shapes] = False  # what comes once is not worth one
         elif frame is False:
-            opening = functools.partial(self._opening_of, scan, engine)
-            frame = frames[roles] = self._frames.make(turn.border, turn.opening_role, roles, context.variables, opening)
-        if not isinstance(frame, Frame) or (frame.opening is not None and frame.opening != self._opening_of(scan, engine)):
+            early_at = functools.partial(self._early_of, scan, engine)
+            frame = frames[shapes] = self._frames.make(turn.border, turn.opening_role, turn.before, shapes, context.variables, early_at)
+        if not isinstance(frame, Frame) or (frame.opening is not None and frame.opening != self._early_of(scan, engine, 0)):
             return None
         return frame
 
-    def _opening_of(self, scan: ChatScan, engine: Engine) -> Message:
-        return self.opening(scan, lambda at: self.message(scan.message(at), engine), engine)
+    def _with_early(self, frame: Frame, turn: Turn, tail: list[Message], scan: ChatScan, engine: Engine) -> Messages | None:
+        """The messages behind a border and those before it that a frame asks for; None when one has another shape."""
+        messages = dict(enumerate(tail))
+        for place, shape in frame.early:
+            message = messages[place] = self._early_of(scan, engine, turn.border.at + place)
+            if shape_of(message) != shape:
+                return None
+        return messages
+
+    def _early_of(self, scan: ChatScan, engine: Engine, at: int) -> Message:
+        return self.early(scan, at, lambda at: self.message(scan.message(at), engine), engine)
 
     def _context(self, template: StableTemplate, scan: ChatScan, dialect: Dialect) -> Context | None:
         text = scan.context
@@ -227,23 +245,36 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
             if not vllm_chat.is_plain(fields):
                 return None
             vllm_chat.refuse_unknowable(fields)
-            tools, kwargs = vllm_chat.tools_input(fields), vllm_chat.kwargs_input(fields)
+            kwargs = vllm_chat.kwargs_input(fields)
         else:
-            tools, kwargs = tools_input(fields, dialect.tools), kwargs_input(fields, dialect.template_kwargs)
+            kwargs = kwargs_input(fields, dialect.template_kwargs)
+        offer = self._offer(scan.tools, fields.get("tool_choice"), dialect)
         if fields.get("input_ids") is not None or not RESERVED_KWARGS.isdisjoint(kwargs):
             return None
         salt, asked = cache_salt_of(fields), asked_for(fields)
         context = Context(
-            key=xxhash.xxh3_128_digest(orjson.dumps([tools, kwargs, salt, asked]), self.keyer.prefixes.seed),
+            key=xxhash.xxh3_128_digest(orjson.dumps([kwargs, salt, asked]) + offer.key, self.keyer.prefixes.seed),
             asked=asked,
-            variables=template.variables(tools, kwargs),
+            variables=template.variables(offer.tools, kwargs, offer),
             cache_salt=salt,
             is_continued=bool(fields.get("continue_final_message")),
-            has_tools=bool(tools),
+            has_tools=bool(offer.tools),
             size_bytes=1000 + 12 * len(text),
         )
         self.keyer.prefixes.put((scan.context_name, dialect), context)
         return context
+
+    def _offer(self, raw: bytes, choice: object, dialect: Dialect) -> Offer:
+        """What a body's tools are to the template; most bodies have none, or the same as others."""
+        prefixes = self.keyer.prefixes
+        name = (xxhash.xxh3_128_digest(raw, prefixes.seed), orjson.dumps(choice), dialect)
+        offer = prefixes.get(name)
+        if not isinstance(offer, Offer):
+            fields = {"tools": orjson.loads(raw) if raw else None, "tool_choice": choice}
+            tools = vllm_chat.tools_input(fields) if dialect.engine == "vllm" else tools_input(fields, dialect.tools)
+            offer = Offer(raw, tools, prefixes.seed)
+            prefixes.put(name, offer)
+        return offer
 
     def message(self, text: bytes, engine: Engine) -> Message:
         """One message as the template sees it; raises UnkeyableError, JSONDecodeError."""
@@ -251,14 +282,14 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
             return message_input(orjson.loads(text), self._content_format)
         return vllm_chat.message_input(orjson.loads(text), self._format_of_vllm)
 
-    def opening(self, scan: ChatScan, parse: Callable[[int], Message], engine: Engine) -> Message:
-        """The first message of several."""
-        name = scan.name(1) if engine == "sglang" else (scan.name(1), engine)
+    def early(self, scan: ChatScan, at: int, parse: Callable[[int], Message], engine: Engine) -> Message:
+        """A message that turn after turn is looked at."""
+        name = scan.name(at + 1) if engine == "sglang" else (scan.name(at + 1), engine)
         known = self.keyer.prefixes.get(name)
-        if isinstance(known, _Opening):
+        if isinstance(known, _Early):
             return known.message
-        message = parse(0)
-        self.keyer.prefixes.put(name, _Opening(message, 500 + 12 * (scan.end(0) - scan.start(0))))
+        message = parse(at)
+        self.keyer.prefixes.put(name, _Early(message, 500 + 12 * (scan.end(at) - scan.start(at))))
         return message
 
 
@@ -278,7 +309,7 @@ class _Messages:
         """Message `at`. Raises PromptError for one that the engine refuses, JSONDecodeError."""
         message = self.known.get(at)
         if message is None:
-            message = self.known[at] = self._parsed(at) if at else self._reader.opening(self._scan, self._parsed, self._engine)
+            message = self.known[at] = self._parsed(at) if at else self._reader.early(self._scan, 0, self._parsed, self._engine)
         return message
 
     def _parsed(self, at: int) -> Message:
@@ -323,12 +354,15 @@ class RawKeying(Keying):
         if not self._reader._turns.remember(self._scan, self._limit, self._kind_of_turns, self._rendering, end, prefix, self._text):
             super()._remember(end, prefix)
 
-    def _place_of_cut(self, last_border: int) -> int:
-        return self._reader._turns.place_of_cut(self._rendering, self._limit, last_border, self._text)
+    def _places_of_cuts(self, last_border: int) -> list[int]:
+        turns, run, text = self._reader._turns, self._rendering, self._text
+        return [
+            turns.place_of_head(self._scan, self._limit, self._kind_of_turns, run, text),
+            turns.place_of_cut(run, self._limit, last_border, text),
+        ]
 
-    def _remember_cut(self, prefix: Prefix) -> None:
-        scan, kind = self._scan, self._kind_of_turns
-        self._reader._turns.remember(scan, self._limit, kind, self._rendering, self._cut, prefix, self._text)
+    def _remember_cut(self, end: int, prefix: Prefix) -> None:
+        self._reader._turns.remember(self._scan, self._limit, self._kind_of_turns, self._rendering, end, prefix, self._text)
 
 
 def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages, dialect: Dialect) -> Callable[[], str]:
@@ -351,6 +385,11 @@ def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages, dial
         return text_of_chat(chat, given)[chars:]
 
     return rest
+
+
+def _may_have_parts(scan: ChatScan) -> bool:
+    """Whether a content may be a list; one written in an unusual way is found when it is read."""
+    return not scan.is_flat(0) and any(scan.body.find(begin, scan.start(0)) >= 0 for begin in _PARTS)
 
 
 def is_too_much(scan: ChatScan, first: int, budget: Budget | None) -> bool:

@@ -31,8 +31,8 @@ class Glance:
 
     __slots__ = ("_at", "_message_at", "_roles")
 
-    def __init__(self, message_at: Callable[[int], Message], at: int, roles: list[str]) -> None:
-        """roles: of messages, from the first on; gets this one's when it is the next."""
+    def __init__(self, message_at: Callable[[int], Message], at: int, roles: list[str | None]) -> None:
+        """roles: of messages, from the first on; gets this one's."""
         self._message_at = message_at
         self._at = at
         self._roles = roles
@@ -44,11 +44,13 @@ class Glance:
     def __getitem__(self, key: Any) -> Any:
         at, roles = self._at, self._roles
         if type(key) is str and key == "role":
-            if at < len(roles):
-                return roles[at]
+            known = roles[at] if at < len(roles) else None
+            if known is not None:
+                return known
             role = self._message_at(at)["role"]
-            if at == len(roles) and type(role) is str:
-                roles.append(role)
+            if type(role) is str:
+                roles.extend([None] * (at + 1 - len(roles)))  # many go through a conversation from its end
+                roles[at] = role
             return role
         return self._message_at(at)[key]
 
@@ -166,7 +168,7 @@ class Scan:
 
     __slots__ = ("_before", "_namespaces", "form", "parts", "roles", "slots")
 
-    def __init__(self, namespaces: list[Namespace], parts: int, roles: list[str]) -> None:
+    def __init__(self, namespaces: list[Namespace], parts: int, roles: list[str | None]) -> None:
         """namespaces: those of the run, which may get more; parts: how many were printed before; roles: see Glance."""
         self._namespaces = namespaces
         self._before = [dict(attributes_of(made)) for made in namespaces]

@@ -20,13 +20,16 @@ from sglfast.prompt.ids import Keys, Probe, pages_max
 from sglfast.prompt.keys import PromptText
 from sglfast.prompt.lazy import Keying, LazyKeyer
 from sglfast.prompt.prefixes import Prefix
+from sglfast.prompt.scans import Message
 from sglfast.prompt.stable import Border, Run, StableTemplate
+from sglfast.prompt.texts import Shape, shape_of
 from sglfast.shm import Variant
 
-# Roles of messages -> what is printed around them; None: it cannot be told; False: they came once.
-Frames = dict[tuple[str, ...], Frame | bool | None]
+# Shapes of messages -> what is printed around them; None: it cannot be told; False: they came once.
+Frames = dict[tuple[Shape, ...], Frame | bool | None]
 
 _REST_CHARS = 256  # more text between a cut and the next message border is not worth remembering
+_HEAD_CHARS = 1024  # less before the first question is not worth a place of its own
 _SHORT_CHARS = 512  # so much is tokenized in one go
 _FAMILIES = 1024  # Turns whose frames are the same, remembered
 _STATE_CHARS = 1000
@@ -52,14 +55,14 @@ class Kind(NamedTuple):
 class Turn:
     """What is known of a beginning; never changed, so chains are copied before use.
 
-    opening_role: see FrameMaker.make; chain_bytes: what the chains cost to remember; size_bytes: what all of it does.
+    opening_role, before: see FrameMaker.make; chain_bytes: what the chains cost to remember; size_bytes: what all of it does.
     """
 
-    __slots__ = ("border", "chain_bytes", "chains", "frames", "keys", "opening_role", "rest", "size_bytes")
+    __slots__ = ("before", "border", "chain_bytes", "chains", "frames", "keys", "opening_role", "rest", "size_bytes")
 
     def __init__(
         self, chains: tuple[KeyChain, ...], keys: tuple[bytes, ...], border: Border, rest: str, frames: Frames, opening_role: str | None,
-        chain_bytes: int,
+        before: Shape | None, chain_bytes: int,
     ) -> None:  # fmt: skip
         self.chains = chains
         self.keys = keys
@@ -67,6 +70,7 @@ class Turn:
         self.rest = rest
         self.frames = frames
         self.opening_role = opening_role
+        self.before = before
         self.chain_bytes = chain_bytes
         self.size_bytes = _TURN_BYTES + chain_bytes + sum(map(len, keys)) + border.size_bytes + 4 * len(rest)
 
@@ -105,6 +109,15 @@ class Turns:
             return -1
         return self.keyer.pieces.last_cut(text, max(0, chars - _REST_CHARS), chars) or -1
 
+    def place_of_head(self, scan: ChatScan, limit: int, kind: Kind, run: Run, text: str) -> int:
+        """Where to remember what stands before all questions, tools among it, if conversations share that; -1 for nowhere."""
+        head = next((border for border in reversed(run.borders[:2]) if border.at <= border.needed == 1 <= limit), None)
+        if head is None or head.chars < _HEAD_CHARS or run.message(0)["role"] in ("user", "assistant"):
+            return -1
+        if self.keyer.prefixes.get(scan.name(1, kind.name)) is not None:
+            return -1
+        return self.keyer.pieces.last_cut(text, head.chars - _REST_CHARS, head.chars) or -1
+
     def least_border(self, text: str, end: int) -> int:
         """Where the first border is behind which text may go on in any way, if its chains are those of text[:end]: a cut between words is
         one only with the two characters that follow it, one behind the token that ends messages with any."""
@@ -116,14 +129,17 @@ class Turns:
         least = self.least_border(text, end)
         border = next((border for border in run.borders if border.chars >= least), None)
         stamp = self._template.stamp()
+        if border is not None:  # messages that print nothing are not gone through again
+            border = [other for other in run.borders if (other.chars, other.needed) == (border.chars, border.needed)][-1]
         if border is None or not 0 < border.needed <= limit or border.chars > end + _REST_CHARS or not run.is_stamped(stamp):
             return False
-        opening = run.opening()
-        role = str(opening["role"]) if opening is not None and len(opening) == 2 and type(opening["content"]) is str else None
+        opening = shape_of(run.message(0))
+        role = opening if isinstance(opening, str) else None
+        before = shape_of(run.message(border.at - 1)) if border.at else None
         chain_bytes = sum(12 * chain.page_size + 150 for chain in prefix.chains)
         if stamp != kind.stamp:
             kind = Kind.of(kind.context, kind.variants, stamp, self.keyer.prefixes.seed)
-        self.put(scan, kind, prefix.chains, prefix.keys, border, text[end : border.chars], role, chain_bytes)
+        self.put(scan, kind, prefix.chains, prefix.keys, border, text[end : border.chars], role, before, chain_bytes)
         return border.is_sure
 
     def ending(self, text: str) -> "array[int]":
@@ -145,13 +161,13 @@ class Turns:
 
     def put(
         self, scan: ChatScan, kind: Kind, chains: tuple[KeyChain, ...], keys: tuple[bytes, ...], border: Border, rest: str,
-        opening_role: str | None, chain_bytes: int,
+        opening_role: str | None, before: Shape | None, chain_bytes: int,
     ) -> None:  # fmt: skip
         """Remember a border under the name of the messages that it needs."""
         at, needed, _, loop, values, form, ranges, roles, absent, prints = border
         state = repr(values) if values else ""
         if len(state) <= _STATE_CHARS:
-            family: tuple[object, ...] = (kind.name, at, loop, state, opening_role)
+            family: tuple[object, ...] = (kind.name, at, loop, state, opening_role, before)
             if form:
                 family += (form, ranges, prints, *roles[:at])
             if absent:
@@ -163,7 +179,7 @@ class Turns:
                     self._families.popitem(last=False)
         else:
             frames = {}
-        turn = Turn(chains, keys, border, rest, frames, opening_role, chain_bytes)
+        turn = Turn(chains, keys, border, rest, frames, opening_role, before, chain_bytes)
         self.keyer.prefixes.put(scan.name(needed, kind.name), turn)
 
 
@@ -171,21 +187,22 @@ class SeenKeying:
     """A prompt whose beginning was seen, on its way to its keys; as a Keying."""
 
     __slots__ = (
-        "_asked", "_borders", "_continuation", "_counts_chars", "_keys", "_kind", "_limit", "_long", "_parts", "_salt", "_scan", "_turn",
-        "_turns",
+        "_asked", "_borders", "_continuation", "_counts_chars", "_keys", "_kind", "_limit", "_long", "_parts", "_salt", "_scan", "_tail",
+        "_turn", "_turns",
     )  # fmt: skip
 
     def __init__(
-        self, turns: Turns, scan: ChatScan, limit: int, kind: Kind, turn: Turn, parts: list[str], borders: Sequence[Border], *,
-        counts_chars: bool, continuation: str, salt: str, asked: tuple[str, str],
+        self, turns: Turns, scan: ChatScan, limit: int, kind: Kind, turn: Turn, tail: list[Message], parts: list[str],
+        borders: Sequence[Border], *, counts_chars: bool, continuation: str, salt: str, asked: tuple[str, str],
     ) -> None:  # fmt: skip
-        """Use RawReader.begin. parts: the text behind the turn's border; borders: in it, their `chars` being characters or parts;
-        limit: messages that stand in `scan` as they were printed."""
+        """Use RawReader.begin. tail: the messages behind the turn's border; parts: their text; borders: in it, their `chars` being
+        characters or parts; limit: messages that stand in `scan` as they were printed."""
         self._turns = turns
         self._scan = scan
         self._limit = limit
         self._kind = kind
         self._turn = turn
+        self._tail = tail
         self._parts = parts
         self._borders = borders
         self._counts_chars = counts_chars
@@ -277,8 +294,10 @@ class SeenKeying:
             if border.needed < turn.border.needed:  # of a frame that another turn had made, which needed less
                 border = border._replace(needed=turn.border.needed)
             if at <= end + _REST_CHARS and border.needed <= self._limit and self._turns.is_now(self._kind):
+                place = border.at - turn.border.at - 1
+                before = shape_of(self._tail[place]) if place >= 0 else turn.before
                 opening_role, chain_bytes = turn.opening_role, turn.chain_bytes
-                self._turns.put(self._scan, self._kind, chains, keys, border, text[end:at], opening_role, chain_bytes)
+                self._turns.put(self._scan, self._kind, chains, keys, border, text[end:at], opening_role, before, chain_bytes)
             return
 
 
@@ -303,10 +322,10 @@ class _LongKeying(Keying):
         prompt = PromptText(text=text, continuation=seen._continuation, cache_salt=seen._salt)
         super().__init__(seen._turns.keyer, prompt, seen._kind.variants, seen._asked)
         self._seen = seen
-        self._begin_behind(seen._turn.chains, seen._turn.keys, seen.place_of_cut(text) or -1)
+        self._begin_behind(seen._turn.chains, seen._turn.keys, seen.place_of_cut(text))
 
     def _remember(self, end: int, prefix: Prefix) -> None:
         self._seen.remember(end, prefix.chains, prefix.keys, self._text)
 
-    def _remember_cut(self, prefix: Prefix) -> None:
-        self._seen.remember(self._cut, prefix.chains, prefix.keys, self._text)
+    def _remember_cut(self, end: int, prefix: Prefix) -> None:
+        self._seen.remember(end, prefix.chains, prefix.keys, self._text)

@@ -25,9 +25,11 @@ from jinja2.utils import Namespace
 
 from sglfast.prompt.ahead import Question, add_ahead
 from sglfast.prompt.kept import NotStableError, is_plain, size_bytes
+from sglfast.prompt.offers import OFFER_VARIABLE, Offer, add_offers
 from sglfast.prompt.orderly import KNOWN_TEST, LOOP_FILTER, SCAN_FILTER, is_orderly, mark_loops
 from sglfast.prompt.scans import Glance, Message, Range, Scan, add_tests, attributes_of, range_of
 from sglfast.prompt.template import ChatTemplate, make_environment, strftime_now
+from sglfast.prompt.told_first import is_told_first
 from sglfast.prompt.views import View, Walk, WatchedLoop, enter, is_known, scan
 
 _OF_THE_RUN = object()  # stands for a function that each run has of its own
@@ -40,7 +42,8 @@ class Border(NamedTuple):
     at: number of the message behind it; needed: messages, from the first, that decide about all text before it; chars: of the run's text
     before it; loop: which loop over which rest of the messages; state: what each namespace has that it had not before the loop; form,
     ranges: with what a scan of the whole conversation came to the loop (Scan.end), and within what its numbers must be; roles: those that
-    the scan has asked for, of this conversation's messages from the first on; they save parsing where messages[:at] are the same;
+    the scan has asked for, of this conversation's messages from the first on, else None; they save parsing where messages[:at] are
+    the same;
     absent: questions that no message behind it may answer with yes (prompt/ahead.py); prints: how many before the loop had begun when the
     scan did: it may have begun in the last of them, so that one is made again.
     """
@@ -52,7 +55,7 @@ class Border(NamedTuple):
     state: tuple[dict[str, Any], ...]
     form: bytes = b""
     ranges: tuple[Range, ...] = ()
-    roles: Sequence[str] = ()
+    roles: Sequence[str | None] = ()
     absent: tuple[str, ...] = ()
     prints: int = 0
 
@@ -77,7 +80,10 @@ class Border(NamedTuple):
 class StableTemplate:
     """A chat template, compiled a second time so that its loop over the messages can be watched and begun in the middle."""
 
-    def __init__(self, code: CodeType, chat: ChatTemplate, change: Callable[[Environment, dict[str, Any]], None] | None = None) -> None:
+    def __init__(
+        self, code: CodeType, chat: ChatTemplate, tells_tools_first: bool,
+        change: Callable[[Environment, dict[str, Any]], None] | None = None,
+    ) -> None:  # fmt: skip
         """Use `of`."""
         environment = _watching_environment()
         template = Template.from_code(environment, code, environment.make_globals(None))
@@ -91,6 +97,7 @@ class StableTemplate:
         self._render = template.root_render_func
         self._globals = {**template.globals, "documents": None}
         self.has_previtem = "previtem" in chat.source
+        self.tells_tools_first = tells_tools_first  # told_first.is_told_first
         self.clock_formats: list[str] = []
 
     @classmethod
@@ -98,14 +105,15 @@ class StableTemplate:
         """The same template, None when no conversation can be rendered from the middle with it."""
         environment = _watching_environment()
         tree = environment.parse(chat.source)
+        tells_tools_first = is_told_first(tree)
         if not is_orderly(tree) or not mark_loops(tree):
             return None
         tree.set_environment(environment)
-        return cls(environment.compile(tree), chat)
+        return cls(environment.compile(tree), chat, tells_tools_first)
 
     def twin(self, change: Callable[[Environment, dict[str, Any]], None]) -> "StableTemplate":
         """The same program with other ways: `change` gets its own environment and the global words of its code."""
-        other = StableTemplate(self._code, self._chat, change)
+        other = StableTemplate(self._code, self._chat, self.tells_tools_first, change)
         other.clock_formats = self.clock_formats
         return other
 
@@ -113,9 +121,12 @@ class StableTemplate:
         """What the clock says now in every format in which the template has asked it."""
         return tuple(map(strftime_now, self.clock_formats)) if self.clock_formats else ()
 
-    def variables(self, tools: object, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """What a template sees besides messages; as long as it is the same, Runs may begin at borders of each other."""
-        own = {"add_generation_prompt": True, "tools": tools, "messages": None}
+    def variables(self, tools: object, kwargs: Mapping[str, Any], offer: Offer | None = None) -> dict[str, Any]:
+        """What a template sees besides messages; as long as it is the same, Runs may begin at borders of each other.
+
+        offer: what remembers the texts of the tools.
+        """
+        own = {"add_generation_prompt": True, "tools": tools, "messages": None, OFFER_VARIABLE: offer}
         functions = dict.fromkeys(("namespace", "strftime_now"), _OF_THE_RUN)
         return {**self._globals, **functions, **self._chat.special_tokens, **kwargs, **own}
 
@@ -173,13 +184,16 @@ class Run:
         self._absent: tuple[str, ...] = ()
         self._looks: dict[str, tuple[int, int]] = {}  # by question: from where on was looked, where the first was, or the end
 
-    def go_on(self, chars: int | None = None) -> bool:
-        """Render until there are so many characters; True: there is no more. Whatever a template raises comes out."""
+    def go_on(self, chars: int | None = None, *, is_begun: bool = False) -> bool:
+        """Render until there are so many characters; True: there is no more. Whatever a template raises comes out.
+
+        is_begun: not to stop before the loop over the messages has begun.
+        """
         parts = self.parts
         for part in self.rendering:
             parts.append(part)
             self.chars += len(part)
-            if chars is not None and self.chars >= chars:
+            if chars is not None and self.chars >= chars and (not is_begun or self._loop is not None):
                 return False
         self.check_end()
         return True
@@ -189,9 +203,9 @@ class Run:
         if self._start is not None and self._loop is None:
             raise NotStableError("the loop over the messages was not reached")
 
-    def opening(self) -> Message | None:
-        """The first message, None when there is none."""
-        return self._message_at(0) if self.count else None
+    def message(self, at: int) -> Message:
+        """One of the messages, which the template need not have looked at."""
+        return self._message_at(at)
 
     def is_stamped(self, stamp: tuple[str, ...]) -> bool:
         """Whether all that the clock has said in this run is what it says in `stamp`, which is new."""
@@ -346,5 +360,6 @@ def _watching_environment() -> Environment:
     environment.filters[SCAN_FILTER] = scan
     add_tests(environment)
     add_ahead(environment)
+    add_offers(environment)
     environment.tests[KNOWN_TEST] = is_known
     return environment

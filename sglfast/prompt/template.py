@@ -184,13 +184,13 @@ def _shared_environment() -> ImmutableSandboxedEnvironment:
 def make_environment() -> ImmutableSandboxedEnvironment:
     """Return a new jinja2 environment: block trimming, extensions, filters and globals as transformers sets them."""
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _tojson
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = strftime_now
     return environment
 
 
-def _tojson(
+def tojson(
     value: Any,
     ensure_ascii: bool = False,
     indent: int | str | None = None,

@@ -1,0 +1,64 @@
+"""The tools that bodies offer to the model: parsed, prepared and printed once for all bodies that write them in the same bytes.
+
+Runs in: shards (the loop and the tokenizer's thread); any thread may use an Offer, which the memory of prompt/prefixes.py holds.
+Contract: what a template gets is what it would get of the parsed body. Texts that it makes of whole tools as JSON are remembered, up to
+    a bound, by the object, the form and nothing else: no template can change one (the sandbox is immutable).
+Why: agents send the same list with each request, often more than they send besides; to print it costs more than all that is new.
+"""
+
+import sys
+from typing import Any
+
+import orjson
+import xxhash
+from jinja2 import Environment, pass_context
+from jinja2.runtime import Context
+
+from sglfast.prompt.template import tojson
+
+OFFER_VARIABLE = "sglfast_offer"  # among those of a template
+_TEXT_SHARE = 4  # of the tools' own bytes, for texts
+
+
+class Offer:
+    """What `tools` of a body are to a template: `tools`, None for none; key: 16 bytes that are the same for equal ones."""
+
+    __slots__ = ("_ids", "_left_bytes", "_texts", "key", "size_bytes", "tools")
+
+    def __init__(self, raw: bytes, tools: list[dict[str, Any]] | None, seed: int) -> None:
+        """raw: as the body has them; seed: of keys."""
+        self.tools = tools
+        self.key = xxhash.xxh3_128_digest(orjson.dumps(tools), seed)
+        self._ids = frozenset(map(id, (tools, *tools))) if tools else frozenset()
+        self._texts: dict[tuple[object, ...], str] = {}
+        self._left_bytes = _TEXT_SHARE * len(raw)
+        self.size_bytes = 1000 + 12 * len(raw) + self._left_bytes
+
+    def text_of(self, value: object, form: tuple[Any, ...]) -> str:
+        """`tojson` of a value; form: its other arguments."""
+        if id(value) not in self._ids:
+            return tojson(value, *form)
+        name = (id(value), *map(repr, form))
+        text = self._texts.get(name)
+        if text is None:
+            text = tojson(value, *form)
+            size_bytes = sys.getsizeof(text) + 100
+            if size_bytes <= self._left_bytes:
+                self._left_bytes -= size_bytes
+                self._texts[name] = text
+        return text
+
+
+@pass_context
+def _tojson_of(
+    context: Context, value: Any, ensure_ascii: bool = False, indent: int | str | None = None,
+    separators: tuple[str, str] | None = None, sort_keys: bool = False,
+) -> str:  # fmt: skip
+    form = (ensure_ascii, indent, separators, sort_keys)
+    offer: Offer | None = context.parent.get(OFFER_VARIABLE)
+    return tojson(value, *form) if offer is None else offer.text_of(value, form)
+
+
+def add_offers(environment: Environment) -> None:
+    """Let the templates of an environment find what was printed of an Offer among their variables."""
+    environment.filters["tojson"] = _tojson_of

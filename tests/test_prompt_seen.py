@@ -176,10 +176,32 @@ def test_of_an_unowned_conversation_only_the_beginning_is_read(counted: Counted)
     assert found.tokens == pytest.approx(whole.tokens, rel=0.3)
 
 
-def test_parts_and_tools_are_read_at_once(counted: Counted) -> None:
-    """Media has no keys, however late it comes; and what the template says to the tools may come late."""
-    counted.keys(chat(*LONG, tools=[TOOL]), nobody)
-    assert len(counted.parsed) == 20
+def test_tools_are_no_reason_to_read_all(counted: Counted) -> None:
+    body = chat(*LONG, tools=[TOOL])
+    found = counted.keys(body, nobody)
+    assert found.is_estimated
+    assert len(counted.parsed) <= 3
+
+
+def test_tools_that_are_told_late_are_read_at_once(tmp_path: Path) -> None:
+    """SGLang gives tools in another form to a template that refuses them; then the text is another one from the beginning."""
+    late = "{% for m in messages %}{{ m.role + m.content }}<|im_end|>{{ tools[0].name + '!' if loop.last }}{% endfor %}"
+    build("byte_level", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ 'FLAT ' if tools[0].name }}" + late)
+    path = Chats(load_tokenizer(str(tmp_path)), 1 << 22)
+    body = chat(*LONG, tools=[TOOL])
+    whole = plain(path.tokenizer, body)
+    assert whole is not None
+    assert path.reader.text_of(RequestKind.CHAT, orjson.loads(body)).text.startswith("FLAT ")  # type: ignore[union-attr]
+    for probe in (everybody, nobody):
+        found = path.keys(body, [Variant(16)], probe)
+        assert found is not None
+        assert found.keys[Variant(16)]
+        assert whole.keys[Variant(16)].startswith(found.keys[Variant(16)])
+
+
+def test_parts_are_read_at_once(counted: Counted) -> None:
+    """Media has no keys, however late it comes."""
     media = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
     body = orjson.loads(chat(*LONG))
     body["messages"].append(media)
@@ -259,7 +281,9 @@ def test_what_may_be_parsed_at_once_is_bounded(counted: Counted) -> None:
     assert raw.begin(chat(*LONG[:19], "x" * 3000), [Variant(16)], 500, small) is None, "the newest is too long"
     assert raw.begin(chat(*LONG[:19], "x" * 1500, "y" * 1500), [Variant(16)], 500, small) is None, "what is new is too long"
     assert raw.begin(chat("x" * 3000, "new"), [Variant(16)], 500, small) is None, "the first is too long"
-    assert raw.begin(chat(*LONG[:19], tools=[TOOL]), [Variant(16)], 500, small) is None, "all must be read"
+    parts = [{"role": "user", "content": [{"type": "text", "text": LONG[1]}]}] * 9
+    assert raw.begin(orjson.dumps({"messages": parts}), [Variant(16)], 500, small) is None, "all must be read"
+    assert raw.begin(chat(*LONG[:19], tools=[TOOL]), [Variant(16)], 500, small) is not None
     assert raw.begin(chat(*LONG[:3], *(["."] * 12)), [Variant(16)], 500, (1 << 20, 10)) is not None
     assert raw.begin(chat(*LONG[:19], *"123456"), [Variant(16)], 500, (1 << 20, 5)) is None, "too many messages"
     assert isinstance(raw.begin(chat(*LONG[:19], "x" * 3000), [Variant(16)], 500), SeenKeying)

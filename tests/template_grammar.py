@@ -14,6 +14,7 @@ TEXTS = [
     "", "q", "x", "xy hm", "hm", "é ü", " sp ", "<think>a</think>b", "<tool_response>1</tool_response>", "the quick brown fo", "words 7",
     "the words of this message are known to all " * 4,
 ]  # fmt: skip
+ARGUMENTS = ["{}", '{"a": 1}', '{"b": ["x", {"c": "é\\n"}], "a": null}', '{"path": "the quick brown fox"}']
 Message = dict[str, Any]
 Conversation = list[Message]
 
@@ -55,14 +56,22 @@ RULES: dict[str, list[str]] = {
     "digit": list("01234"),
     "letter": list("pqrs"),
     # ---- questions ----
+    "any_tool": ["tools", "tools[0].name", "tools[0].function.name", "tools and tools[0].function.strict", "tools[1] is defined"],
+    "calls": [
+        "$_.tool_calls", "$_.tool_calls is iterable", "($_.tool_calls and $_.tool_calls[0].function.name == 'f')",
+        "($_.tool_calls and $_.tool_calls[0].function.arguments)", "($_.tool_calls and $_.tool_calls[0].function.arguments is mapping)",
+        "($_.tool_calls and $_.tool_calls[0].function.arguments is string)", "($_.tool_calls and $_.tool_calls | length > 1)",
+        "$_.tool_call_id == '1'", "$_.tool_call_id is defined", "$_.tool_calls[0].function.name is defined",
+    ],
     "role_question": ["$_.role == '$role'", "$_['role'] != '$role'"],
     "question": [
         *["$role_question($_)"] * 2, "$_.content", "'tool_calls' in $_", "$_.tool_calls", "$_.reasoning_content is string",
         "$_.content.startswith('x')", "$_.content.startswith('<tool_response>')", "$role_question($_) and $question($_)",
-        "not $question($_)", "$_.content is defined", "'hm' in $_.content", "$_.nope is defined", "$_.get('reasoning_content')",
+        *["$calls($_)"] * 2, "not $question($_)", "$_.content is defined", "'hm' in $_.content", "$_.nope is defined",
+        "$_.get('reasoning_content')",
     ],
     "condition": [
-        "$flag", "not $flag", "messages[0].role == '$role'", "tools", "$flag is true", "$flag and $flag",
+        "$flag", "not $flag", "messages[0].role == '$role'", "$any_tool", "tools | length > 1", "$flag is true", "$flag and $flag",
         "add_generation_prompt",
     ],
     "outer_condition": [
@@ -78,21 +87,38 @@ RULES: dict[str, list[str]] = {
     "order": [">", "<", ">=", "=="],
     # ---- what is printed ----
     "print": ["'$letter'", "$flag", "ns.n", "put('u')", "strftime_now('%Y')"],
+    "tools_print": [
+        "tools | tojson", "tools | tojson(indent=2) if tools", "tools[0] | tojson if tools", "tools[0].name if tools",
+        "tools[0].name + '!' if tools", "tools[0].function.name + '!' if tools", "tools | length if tools",
+        "tools | map(attribute='function') | map(attribute='name') | join if tools",
+    ],
     "outer_print": [
-        *["$print"] * 5, "'$letter' if $outer_condition else ''", "mac($outer_condition)", "seta($outer_condition)",
+        *["$print"] * 5, *["$tools_print"] * 2, "'$letter' if $outer_condition else ''", "mac($outer_condition)", "seta($outer_condition)",
         "messages | selectattr('role', 'equalto', '$role') | map(attribute='content') | join('|')", "'z' if $question(messages[-1])",
         "messages | length", "messages[0].content", "raise_exception('no') if $question(messages[0])", "{'k': 'é'} | tojson",
     ],
+    "calls_print": [
+        "m.tool_calls[0].function.name", "'to ' + m.tool_calls[0].function.name + ':'", "m.tool_calls[0].function.arguments | tojson",
+        "m.tool_calls[0].function.arguments", "m.tool_calls[0].function | tojson", "m.tool_calls[0] | tojson", "m.tool_call_id",
+        "{'n': m.tool_calls[0].function.name, 'a': m.tool_calls[0].function.arguments} | tojson", "m.tool_calls[0].id ~ ' ' ~ ns.a",
+        "m.tool_calls[0].function.arguments.a", "m.tool_calls[0].function.arguments | tojson(indent=1)", "m.content.lstrip('x')",
+    ],
     "inner_print": [
-        *["$print"] * 4, "'$letter' if $inner_condition else ''", "mac($inner_condition)", "seta($inner_condition)",
+        *["$print"] * 4, "$tools_print", *["$calls_print if m.tool_calls"] * 4, "'$letter' if $inner_condition else ''",
+        "mac($inner_condition)", "seta($inner_condition)",
         *["m.content"] * 2, "m.content | trim", "m.role + '\\n'", "m.role + '\\n' + m.content", "(m.reasoning_content or '')",
         "m.content | tojson", "loop.index0", "m.tool_calls | tojson if m.tool_calls", "'y' if t.a else 'n'", "t.b", "loop.cycle('A', 'B')",
     ],
     # ---- statements around the loop ----
     "outer": [
         *["{{ $outer_print }}"] * 2, "txt ", "{% set $flag = $outer_value %}", "{% set $flag = false %}", "{% set ns.n = $outer_number %}",
+        *["{% for tool in tools or [] %}{{ $tool_print }}{% endfor %}"] * 2,
+        "{% for tool in tools or [] %}{% if tool.function.strict %}{% set $flag = true %}{% endif %}{% endfor %}",
         "$outer_look($flag)", *["{% if $outer_condition %}$outer_few$outer_else{% endif %}"] * 2, "$outer_scan", "$backward_scan",
         "{% set loop_messages = $loop_messages %}",
+    ],
+    "tool_print": [
+        "tool | tojson", "tool.function.name", "(tool.function or tool).name ~ loop.index", "tool.name + '!'", "messages[0].role",
     ],
     "outer_few": ["$outer", "$outer$outer"],
     "outer_else": ["", "{% else %}$outer", "{% elif $outer_condition %}$outer"],
@@ -119,6 +145,8 @@ RULES: dict[str, list[str]] = {
     "inner": [*["$inner_plain"] * 8, *["{% if $inner_condition %}$inner_few$inner_else{% endif %}"] * 2, *["$inner_look(t.$t_flag)"] * 3],
     "inner_plain": [
         *["{{ $inner_print }}"] * 2, "txt ", "{% set $flag = $inner_value %}", "{% set $flag = false %}", "{% set ns.n = $inner_number %}",
+        "{% for call in m.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}",
+        "{% if m.tool_calls %}{% set $flag = m.tool_calls[0].function.name %}{% endif %}",
         "$inner_look($flag)", "{% set v = $inner_condition %}{{ 'v' if v }}",
     ],
     "inner_few": ["$inner$jump", "$jump$inner$inner"],
@@ -147,6 +175,16 @@ class Grammar:
         """The source of a chat template that loops over `messages`; it may fail, with any error of Jinja or of itself."""
         return self._expand("$template")
 
+    def bodies(self) -> Iterator[dict[str, Any]]:
+        """`conversations` with tools, most of them with the same."""
+        random = self._random
+        offers = [[self._tool() for _ in range(count)] for count in (1, 2, 3)] + [[], None]
+        offer = random.choice(offers)
+        for messages in self.conversations():
+            if random.random() < 0.15:
+                offer = random.choice(offers)
+            yield {"messages": messages} if offer is None else {"tools": offer, "messages": messages}
+
     def conversations(self, count: int = 26) -> Iterator[Conversation]:
         """Conversations that go on where one of the last few stood, whole or cut, or with another first message; often as the last did."""
         random = self._random
@@ -159,9 +197,11 @@ class Grammar:
             if random.random() < 0.12:
                 messages = [{**messages[0], "content": random.choice(TEXTS)}, *messages[1:]]
             if random.random() < 0.5:
-                more = [{**message, "content": random.choice(TEXTS)} for message in more]
+                more = [self._retold(message) for message in more]
             else:
                 more = [self._message() if random.random() < 0.5 else self._user() for _ in range(random.randint(0, 3))]
+                if random.random() < 0.4:
+                    more = [*more[:1], *self._round()]
             messages = [*messages, *more]
             known.append(messages if len(messages) <= 12 else messages[:3])
             yield known[-1]
@@ -174,6 +214,10 @@ class Grammar:
         rule, argument = found.groups()
         return self._expand(self._random.choice(RULES[rule]), self._expand(argument or ""))
 
+    def _retold(self, message: Message) -> Message:
+        calls = {"tool_calls": [self._call() for _ in message["tool_calls"]]} if "tool_calls" in message else {}
+        return {**message, "content": self._random.choice(TEXTS), **calls}
+
     def _user(self) -> Message:
         return {"role": self._random.choice(["user", "tool"]), "content": self._random.choice(TEXTS)}
 
@@ -181,7 +225,30 @@ class Grammar:
         random = self._random
         message: Message = {"role": random.choice(ROLES[:4]) if random.random() < 0.9 else "note", "content": random.choice(TEXTS)}
         if message["role"] == "assistant" and random.random() < 0.35:
-            message["tool_calls"] = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+            message |= self._calls()
         if message["role"] == "assistant" and random.random() < 0.2:
             message["reasoning_content"] = random.choice(TEXTS)
+        if message["role"] == "tool" and random.random() < 0.7:
+            message["tool_call_id"] = random.choice(["1", "2"])
         return message
+
+    def _calls(self) -> Message:
+        return {"tool_calls": [self._call() for _ in range(self._random.choice([1, 1, 1, 2]))]}
+
+    def _round(self) -> Conversation:
+        """A call and its answers."""
+        random = self._random
+        answers = [{"role": "tool", "tool_call_id": "1", "content": random.choice(TEXTS)} for _ in range(random.choice([1, 1, 2]))]
+        return [{"role": "assistant", "content": random.choice(["", *TEXTS]), **self._calls()}, *answers]
+
+    def _call(self) -> dict[str, Any]:
+        random = self._random
+        function = {"name": random.choice("fgh"), "arguments": random.choice(ARGUMENTS)}
+        return {"id": random.choice(["1", "2"]), "type": "function", "function": function}
+
+    def _tool(self) -> dict[str, Any]:
+        random = self._random
+        function: dict[str, Any] = {"name": random.choice("fgh"), "description": random.choice(TEXTS), "parameters": {"type": "object"}}
+        if random.random() < 0.5:
+            function["strict"] = random.random() < 0.5
+        return {"type": "function", "function": function}

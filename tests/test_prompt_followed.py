@@ -4,6 +4,7 @@ Named conversations that once had keys of another text, and templates that templ
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import orjson
 import pytest
@@ -13,10 +14,12 @@ from template_grammar import Conversation, Grammar, Message
 
 from sglfast.errors import PromptError
 from sglfast.prompt.frames import Frame
+from sglfast.prompt.ids import Probe
 from sglfast.prompt.seen import SeenKeying
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 from sglfast.shm import Variant
 
+Body = dict[str, Any]  # messages and tools
 SEEDS = range(1, 9)
 TEMPLATES_PER_SEED = 24
 FAILURES_MAX = 12  # a template that has refused so many conversations refuses most
@@ -43,19 +46,29 @@ class Seen:
         self.keyed = self.known = 0
 
 
-def difference(path: Chats, source: str, conversations: Sequence[Conversation], seen: Seen) -> tuple[int, str] | None:
+def owner(keys: bytes) -> Probe:
+    """Of a rank that has these blocks."""
+    owned = {keys[at : at + 8] for at in range(0, len(keys), 8)}
+    return lambda asked: next((at for at in range(len(asked) // 8) if asked[8 * at : 8 * at + 8] not in owned), len(asked) // 8)
+
+
+def difference(path: Chats, source: str, conversations: Sequence[Conversation | Body], seen: Seen) -> tuple[int, str] | None:
     """Place of the first conversation that has other keys when it is followed, and what is wrong with them."""
     if not path.change_template(source):
         return None
     failures = 0
     for place, messages in enumerate(conversations):
-        body = orjson.dumps({"messages": messages})
+        body = orjson.dumps(messages if isinstance(messages, dict) else {"messages": messages})
         whole = plain(path.tokenizer, body, TOKEN_KEYS)
         if whole is None:
             failures += 1
             if failures > FAILURES_MAX:
                 return None
             continue
+        half = whole.keys[TOKEN_KEYS[0]][: 8 * (whole.tokens // 2)]
+        lazy = path.keys(body, TOKEN_KEYS, owner(half), 1)
+        if lazy is None or not lazy.keys[TOKEN_KEYS[0]].startswith(half):
+            return place, "not all keys that somebody owns"
         keying = path.begin(body, TOKEN_KEYS, 500)
         if keying is None:
             return place, "no keys"
@@ -72,7 +85,7 @@ def difference(path: Chats, source: str, conversations: Sequence[Conversation], 
     return None
 
 
-def check(path: Chats, source: str, conversations: Sequence[Conversation], seen: Seen | None = None) -> None:
+def check(path: Chats, source: str, conversations: Sequence[Conversation | Body], seen: Seen | None = None) -> None:
     """Fails with the fewest of the conversations that show a difference."""
     seen = seen or Seen()
     found = difference(path, source, conversations, seen)
@@ -161,7 +174,7 @@ def test_a_border_behind_a_frame_that_follows_a_cut_too_closely_is_none(path: Ch
 def check_seed(path: Chats, seed: int, templates: int, seen: Seen) -> None:
     grammar = Grammar(SeededRandom(seed))
     for _ in range(templates):
-        check(path, grammar.template(), list(grammar.conversations()), seen)
+        check(path, grammar.template(), list(grammar.bodies()), seen)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

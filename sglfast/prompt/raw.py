@@ -187,12 +187,13 @@ class RawReader:
                 tail = [message_input(orjson.loads(scan.message(place)), content_format) for place in range(at, fresh)] + last
             else:
                 tail = [self.message(scan.message(place), engine) for place in range(at, fresh)] + last
-        frame = self._frame(turn, tail, context, scan, engine)
+        shapes = _shapes_of(tail)
+        frame = self._frame(turn, shapes, context, scan, engine) if shapes is not None else None
         if frame is not None:
             known = self._with_early(frame, turn, tail, scan, engine) if frame.early else tail
             if known is not None and (parts := frame.fill(known)) is not None:
                 return SeenKeying(
- self._turns, scan, limit, kind, turn, tail, parts, frame.borders(known),
+ self._turns, scan, limit, kind, turn, shapes, parts, frame.borders(known),
 counts_chars=False, continuation=continuation, salt=context.cache_salt, asked=context.asked,
 )  # fmt: skip
         messages = _Messages(self, scan, None, None, engine)
@@ -200,19 +201,11 @@ counts_chars=False, continuation=continuation, salt=context.cache_salt, asked=co
         run = template.run(count, messages.at, context.variables, turn.border)
         run.go_on()
         return SeenKeying(
- self._turns, scan, limit, kind, turn, tail, run.parts, run.borders,
+ self._turns, scan, limit, kind, turn, shapes, run.parts, run.borders,
 counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=context.asked,
 )  # fmt: skip
 
-    def _frame(self, turn: Turn, tail: list[Message], context: Context, scan: ChatScan, engine: Engine) -> Frame | None:
-        if len(tail) > _FRAME_MESSAGES:
-            return None
-        shapes: tuple[Shape, ...] = ()
-        for message in tail:
-            shape = shape_of(message)
-            if shape is None:
-                return None
-            shapes += (shape,)
+    def _frame(self, turn: Turn, shapes: tuple[Shape, ...], context: Context, scan: ChatScan, engine: Engine) -> Frame | None:
         frames = turn.frames
         frame = frames.get(shapes)
         if frame is None and shapes not in frames:
@@ -385,6 +378,19 @@ def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages, dial
         return text_of_chat(chat, given)[chars:]
 
     return rest
+
+
+def _shapes_of(messages: list[Message]) -> tuple[Shape, ...] | None:
+    """What frames of these messages are found by; None when there is no frame."""
+    if len(messages) > _FRAME_MESSAGES:
+        return None
+    shapes: tuple[Shape, ...] = ()
+    for message in messages:
+        shape = shape_of(message)
+        if shape is None:
+            return None
+        shapes += (shape,)
+    return shapes
 
 
 def _may_have_parts(scan: ChatScan) -> bool:

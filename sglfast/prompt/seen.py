@@ -20,7 +20,6 @@ from sglfast.prompt.ids import Keys, Probe, pages_max
 from sglfast.prompt.keys import PromptText
 from sglfast.prompt.lazy import Keying, LazyKeyer
 from sglfast.prompt.prefixes import Prefix
-from sglfast.prompt.scans import Message
 from sglfast.prompt.stable import Border, Run, StableTemplate
 from sglfast.prompt.texts import Shape, shape_of
 from sglfast.shm import Variant
@@ -187,22 +186,22 @@ class SeenKeying:
     """A prompt whose beginning was seen, on its way to its keys; as a Keying."""
 
     __slots__ = (
-        "_asked", "_borders", "_continuation", "_counts_chars", "_keys", "_kind", "_limit", "_long", "_parts", "_salt", "_scan", "_tail",
+        "_asked", "_borders", "_continuation", "_counts_chars", "_keys", "_kind", "_limit", "_long", "_parts", "_salt", "_scan", "_shapes",
         "_turn", "_turns",
     )  # fmt: skip
 
     def __init__(
-        self, turns: Turns, scan: ChatScan, limit: int, kind: Kind, turn: Turn, tail: list[Message], parts: list[str],
+        self, turns: Turns, scan: ChatScan, limit: int, kind: Kind, turn: Turn, shapes: tuple[Shape, ...] | None, parts: list[str],
         borders: Sequence[Border], *, counts_chars: bool, continuation: str, salt: str, asked: tuple[str, str],
     ) -> None:  # fmt: skip
-        """Use RawReader.begin. tail: the messages behind the turn's border; parts: their text; borders: in it, their `chars` being
-        characters or parts; limit: messages that stand in `scan` as they were printed."""
+        """Use RawReader.begin. shapes: of the messages behind the turn's border; parts: their text; borders: in it, their `chars`
+        being characters or parts; limit: messages that stand in `scan` as they were printed."""
         self._turns = turns
         self._scan = scan
         self._limit = limit
         self._kind = kind
         self._turn = turn
-        self._tail = tail
+        self._shapes = shapes
         self._parts = parts
         self._borders = borders
         self._counts_chars = counts_chars
@@ -295,7 +294,7 @@ class SeenKeying:
                 border = border._replace(needed=turn.border.needed)
             if at <= end + _REST_CHARS and border.needed <= self._limit and self._turns.is_now(self._kind):
                 place = border.at - turn.border.at - 1
-                before = shape_of(self._tail[place]) if place >= 0 else turn.before
+                before = turn.before if place < 0 else self._shapes[place] if self._shapes else None
                 opening_role, chain_bytes = turn.opening_role, turn.chain_bytes
                 self._turns.put(self._scan, self._kind, chains, keys, border, text[end:at], opening_role, before, chain_bytes)
             return

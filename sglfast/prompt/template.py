@@ -190,6 +190,9 @@ def make_environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
+
+
 def tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -198,6 +201,8 @@ def tojson(
     sort_keys: bool = False,
 ) -> str:
     # jinja2's own filter escapes for HTML, which models were never trained on.
+    if not ensure_ascii and indent is None and separators is None and not sort_keys:
+        return _JSON.encode(value)  # nearly every one: what json.dumps makes an encoder for each time
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

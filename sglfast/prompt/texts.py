@@ -19,7 +19,7 @@ Shape = str | tuple[Any, ...]
 Messages = Sequence[Message] | Mapping[int, Message]
 Form = tuple[Any, ...]  # a method of strings or `tojson`, and what it is called with
 
-_TEXT, _DATA = ("text",), ("data",)
+_TEXT, _DATA, _NOTHING = ("text",), ("data",), ("is", None)
 _WORDS = frozenset({"role", "type"})  # of these there are few, and templates ask which one it is
 _DATA_KEY = "arguments"
 _DEPTH, _ITEMS = 5, 16
@@ -30,24 +30,33 @@ def shape_of(message: Message) -> Shape | None:
     if len(message) == 2 and type(message["content"]) is str:
         return str(message["role"])
     try:
-        return _shape(message, "", _DEPTH)
+        return _shape(message, _DEPTH)
     except NotStableError:
         return None
 
 
-def _shape(value: Any, key: str, depth: int) -> tuple[Any, ...]:
+def _shape(value: Any, depth: int) -> tuple[Any, ...]:
     kind = type(value)
-    if kind is str:
-        return _TEXT if value and key not in _WORDS else ("is", value)
-    if kind in (list, dict) and depth and len(value) <= _ITEMS:
-        if kind is list:
-            return ("list", *[_shape(item, "", depth - 1) for item in value])
-        if key == _DATA_KEY:
-            return _DATA
-        return ("dict", *[part for name, item in value.items() for part in (name, _shape(item, name, depth - 1))])
-    if value is None or kind in (int, bool, float):
+    if kind in (dict, list) and (not depth or len(value) > _ITEMS):
+        raise NotStableError("a message with much in it")
+    if kind is dict:
+        shape: list[Any] = ["dict"]
+        for name, item in value.items():
+            if type(item) is str:
+                shape += (name, _TEXT if item and name not in _WORDS else ("is", item))
+            elif name == _DATA_KEY and type(item) is dict:
+                shape += (name, _DATA)
+            else:
+                shape += (name, _NOTHING if item is None else _shape(item, depth - 1))
+    elif kind is list:
+        shape = ["list", *[_shape(item, depth - 1) for item in value]]
+    elif kind is str:
+        return _TEXT if value else ("is", value)
+    elif kind in (bool, int, float):
         return ("is", value, repr(value))  # True is 1 to a dict of frames
-    raise NotStableError("a message with much in it")
+    else:
+        raise NotStableError("a message with something in it that JSON has not")
+    return tuple(shape)
 
 
 def message_of(shape: Shape, at: int, noted: "list[Hole | Asked]") -> Message:

@@ -22,6 +22,16 @@ def prompt_path_of_a_32_kb_chinese_chat_that_nobody_owns() -> Call:
     return prompt_path(is_seen=False, text="".join(clauses) * 17)
 
 
+def prompt_path_of_a_32_kb_chat_with_tools_seen_but_for_its_newest_round() -> Call:
+    """As the first, with 10 KB of tools and rounds of a call and its answer; the last round is another one in each call."""
+    return prompt_path_with_tools(is_seen=True)
+
+
+def prompt_path_of_a_32_kb_chat_with_tools_that_nobody_owns() -> Call:
+    """As the second, with the same tools in each call."""
+    return prompt_path_with_tools(is_seen=False)
+
+
 def split_of_a_32_kb_chat_into_its_messages() -> Call:
     """What both begin with, with an escape in every 60 characters or so."""
     from sglfast._jsonscan import scan_chat
@@ -43,7 +53,32 @@ def words_of_2_kb_to_token_ids() -> Call:
 
 
 def prompt_path(*, is_seen: bool, text: str = "for every word that was said before there is a block of tokens " * 27) -> Call:
+    texts = [f"{n} {text}" for n in range(19)]
+    if is_seen:
+        return keys_of_chats(chat_body(texts), lambda word: chat_body([*texts, f"and what now, {word}?"]))
+    return keys_of_chats(b"", lambda word: chat_body([f"{word} {text}", *texts]))
+
+
+def prompt_path_with_tools(*, is_seen: bool) -> Call:
+    import orjson
+    from prompt_texts import TOOLS, agent_chat, agent_round
+
+    def body(messages: list[dict[str, object]]) -> bytes:
+        return orjson.dumps({"model": "m", "messages": messages, "tools": TOOLS, "temperature": 0.7, "stream": True})
+
+    text = "for every word that was said before there is a block of tokens " * 400
+    size = 32_768 - len(orjson.dumps(TOOLS))
+    if not is_seen:
+        return keys_of_chats(b"", lambda word: body(agent_chat(f"{word} {text}", size, 9, 0)))
+    base = agent_chat(text, size, 8, 0)
+    return keys_of_chats(body(base), lambda word: body([*base, *agent_round(f"docs/{word}.txt", f"There is no {word} in it.")]))
+
+
+def keys_of_chats(seen: bytes, body_with: Callable[[str], bytes]) -> Call:
+    """Keys of a chat with another word in it in each call. seen: one that was seen and is owned, empty for none."""
     from itertools import cycle
+
+    import orjson
 
     from sglfast._hashtree import TreeReader, TreeWriter
     from sglfast.prompt.keys import PromptReader, RequestKind
@@ -55,23 +90,20 @@ def prompt_path(*, is_seen: bool, text: str = "for every word that was said befo
     _, segment = create(max_workers=64, max_ranks=64, max_shards=1, capacity_blocks=1 << 16)
     tokenizer = load_tokenizer(DEMO_TOKENIZER_PATH)
     raw, tree = RawReader(LazyKeyer(tokenizer, 32 << 20)), TreeReader(segment)
-    texts = [f"{n} {text}" for n in range(19)]
     variants = (Variant(64),)
-    if is_seen:
-        messages = [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(texts)]
+    if seen:
         plain = PromptReader(tokenizer)
-        ids = plain.tokens_of(plain.text_of(RequestKind.CHAT, {"messages": messages}))
+        ids = plain.tokens_of(plain.text_of(RequestKind.CHAT, orjson.loads(seen)))
         TreeWriter(segment).store(0, 0, plain.keys_of(ids, 64))
-    words = tokenizer.plain_words()[:1200]
-    bodies = cycle([chat_body([*texts, f"and what now, {word}?"] if is_seen else [f"{word} {text}", *texts]) for word in words])
+    bodies = cycle([body_with(word) for word in tokenizer.plain_words()[:1200]])
 
     def key() -> None:
         keying = raw.begin(next(bodies), variants, 1024)
         assert keying is not None
         assert keying.run(tree.match)
 
-    if is_seen:
-        keying = raw.begin(chat_body(texts), variants, 1024)
+    if seen:
+        keying = raw.begin(seen, variants, 1024)
         assert keying is not None
         assert keying.run(tree.match)
         key()  # the second of a kind makes the frame
@@ -88,6 +120,8 @@ PROMPT_CASES: tuple[Callable[[], Call], ...] = (
     prompt_path_of_a_32_kb_chat_seen_but_for_its_newest_message,
     prompt_path_of_a_32_kb_chat_that_nobody_owns,
     prompt_path_of_a_32_kb_chinese_chat_that_nobody_owns,
+    prompt_path_of_a_32_kb_chat_with_tools_seen_but_for_its_newest_round,
+    prompt_path_of_a_32_kb_chat_with_tools_that_nobody_owns,
     split_of_a_32_kb_chat_into_its_messages,
     words_of_2_kb_to_token_ids,
 )

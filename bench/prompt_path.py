@@ -2,6 +2,8 @@
 
     .venv/bin/python bench/prompt_path.py           32 KB chat prompts of 20 messages, page 64
 
+`calls` are chats of an agent: 10 KB of tools with each request, and rounds of a call and its answer, of which the last one is new.
+
 From the bytes of a body to the answer of the KV index. plain: parse, render, tokenize all, hash all, match. seen: all but the newest
 message was seen before and is owned. cold: nothing of this conversation was seen and nobody owns anything of it. Each figure is the
 median over prompts of the best of several rounds, because the machine is not ours alone; a round begins with an empty memory, and
@@ -20,7 +22,7 @@ from typing import NamedTuple
 
 import orjson
 from drawing import Bars, add_plot, draw_bars
-from prompt_texts import KINDS, source, tokenizer_of_chinese
+from prompt_texts import KINDS, TOOLS, Messages, agent_chat, agent_round, source, tokenizer_of_chinese
 
 from sglfast import shm
 from sglfast._blockhash import kernel
@@ -35,7 +37,7 @@ VARIANTS = (Variant(64),)
 BYTES, MESSAGES = 32_768, 20
 PROMPTS, ROUNDS = 40, 11
 WANTED = {"seen": 300, "cold": 60}
-Messages = list[dict[str, str]]
+CALLS = "calls"
 
 
 def round_us(call: Callable[[bytes], object], bodies: list[bytes]) -> list[float]:
@@ -80,18 +82,32 @@ def conversation(text: str, number: int, newest: str) -> Messages:
     return [*messages, {"role": "user", "content": newest}]
 
 
-def body_of(messages: Messages) -> bytes:
+def body_of(messages: Messages, **more: object) -> bytes:
     """A chat request with these messages."""
-    return orjson.dumps({"model": "demo", "messages": messages, "temperature": 0.7, "stream": True})
+    return orjson.dumps({"model": "demo", "messages": messages, "temperature": 0.7, "stream": True, **more})
+
+
+def bodies_of(kind: str) -> tuple[bytes, list[bytes], list[bytes]]:
+    """A chat but for its end, with PROMPTS ends, and as many other chats."""
+    text = source("prose" if kind == CALLS else kind)
+    if kind == CALLS:
+        size, rounds = BYTES - len(orjson.dumps(TOOLS)), MESSAGES // 2 - 2
+        base = agent_chat(text, size, rounds, 0)
+        ends = [agent_round(f"docs/new/{number}.txt", f"There is nothing in number {number}.") for number in range(PROMPTS)]
+        others = [agent_chat(text, size, rounds + 1, number * 4999) for number in range(1, PROMPTS + 1)]
+        more = {"tools": TOOLS, "tool_choice": "auto"}
+        return body_of(base, **more), [body_of([*base, *end], **more) for end in ends], [body_of(other, **more) for other in others]
+    question = "and what of {}?" if text.isascii() else "那么{}呢？"
+    base = conversation(text, 0, "")[:-1]
+    newest = [body_of([*base, {"role": "user", "content": question.format(number)}]) for number in range(PROMPTS)]
+    strangers = [body_of(conversation(text, number, question.format("now"))) for number in range(1, PROMPTS + 1)]
+    return body_of(base), newest, strangers
 
 
 def measure(kind: str, tokenizer: Tokenizer, writer: TreeWriter, tree: TreeReader) -> dict[str, Ratio]:
     """Print a line of the table; returns its ratios, of `seen` and `cold`."""
-    text, reader = source(kind), PromptReader(tokenizer)
-    base = conversation(text, 0, "")[:-1]
-    question = "and what of {}?" if text.isascii() else "那么{}呢？"
-    newest = [body_of([*base, {"role": "user", "content": question.format(number)}]) for number in range(PROMPTS)]
-    strangers = [body_of(conversation(text, number, question.format("now"))) for number in range(1, PROMPTS + 1)]
+    reader = PromptReader(tokenizer)
+    base, newest, strangers = bodies_of(kind)
 
     def keys_of(body: bytes) -> tuple[int, bytes]:
         ids = reader.tokens_of(reader.text_of(RequestKind.CHAT, orjson.loads(body)))
@@ -110,13 +126,13 @@ def measure(kind: str, tokenizer: Tokenizer, writer: TreeWriter, tree: TreeReade
 
         return lazy
 
-    tokens, keys = keys_of(body_of(base))
+    tokens, keys = keys_of(base)
     writer.reset()
     writer.store(0, 0, keys)
     times: dict[str, list[list[float]]] = {"plain": [], "seen": [], "cold": []}
     for _ in range(ROUNDS):
         warm = fresh()
-        warm(body_of(base))
+        warm(base)
         for name, call, bodies in (("plain", plain, newest), ("seen", warm, newest), ("cold", fresh(), strangers)):
             times[name].append(round_us(call, bodies))
     figures = [best_us(rounds) for rounds in times.values()]
@@ -141,7 +157,7 @@ def draw(path: str, ratios: dict[str, dict[str, Ratio]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the prompt path costs as a fraction of tokenizing everything.")
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"only these of {', '.join(KINDS)}")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"only these of {', '.join((*KINDS, CALLS))}")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="of a model, instead of the demo's and the one trained here for Chinese")
     add_plot(parser)
     options = parser.parse_args()
@@ -151,8 +167,8 @@ def main() -> None:
     print(f"{'text':8}{'tokens':>8}{'plain':>10}{'seen':>8}{'cold':>8}{'plain/seen':>18}{'plain/cold':>18}")
     with tempfile.TemporaryDirectory() as folder:
         ratios: dict[str, dict[str, Ratio]] = {}
-        for kind in options.kinds or KINDS:
-            path = options.tokenizer or (DEMO_TOKENIZER_PATH if kind in ("prose", "code") else tokenizer_of_chinese(Path(folder)))
+        for kind in options.kinds or (*KINDS, CALLS):
+            path = options.tokenizer or (DEMO_TOKENIZER_PATH if kind in ("prose", "code", CALLS) else tokenizer_of_chinese(Path(folder)))
             ratios[kind] = measure(kind, load_tokenizer(path), writer, tree)
     print(f"{'wanted':42}{WANTED['seen']:18}{WANTED['cold']:18}")
     if options.plot:

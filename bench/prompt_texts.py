@@ -15,12 +15,37 @@ import typing
 import zipfile
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH
 
 KINDS = ("prose", "code", "chinese", "mixed")
+Messages = list[dict[str, Any]]
+# What an agent that works on files can call: 10 KB as they are sent with each request.
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": f"{verb}_{thing}",
+            "description": f"Call this to {verb} a {thing} in the user's folder; says what was done, or why it could not be.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "path": {"type": "string", "description": f"Where the {thing} is, from the root of the project on."},
+                    "pattern": {"type": "string", "description": f"Only lines of the {thing} that match this are looked at."},
+                    "limit": {"type": "integer", "description": "How many lines there may be in the answer.", "default": 200},
+                    "kind": {"type": "string", "enum": ["text", "binary", "link"], "description": "What it must be."},
+                    "is_recursive": {"type": "boolean", "description": "Whether what stands inside it counts, too."},
+                },
+                "required": ["path"],
+            },
+        },
+    }
+    for verb in ("read", "write", "search")
+    for thing in ("file", "folder", "diff", "log")
+]
 # Of Qwen 2 and 3.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _MADE_CHARS = 400_000
@@ -45,6 +70,22 @@ def source(kind: str) -> str:
         parts.append(text)
         size += len(text)
     return "".join(parts)
+
+
+def agent_chat(text: str, size: int, rounds: int, begin: int) -> Messages:
+    """A system message, a question, and rounds of a call and its answer, of about `size` characters; another one for another `begin`."""
+    share = size // (rounds + 1)
+    messages = [{"role": "system", "content": text[begin : begin + share]}, {"role": "user", "content": "What is in the folder?"}]
+    for number in range(1, rounds + 1):
+        messages += agent_round(f"docs/{begin}/{number}.txt", text[begin + number * share : begin + (number + 1) * share])
+    return messages
+
+
+def agent_round(path: str, answer: str) -> Messages:
+    """A call and its answer."""
+    function = {"name": "read_file", "arguments": json.dumps({"path": path, "limit": 40})}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
+    return [call, {"role": "tool", "tool_call_id": "call_1", "content": answer}]
 
 
 def tokenizer_of_chinese(folder: Path) -> str:

@@ -49,12 +49,18 @@ class Frame:
     def fill(self, messages: Messages) -> list[str] | None:
         """The parts with the texts of the messages behind the border."""
         for hole in self._not_empty:
-            if not hole.of(messages):
+            if not (messages[hole.at][hole.key] if hole.key else hole.of(messages)):
                 return None
         for asked in self._asked:
             if asked.is_wrong(asked.hole.of(messages)):
                 return None
-        return [part if isinstance(part, str) else part.of(messages) for part in self._parts]
+        parts = []
+        for part in self._parts:
+            if isinstance(part, str):
+                parts.append(part)
+            else:  # of plain messages without a call
+                parts.append(messages[part.at][part.key] if part.key else part.of(messages))
+        return parts
 
     def borders(self, messages: Messages) -> Sequence[Border]:
         """The borders behind these messages; `chars` of each is the number of parts before it."""

@@ -187,7 +187,15 @@ class RawReader:
                 tail = [message_input(orjson.loads(scan.message(place)), content_format) for place in range(at, fresh)] + last
             else:
                 tail = [self.message(scan.message(place), engine) for place in range(at, fresh)] + last
-        shapes = _shapes_of(tail)
+        shapes: tuple[Shape, ...] | None = () if len(tail) <= _FRAME_MESSAGES else None
+        for message in tail:
+            # Plain messages are spared the call.
+            is_plain = len(message) == 2 and type(message["content"]) is str
+            shape = message["role"] if is_plain else shape_of(message)
+            if shape is None or shapes is None:
+                shapes = None
+                break
+            shapes += (shape,)
         frame = self._frame(turn, shapes, context, scan, engine) if shapes is not None else None
         if frame is not None:
             known = self._with_early(frame, turn, tail, scan, engine) if frame.early else tail
@@ -378,19 +386,6 @@ def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages, dial
         return text_of_chat(chat, given)[chars:]
 
     return rest
-
-
-def _shapes_of(messages: list[Message]) -> tuple[Shape, ...] | None:
-    """What frames of these messages are found by; None when there is no frame."""
-    if len(messages) > _FRAME_MESSAGES:
-        return None
-    shapes: tuple[Shape, ...] = ()
-    for message in messages:
-        shape = shape_of(message)
-        if shape is None:
-            return None
-        shapes += (shape,)
-    return shapes
 
 
 def _may_have_parts(scan: ChatScan) -> bool:

@@ -81,14 +81,18 @@ def _made(shape: tuple[Any, ...], at: int, path: tuple[str | int, ...], noted: "
 
 
 class Hole:
-    """The place of what a path leads to in message `at`; form: what is made of it, None: it is taken as it is."""
+    """The place of what a path leads to in message `at`; form: what is made of it, None: it is taken as it is.
 
-    __slots__ = ("at", "form", "path")
+    key: the whole way where that is a single step, and nothing is made of it; else "".
+    """
+
+    __slots__ = ("at", "form", "key", "path")
 
     def __init__(self, at: int, path: tuple[str | int, ...], form: Form | None = None) -> None:
         self.at = at
         self.path = path
         self.form = form
+        self.key = str(path[0]) if len(path) == 1 and form is None else ""
 
     def of(self, messages: Messages) -> Any:
         """What goes there."""

@@ -7,7 +7,6 @@ import pytest
 from chat_paths import TOOL, Chats, everybody, plain
 
 from sglfast.prompt import offers as offers_module
-from sglfast.prompt import raw as raw_module
 from sglfast.prompt.offers import Offer
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 from sglfast.shm import Dialect, Variant
@@ -27,8 +26,8 @@ def body(tools: Any, **more: Any) -> bytes:
 
 def test_other_fields_of_a_body_leave_the_tools_as_they_are(path: Chats, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared, printed = [], []
-    prepare, tojson = raw_module.tools_input, offers_module.tojson
-    monkeypatch.setattr(raw_module, "tools_input", lambda *args: prepared.append(args) or prepare(*args))
+    prepare, tojson = offers_module.tools_input, offers_module.tojson
+    monkeypatch.setattr(offers_module, "tools_input", lambda *args: prepared.append(args) or prepare(*args))
     monkeypatch.setattr(offers_module, "tojson", lambda value, *form: printed.append(value) or tojson(value, *form))
     for number in range(5):
         sent = body([TOOL, OTHER], seed=number, user="u" * number, messages=[{"role": "user", "content": f"{number}"}])

@@ -26,6 +26,8 @@ def test_well_known_ones_have(name: str) -> None:
         "{% for tool in tools %}{{ tool.name }}{% endfor %}" + LOOP + "{% if tools and not tools is none %}.{% endif %}",
         "{% set ns = namespace(a=false) %}{% for tool in tools %}{{ tool.name }}{% endfor %}{% if tools %}{% set ns.a = true %}{% endif %}"
         + LOOP.replace("x", "ns.a"),
+        "{% for tool in tools or [] %}{% for name in tool.function.parameters %}{{ name }}{% endfor %}{% endfor %}" + LOOP,
+        "{% if custom_tools is defined %}{% set tools = custom_tools %}{% else %}{% set tools = none %}{% endif %}" + LOOP,
         "{% macro one(tool) %}{{ tool.name }}{% endmacro %}{% for tool in tools %}{{ one(tool) }}{% endfor %}" + LOOP,
     ],
 )
@@ -44,6 +46,9 @@ def test_what_is_told_first(source: str) -> None:
         "{% macro mac(t) %}{% set x.a = t %}{% endmacro %}{% set x = namespace() %}{{ mac(tools[0]) }}",
         "{% with y = tools[0] %}{% set x = 1 %}{% if y.name %}{% set ns.x = 1 %}{% endif %}{% endwith %}{% set x = ns %}",
         "{% set tools = tools[0].function %}{% if tools %}{% set x = 1 %}{% endif %}",
+        "{% set tools = messages %}", "{% set y = messages %}{% set tools = y[1:] %}",
+        "{% for m in (messages if tools[0].name else messages) %}{{ tools[0].name }}{% endfor %}",
+        "{% set y = messages if tools[0].name else messages %}{% for m in y %}{{ tools[0].name }}{% endfor %}",
         "{% if false %}{% elif tools == [] %}{% set x = 1 %}{% endif %}", "{% set x, y = tools[0].name, 1 %}",
         "{% for tool in tools if tool.name %}{% else %}{% set y.x = 1 %}{% endfor %}{% set x = y %}",
     ],

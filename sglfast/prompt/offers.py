@@ -14,7 +14,11 @@ import xxhash
 from jinja2 import Environment, pass_context
 from jinja2.runtime import Context
 
+from sglfast.prompt import vllm_chat
+from sglfast.prompt.chat import tools_input
+from sglfast.prompt.prefixes import PrefixCache
 from sglfast.prompt.template import tojson
+from sglfast.shm import Dialect
 
 OFFER_VARIABLE = "sglfast_offer"  # among those of a template
 _TEXT_SHARE = 4  # of the tools' own bytes, for texts
@@ -47,6 +51,21 @@ class Offer:
                 self._left_bytes -= size_bytes
                 self._texts[name] = text
         return text
+
+
+def offer_of(prefixes: PrefixCache, raw: bytes, choice: object, dialect: Dialect) -> Offer:
+    """The tools of a body; most bodies have none, or the same as others. raw: empty for none; choice: its `tool_choice`.
+
+    Raises UnkeyableError, JSONDecodeError.
+    """
+    name = (xxhash.xxh3_128_digest(raw, prefixes.seed), orjson.dumps(choice), dialect)
+    offer = prefixes.get(name)
+    if not isinstance(offer, Offer):
+        fields = {"tools": orjson.loads(raw) if raw else None, "tool_choice": choice}
+        tools = vllm_chat.tools_input(fields) if dialect.engine == "vllm" else tools_input(fields, dialect.tools)
+        offer = Offer(raw, tools, prefixes.seed)
+        prefixes.put(name, offer)
+    return offer
 
 
 @pass_context

@@ -21,12 +21,12 @@ from sglfast._jsonscan import ChatScan, scan_chat
 from sglfast.errors import PromptError
 from sglfast.prompt import vllm_chat
 from sglfast.prompt.adapters import asked_for
-from sglfast.prompt.chat import closed, is_open, kwargs_input, message_input, tools_input
+from sglfast.prompt.chat import closed, is_open, kwargs_input, message_input
 from sglfast.prompt.frames import Frame, FrameMaker
 from sglfast.prompt.kept import NotStableError
 from sglfast.prompt.keys import PromptText, cache_salt_of, given_of, text_of_chat
 from sglfast.prompt.lazy import Keying, LazyKeyer
-from sglfast.prompt.offers import Offer
+from sglfast.prompt.offers import offer_of
 from sglfast.prompt.prefixes import Prefix
 from sglfast.prompt.scans import Message
 from sglfast.prompt.seen import Kind, SeenKeying, Turn, Turns
@@ -249,7 +249,7 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
             kwargs = vllm_chat.kwargs_input(fields)
         else:
             kwargs = kwargs_input(fields, dialect.template_kwargs)
-        offer = self._offer(scan.tools, fields.get("tool_choice"), dialect)
+        offer = offer_of(self.keyer.prefixes, scan.tools, fields.get("tool_choice"), dialect)
         if fields.get("input_ids") is not None or not RESERVED_KWARGS.isdisjoint(kwargs):
             return None
         salt, asked = cache_salt_of(fields), asked_for(fields)
@@ -264,18 +264,6 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
         )
         self.keyer.prefixes.put((scan.context_name, dialect), context)
         return context
-
-    def _offer(self, raw: bytes, choice: object, dialect: Dialect) -> Offer:
-        """What a body's tools are to the template; most bodies have none, or the same as others."""
-        prefixes = self.keyer.prefixes
-        name = (xxhash.xxh3_128_digest(raw, prefixes.seed), orjson.dumps(choice), dialect)
-        offer = prefixes.get(name)
-        if not isinstance(offer, Offer):
-            fields = {"tools": orjson.loads(raw) if raw else None, "tool_choice": choice}
-            tools = vllm_chat.tools_input(fields) if dialect.engine == "vllm" else tools_input(fields, dialect.tools)
-            offer = Offer(raw, tools, prefixes.seed)
-            prefixes.put(name, offer)
-        return offer
 
     def message(self, text: bytes, engine: Engine) -> Message:
         """One message as the template sees it; raises UnkeyableError, JSONDecodeError."""

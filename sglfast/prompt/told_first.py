@@ -19,9 +19,10 @@ _COUNTS = frozenset({"length", "count"})
 
 def is_told_first(tree: nodes.Template) -> bool:
     """Whether a template, not marked yet, looks at the tools before it goes through the messages only."""
+    set_names = frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "store") | {"messages"}
     names = {_TOOLS}
     while True:
-        reading = _Reading(names)
+        reading = _Reading(names, set_names)
         reading.follow(tree.body, is_told=False)
         if reading.found <= names:
             return not (reading.is_late or reading.is_replaced)
@@ -29,14 +30,17 @@ def is_told_first(tree: nodes.Template) -> bool:
 
 
 class _Reading:
-    """One pass over a template. names: those that hold something of the tools; found: the same, as this pass sees it."""
+    """One pass over a template. names: those that hold something of the tools; set_names: those that the template sets, and the messages;
+    found: as names, as this pass sees it."""
 
-    def __init__(self, names: set[str]) -> None:
+    def __init__(self, names: set[str], set_names: frozenset[str]) -> None:
         self._names = names
-        self._has_begun = False  # a loop over something else than tools
+        self._set_names = set_names
+        self._has_begun = False  # a loop that may be one over messages
+        self._is_in_tools = False  # in a loop over tools: there is none over the messages that counts
         self.found = set(names)
         self.is_late = False
-        self.is_replaced = False  # by something of themselves: then even their number may be of their form
+        self.is_replaced = False  # by something of themselves, then even their number may be of their form, or by messages
 
     def follow(self, body: Iterable[nodes.Node], *, is_told: bool) -> None:
         """is_told: whether this is done, or how often, depends on the tools."""
@@ -49,6 +53,7 @@ class _Reading:
                 self._macro(node)
             elif isinstance(node, nodes.Assign):
                 self._set(node.target, self._note(self._reads(node.node)) or is_told)
+                self.is_replaced |= _names_in(node.target) >= {_TOOLS} and not _names_in(node.node).isdisjoint(self._set_names)
             elif isinstance(node, nodes.AssignBlock):
                 self._set(node.target, self._note(any(map(self._reads, node.body))) or is_told)
                 self.follow(node.body, is_told=is_told)
@@ -65,8 +70,7 @@ class _Reading:
 
     def _set(self, target: nodes.Node, is_told: bool) -> None:
         if is_told:
-            parts = (target, *target.find_all((nodes.Name, nodes.NSRef)))
-            names = {part.name for part in parts if isinstance(part, nodes.Name | nodes.NSRef)}
+            names = _names_in(target)
             self.is_replaced |= _TOOLS in names
             self.found |= names
 
@@ -78,11 +82,13 @@ class _Reading:
 
     def _for(self, node: nodes.For, is_told: bool) -> None:
         is_of_tools = self._reads(node.iter) or (node.test is not None and self._reads(node.test))
-        if not is_of_tools:
-            self._has_begun = True
+        was_in_tools = self._is_in_tools
+        self._is_in_tools = was_in_tools or (is_of_tools and _names_in(node.iter) == {_TOOLS})
+        self._has_begun |= not self._is_in_tools
         self._note(is_of_tools)
         self._set(node.target, is_of_tools)
         self.follow((*node.body, *node.else_), is_told=is_told or is_of_tools)
+        self._is_in_tools = was_in_tools
 
     def _macro(self, node: nodes.Macro) -> None:
         # It is made here and called anywhere: with tools, or because of them.
@@ -115,3 +121,8 @@ class _Reading:
             if isinstance(asked, nodes.Name) and asked.name == _TOOLS:
                 return False
         return any(map(self._reads, node.iter_child_nodes()))
+
+
+def _names_in(node: nodes.Node) -> set[str]:
+    """Names that are read or set in a part of a template."""
+    return {part.name for part in (node, *node.find_all((nodes.Name, nodes.NSRef))) if isinstance(part, nodes.Name | nodes.NSRef)}

@@ -204,7 +204,7 @@ def test_frames_are_what_is_printed_whatever_the_texts_are(
             run = run_of(name, longer, tools, {}, border)
             run.go_on()
             assert "".join(parts) == "".join(run.parts)
-            borders = frame.borders(behind(border, longer))
+            borders = frame.filled_borders(behind(border, longer))
             assert len(borders) == len(run.borders)
             for made, found in zip(borders, run.borders, strict=True):
                 assert (made.at, made.needed, len("".join(parts[: made.chars]))) == (found.at, found.needed, found.chars)
@@ -263,7 +263,7 @@ def test_plain_messages_have_frames(name: str) -> None:
         border, "user", None, ("user", "assistant", "user")[border.at % 2 :], template.variables(None, {}), PLAIN.__getitem__
     )
     assert frame is not None
-    assert frame._borders
+    assert frame.borders
 
 
 # What a template may ask of a text, with the value of a string and that of a Text: it is refused, or the same.

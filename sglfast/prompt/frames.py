@@ -31,18 +31,18 @@ class Frame:
     early: place (negative) and shape of others before the border, of which a scan has read more, or whose texts are asked for.
     """
 
-    __slots__ = ("_asked", "_borders", "_has_open_state", "_not_empty", "_parts", "early", "opening")
+    __slots__ = ("_asked", "_not_empty", "_parts", "borders", "early", "has_open_state", "opening")
 
     def __init__(
         self, parts: tuple[str | Hole, ...], noted: list[Hole | Asked], borders: tuple[Border, ...], opening: Message | None,
         early: tuple[tuple[int, Shape], ...],
     ) -> None:  # fmt: skip
-        """borders: `chars` of each is the number of parts before it."""
+        """borders: `chars` of each is the number of parts before it; their states may hold Texts (has_open_state)."""
         self._parts = parts
         self._not_empty = tuple(item for item in noted if isinstance(item, Hole))
         self._asked = tuple(item for item in noted if isinstance(item, Asked))
-        self._borders = borders
-        self._has_open_state = any(next(_holes_in(border.state), None) for border in borders)
+        self.borders = borders
+        self.has_open_state = any(next(_holes_in(border.state), None) for border in borders)
         self.opening = opening
         self.early = early
 
@@ -62,11 +62,9 @@ class Frame:
                 parts.append(messages[part.at][part.key] if part.key else part.of(messages))
         return parts
 
-    def borders(self, messages: Messages) -> Sequence[Border]:
-        """The borders behind these messages; `chars` of each is the number of parts before it."""
-        if not self._has_open_state:
-            return self._borders
-        return [border._replace(state=_filled(border.state, messages)) for border in self._borders]
+    def filled_borders(self, messages: Messages) -> Sequence[Border]:
+        """The borders with the texts in their states."""
+        return [border._replace(state=_filled(border.state, messages)) for border in self.borders]
 
 
 def _holes_in(value: Any) -> Iterator[Hole]:

@@ -84,8 +84,12 @@ class PrefixCache:
         """What is known by the first of `names` by which anything is, or None."""
         prefixes = self._prefixes
         for name in names:
-            if name in prefixes:
-                return self.get(name)
+            known = prefixes.get(name)
+            if known is not None:
+                with self._lock:
+                    if name in prefixes:  # it may have gone meanwhile
+                        prefixes.move_to_end(name)
+                return known
         return None
 
     def put(self, name: object, value: Sized) -> None:

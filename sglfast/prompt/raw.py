@@ -190,8 +190,7 @@ class RawReader:
         shapes: tuple[Shape, ...] | None = () if len(tail) <= _FRAME_MESSAGES else None
         for message in tail:
             # Plain messages are spared the call.
-            is_plain = len(message) == 2 and type(message["content"]) is str
-            shape = message["role"] if is_plain else shape_of(message)
+            shape = message["role"] if len(message) == 2 and type(message["content"]) is str else shape_of(message)
             if shape is None or shapes is None:
                 shapes = None
                 break
@@ -200,8 +199,9 @@ class RawReader:
         if frame is not None:
             known = self._with_early(frame, turn, tail, scan, engine) if frame.early else tail
             if known is not None and (parts := frame.fill(known)) is not None:
+                borders = frame.filled_borders(known) if frame.has_open_state else frame.borders
                 return SeenKeying(
- self._turns, scan, limit, kind, turn, shapes, parts, frame.borders(known),
+ self._turns, scan, limit, kind, turn, shapes, parts, borders,
 counts_chars=False, continuation=continuation, salt=context.cache_salt, asked=context.asked,
 )  # fmt: skip
         messages = _Messages(self, scan, None, None, engine)

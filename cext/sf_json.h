@@ -1,10 +1,11 @@
 /* Where the messages of a chat body stand: one pass over its JSON (RFC 8259), as strict about structure as a split of it needs.
  *
- *   body = white-space { members } white-space, one member is "messages": [ {...} , {...} ], one may be "tools", all others are stepped over
+ *   body = white-space { members } white-space, one member is "messages": [ {...} , {...} ], one may be "tools", others are stepped over
  *
- * Law: when this takes a body, the body is valid JSON exactly if each message is, and the tools, and so is the body with [] in place of the
- * messages and null in place of the tools; and then its "messages" and "tools" are those found here. It follows from what is checked: the bytes between the pieces (white space, one comma
- * each), that both names are written once and as they are (a name with an escape could be the same one), and that what follows the first is an
+ * Law: when this takes a body, the body is valid JSON exactly if each message is, and the tools, and so is the body with [] in place of
+ * the messages and null in place of the tools; and then its "messages" and "tools" are those found here. It follows from what is checked:
+ * the bytes between the pieces (white space, one comma each), that both names are written once and as they are (a name with an escape
+ * could be the same one), and that what follows the first is an
  * array of objects. Inside the pieces only strings are told from all else and brackets counted, so that in a valid body the ends are
  * right; in an invalid one some piece is invalid, which its reader finds. Tests hold it against a parser.
  *

@@ -9,6 +9,7 @@ How: names are followed that hold something of the tools. To ask whether there a
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from jinja2 import nodes
 
@@ -20,22 +21,43 @@ _COUNTS = frozenset({"length", "count"})
 def is_told_first(tree: nodes.Template) -> bool:
     """Whether a template, not marked yet, looks at the tools before it goes through the messages only."""
     set_names = frozenset(name.name for name in tree.find_all(nodes.Name) if name.ctx == "store") | {"messages"}
+    namespaces = _Namespaces.in_tree(tree)
     names = {_TOOLS}
     while True:
-        reading = _Reading(names, set_names)
+        reading = _Reading(names, set_names, namespaces)
         reading.follow(tree.body, is_told=False)
         if reading.found <= names:
             return not (reading.is_late or reading.is_replaced)
         names |= reading.found
 
 
+class _Namespaces(NamedTuple):
+    """Names of namespaces in a template. others: those that may be one more name of any, as arguments of macros are."""
+
+    all: frozenset[str]
+    others: frozenset[str]
+
+    @classmethod
+    def in_tree(cls, tree: nodes.Template) -> "_Namespaces":
+        made = [node.target for node in tree.find_all(nodes.Assign) if _is_namespace(node.node)]
+        made_at = set(map(id, made))
+        used = {name.name for name in tree.find_all(nodes.NSRef)}
+        given = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load" and id(name) not in made_at}
+        return cls(frozenset(used.union(*map(_names_in, made))), frozenset(used & given))
+
+    def set_with(self, names: set[str]) -> set[str]:
+        """Those of which an attribute may be set where these names are used for that."""
+        return names if self.others.isdisjoint(names) else names | self.all
+
+
 class _Reading:
     """One pass over a template. names: those that hold something of the tools; set_names: those that the template sets, and the messages;
     found: as names, as this pass sees it."""
 
-    def __init__(self, names: set[str], set_names: frozenset[str]) -> None:
+    def __init__(self, names: set[str], set_names: frozenset[str], namespaces: _Namespaces) -> None:
         self._names = names
         self._set_names = set_names
+        self._namespaces = namespaces
         self._has_begun = False  # a loop that may be one over messages
         self._is_in_tools = False  # in a loop over tools: there is none over the messages that counts
         self.found = set(names)
@@ -72,7 +94,7 @@ class _Reading:
         if is_told:
             names = _names_in(target)
             self.is_replaced |= _TOOLS in names
-            self.found |= names
+            self.found |= self._namespaces.set_with(names)
 
     def _if(self, node: nodes.If, is_told: bool) -> None:
         branches = (node, *node.elif_)
@@ -94,7 +116,7 @@ class _Reading:
         # It is made here and called anywhere: with tools, or because of them.
         if any(map(self._reads, (*node.defaults, *node.body))):
             self.found.add(node.name)
-        self.found.update(name.name for name in node.find_all(nodes.NSRef))
+        self.found |= self._namespaces.set_with({name.name for name in node.find_all(nodes.NSRef)})
 
     def _decides(self, test: nodes.Node) -> bool:
         """Whether the truth of a condition depends on what stands in the tools."""
@@ -121,6 +143,10 @@ class _Reading:
             if isinstance(asked, nodes.Name) and asked.name == _TOOLS:
                 return False
         return any(map(self._reads, node.iter_child_nodes()))
+
+
+def _is_namespace(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Call) and isinstance(node.node, nodes.Name) and node.node.name == "namespace"
 
 
 def _names_in(node: nodes.Node) -> set[str]:

@@ -377,3 +377,11 @@ def test_messages_are_asked_for_when_they_are_needed() -> None:
     asked.clear()
     template.run(8, message_at, template.variables(None, {}), run.borders[6]).go_on()
     assert set(asked) == {6, 7}
+
+
+def test_shapes_are_small() -> None:
+    call: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x" * 9999: 1}}}
+    assert shape_of({"role": "assistant", "content": "x" * 9999, "tool_calls": [call] * 10}) is not None
+    many = [[[1] * 9] * 9] * 9
+    for odd in ({**call, "type": "x" * 65}, {**call, "x" * 65: 1}, {**call, "index": many}):
+        assert shape_of({"role": "assistant", "content": "", "tool_calls": [odd]}) is None

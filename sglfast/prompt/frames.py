@@ -184,9 +184,20 @@ def _for_texts(environment: Environment, words: dict[str, Any]) -> None:
         tests[name] = _or_of(Text, tests[name])
     for name in ("mapping", "iterable", "sequence"):
         tests[name] = _or_of(Data, tests[name])
+    tests["sameas"] = _same_of(tests["sameas"])
     environment.concat = concat  # type: ignore[method-assign]
     words["str"] = lambda value: value if type(value) is Text else str(value)
     words["str_join"] = concat
+
+
+def _same_of(test: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    def is_same(value: Any, other: Any) -> bool:
+        for one, two in ((value, other), (other, value)):
+            if type(one) in (Text, Data) and not isinstance(two, bool | None):
+                raise NotStableError("it is asked what object a text is")  # short strings are one object
+        return test(value, other)
+
+    return is_same
 
 
 def _or_of(kind: type, test: Callable[[Any], bool]) -> Callable[[Any], bool]:

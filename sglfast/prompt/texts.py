@@ -22,7 +22,8 @@ Form = tuple[Any, ...]  # a method of strings or `tojson`, and what it is called
 _TEXT, _DATA, _NOTHING = ("text",), ("data",), ("is", None)
 _WORDS = frozenset({"role", "type"})  # of these there are few, and templates ask which one it is
 _DATA_KEY = "arguments"
-_DEPTH, _ITEMS = 5, 16
+_DEPTH, _ITEMS, _LEAVES = 5, 16, 256  # of one message
+_WORD_CHARS = 64
 
 
 def shape_of(message: Message) -> Shape | None:
@@ -30,26 +31,31 @@ def shape_of(message: Message) -> Shape | None:
     if len(message) == 2 and type(message["content"]) is str:
         return str(message["role"])
     try:
-        return _shape(message, _DEPTH)
+        return _shape(message, _DEPTH, [_LEAVES])
     except NotStableError:
         return None
 
 
-def _shape(value: Any, depth: int) -> tuple[Any, ...]:
+def _shape(value: Any, depth: int, left: list[int]) -> tuple[Any, ...]:
+    """left: how many more items there may be."""
     kind = type(value)
-    if kind in (dict, list) and (not depth or len(value) > _ITEMS):
-        raise NotStableError("a message with much in it")
+    if kind in (dict, list):
+        left[0] -= len(value)
+        if not depth or len(value) > _ITEMS or left[0] < 0:
+            raise NotStableError("a message with much in it")
     if kind is dict:
         shape: list[Any] = ["dict"]
         for name, item in value.items():
+            if len(name) > _WORD_CHARS or (name in _WORDS and type(item) is str and len(item) > _WORD_CHARS):
+                raise NotStableError("a long word")  # shapes are remembered, and not by their bytes
             if type(item) is str:
                 shape += (name, _TEXT if item and name not in _WORDS else ("is", item))
             elif name == _DATA_KEY and type(item) is dict:
                 shape += (name, _DATA)
             else:
-                shape += (name, _NOTHING if item is None else _shape(item, depth - 1))
+                shape += (name, _NOTHING if item is None else _shape(item, depth - 1, left))
     elif kind is list:
-        shape = ["list", *[_shape(item, depth - 1) for item in value]]
+        shape = ["list", *[_shape(item, depth - 1, left) for item in value]]
     elif kind is str:
         return _TEXT if value else ("is", value)
     elif kind in (bool, int, float):

@@ -17,7 +17,7 @@ from sglfast.prompt.frames import Frame
 from sglfast.prompt.ids import Probe
 from sglfast.prompt.seen import SeenKeying
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
-from sglfast.shm import Variant
+from sglfast.shm import Dialect, Variant
 
 Body = dict[str, Any]  # messages and tools
 SEEDS = range(1, 9)
@@ -166,6 +166,44 @@ def test_a_border_behind_a_frame_that_follows_a_cut_too_closely_is_none(path: Ch
     begun = [message("tool", "words 7"), message("tool", "xy hm")]
     asked = [*begun, message("system", "words 7"), message("user", "the quick brown fo")]
     check_followed(path, source, [begun, asked, asked, asked, [*asked, message("user", " sp ")], [*asked, message("tool", "words 7")]])
+
+
+def test_a_namespace_with_two_names_is_told_late(path: Chats) -> None:
+    """SGLang's other form of the tools must be known before anything is printed, where the first one is refused late."""
+    source = "{% set ns = namespace(x=1) %}{% set k = ns %}{% for t in tools %}{% set k.x = t.function %}{% endfor %}"
+    source += "{% for m in messages %}{{ m.content }}{{ ns.x.name + '!' }}<|im_end|>{% endfor %}"
+    assert path.change_template(source)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    body = orjson.dumps({"messages": users("the quick brown fox " * 40, "x"), "tools": [tool]})
+    flat = [Variant(1, dialect=Dialect(tools="flat"))]
+    found, whole = path.keys(body, flat, everybody), plain(path.tokenizer, body, flat)
+    assert whole is not None
+    assert found == whole
+
+
+def test_a_frame_is_for_a_first_message_whose_numbers_are_of_the_same_kind(path: Chats) -> None:
+    source = (
+        "{% set ns = namespace(b=false) %}{% for m in messages[::-1] %}{% if m.role != 'user' and messages | length > 2 "
+        "and m.tool_calls[0].index is boolean %}{% set ns.b = true %}{% endif %}{% endfor %}"
+        "{% for m in messages %}{{ m.content }}{{ 'B' if ns.b and loop.index0 > 1 }}<|im_end|>{% endfor %}"
+    )
+    chats = []
+    for index in (1, 2, True, 1.0):
+        call = {"id": "1", "type": "function", "index": index, "function": {"name": "f", "arguments": "{}"}}
+        begun = [{**message("assistant", "a"), "tool_calls": [call]}, *users(f"b{len(chats)}")]
+        chats += [begun, *([*begun, *users(text)] for text in ("c", "d", "e"))]
+    check_followed(path, source, chats)
+
+
+def test_a_text_is_no_object(path: Chats) -> None:
+    """Python has one object for an empty string."""
+    source = "{% for m in messages %}{{ m.content }}{{ 'S' if loop.previtem and m.content is sameas loop.previtem.content }}"
+    source += "<|im_end|>{% endfor %}"
+    check_followed(
+        path,
+        source,
+        [users(*texts) for texts in (("a", "b"), ("a", "b", "c"), ("a", "b", "d"), ("a", "", ""), ("a", "", "e"), ("a", "", "", ""))],
+    )
 
 
 # ---- templates of seeds ----

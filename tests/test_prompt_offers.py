@@ -8,6 +8,7 @@ from chat_paths import TOOL, Chats, everybody, plain
 
 from sglfast.prompt import offers as offers_module
 from sglfast.prompt.offers import Offer
+from sglfast.prompt.raw import Context
 from sglfast.prompt.tokenizer import DEMO_TOKENIZER_PATH, load_tokenizer
 from sglfast.shm import Dialect, Variant
 
@@ -57,3 +58,30 @@ def test_texts_are_remembered_by_object_and_form_and_bounded() -> None:
     assert len(offer._texts) < 6, "all of them would be too much"
     assert sum(map(len, offer._texts.values())) < offer.size_bytes
     assert offer.text_of(TOOL, plain_form) is offer.text_of(TOOL, plain_form)
+
+
+def test_what_bodies_hold_of_tools_is_no_more_than_the_memory_knows(path: Chats) -> None:
+    """However often bodies with few other bytes are used, their tools go with them."""
+    prefixes = path.keyer.prefixes
+    for number in range(40):
+        for latest in range(number + 1):
+            assert path.raw.begin(body([TOOL] * 60 + [{**TOOL, "defer_loading": bool(latest % 2)}], user=str(latest // 2)), KEY, 500)
+        for place in range(3):
+            assert path.raw.begin(body([OTHER] * (60 + number), user=str(place)), KEY, 500)
+        held = {id(context.offer): context.offer for context in prefixes._prefixes.values() if isinstance(context, Context)}
+        assert sum(offer.size_bytes for offer in held.values() if offer.tools) <= prefixes.size_bytes
+
+
+def test_tools_that_are_too_many_to_be_remembered_are_not_held(path: Chats) -> None:
+    sent = body([TOOL] * 4000)
+    for _ in range(2):
+        assert path.keys(sent, KEY, everybody) == plain(path.tokenizer, sent, KEY)
+    assert not any(isinstance(known, Context) for known in path.keyer.prefixes._prefixes.values())
+
+
+def test_many_tools_are_first_read_where_that_may_take_long(path: Chats) -> None:
+    for tools, budget in (([TOOL] * 10, (1 << 16, 20)), ([TOOL], (40, 150))):
+        assert path.raw.begin(body(tools), KEY, 500, budget) is None
+        assert path.raw.begin(body(tools), KEY, 500) is not None
+        assert path.raw.begin(body(tools), KEY, 500, (1 << 16, 150)) is not None
+        assert path.raw.begin(body(tools, user="another"), KEY, 500, (100, 20)) is not None

@@ -27,10 +27,11 @@ _TEXT_SHARE = 4  # of the tools' own bytes, for texts
 class Offer:
     """What `tools` of a body are to a template: `tools`, None for none; key: 16 bytes that are the same for equal ones."""
 
-    __slots__ = ("_ids", "_left_bytes", "_texts", "key", "size_bytes", "tools")
+    __slots__ = ("_ids", "_left_bytes", "_texts", "key", "name", "size_bytes", "tools")
 
-    def __init__(self, raw: bytes, tools: list[dict[str, Any]] | None, seed: int) -> None:
-        """raw: as the body has them; seed: of keys."""
+    def __init__(self, raw: bytes, tools: list[dict[str, Any]] | None, seed: int, name: object = None) -> None:
+        """raw: as the body has them; seed: of keys; name: by which it is remembered."""
+        self.name = name
         self.tools = tools
         self.key = xxhash.xxh3_128_digest(orjson.dumps(tools), seed)
         self._ids = frozenset(map(id, (tools, *tools))) if tools else frozenset()
@@ -53,19 +54,34 @@ class Offer:
         return text
 
 
-def offer_of(prefixes: PrefixCache, raw: bytes, choice: object, dialect: Dialect) -> Offer:
-    """The tools of a body; most bodies have none, or the same as others. raw: empty for none; choice: its `tool_choice`.
+def offer_of(prefixes: PrefixCache, raw: bytes, choice: object, dialect: Dialect, *, is_made: bool = True) -> Offer | None:
+    """The tools of a body; most bodies have none, or the same as others. raw: empty for none; choice: its `tool_choice`; is_made: whether
+    those that are not known may be parsed now, else None.
 
     Raises UnkeyableError, JSONDecodeError.
     """
     name = (xxhash.xxh3_128_digest(raw, prefixes.seed), orjson.dumps(choice), dialect)
     offer = prefixes.get(name)
     if not isinstance(offer, Offer):
+        if not is_made:
+            return None
         fields = {"tools": orjson.loads(raw) if raw else None, "tool_choice": choice}
         tools = vllm_chat.tools_input(fields) if dialect.engine == "vllm" else tools_input(fields, dialect.tools)
-        offer = Offer(raw, tools, prefixes.seed)
+        offer = Offer(raw, tools, prefixes.seed, name)
         prefixes.put(name, offer)
     return offer
+
+
+def keep(prefixes: PrefixCache, offer: Offer) -> bool:
+    """Let the memory use an Offer, so that it goes after all that is there already; False: it is too big to be remembered.
+
+    Who is remembered and holds one calls this behind each use of itself: else the Offer would go first, and what is still held of it
+    would count nowhere.
+    """
+    if prefixes.get(offer.name) is None:
+        prefixes.put(offer.name, offer)
+        return prefixes.get(offer.name) is not None
+    return True
 
 
 @pass_context

@@ -21,12 +21,13 @@ from sglfast._jsonscan import ChatScan, scan_chat
 from sglfast.errors import PromptError
 from sglfast.prompt import vllm_chat
 from sglfast.prompt.adapters import asked_for
+from sglfast.prompt.budgets import Budget, is_much, is_too_much
 from sglfast.prompt.chat import closed, is_open, kwargs_input, message_input
 from sglfast.prompt.frames import Frame, FrameMaker
 from sglfast.prompt.kept import NotStableError
 from sglfast.prompt.keys import PromptText, cache_salt_of, given_of, text_of_chat
 from sglfast.prompt.lazy import Keying, LazyKeyer
-from sglfast.prompt.offers import offer_of
+from sglfast.prompt.offers import Offer, keep, offer_of
 from sglfast.prompt.prefixes import Prefix
 from sglfast.prompt.scans import Message
 from sglfast.prompt.seen import Kind, SeenKeying, Turn, Turns
@@ -45,10 +46,6 @@ _UNBOUNDED = 1 << 62
 _PARTS = (b'"content":[', b'"content": [')  # as those who write JSON begin them
 
 
-# What may be parsed at once: bytes of JSON, and objects and arrays in them.
-Budget = tuple[int, int]
-
-
 @dataclass(slots=True)
 class Context:
     """All of a body but its messages. key: the same for all that lead to the same text and keys; asked: see LazyKeyer.begin."""
@@ -58,7 +55,7 @@ class Context:
     variables: dict[str, Any]
     cache_salt: str
     is_continued: bool
-    has_tools: bool
+    offer: Offer
     size_bytes: int
     _last_kind: Kind | None = None
 
@@ -110,9 +107,11 @@ class RawReader:
         dialect = dialect_of(variants)
         context = self.keyer.prefixes.get((scan.context_name, dialect))
         if not isinstance(context, Context):
-            context = self._context(template, scan, dialect)
+            context = self._context(template, scan, dialect, budget)
             if context is None:
                 return None
+        elif context.offer.tools:
+            keep(self.keyer.prefixes, context.offer)
         count = limit = len(scan)
         if budget is not None and is_too_much(scan, count - 1, budget):
             return None
@@ -153,7 +152,7 @@ class RawReader:
                 turn = self.keyer.prefixes.first(names)
         messages = _Messages(self, scan, budget, last, engine)
         run = template.run(count, messages.at, context.variables)
-        has_second_try = context.has_tools and engine == "sglang"
+        has_second_try = bool(context.offer.tools) and engine == "sglang"
         is_whole = has_second_try and not template.tells_tools_first
         if is_whole or _may_have_parts(scan):
             # What comes late may be the tools' other form, or media: then all must be known at once.
@@ -223,9 +222,13 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
         elif frame is False:
             early_at = functools.partial(self._early_of, scan, engine)
             frame = frames[shapes] = self._frames.make(turn.border, turn.opening_role, turn.before, shapes, context.variables, early_at)
-        if not isinstance(frame, Frame) or (frame.opening is not None and frame.opening != self._early_of(scan, engine, 0)):
+        if not isinstance(frame, Frame):
             return None
-        return frame
+        if frame.opening is None:
+            return frame
+        opening = self._early_of(scan, engine, 0)
+        # Not `==`: to that 1, 1.0 and True are one, and so are the same items in another order.
+        return frame if frame.opening is opening or repr(frame.opening) == repr(opening) else None
 
     def _with_early(self, frame: Frame, turn: Turn, tail: list[Message], scan: ChatScan, engine: Engine) -> Messages | None:
         """The messages behind a border and those before it that a frame asks for; None when one has another shape."""
@@ -239,7 +242,7 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
     def _early_of(self, scan: ChatScan, engine: Engine, at: int) -> Message:
         return self.early(scan, at, lambda at: self.message(scan.message(at), engine), engine)
 
-    def _context(self, template: StableTemplate, scan: ChatScan, dialect: Dialect) -> Context | None:
+    def _context(self, template: StableTemplate, scan: ChatScan, dialect: Dialect, budget: Budget | None) -> Context | None:
         text = scan.context
         fields = orjson.loads(text)
         if dialect.engine == "vllm":
@@ -249,7 +252,10 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
             kwargs = vllm_chat.kwargs_input(fields)
         else:
             kwargs = kwargs_input(fields, dialect.template_kwargs)
-        offer = offer_of(self.keyer.prefixes, scan.tools, fields.get("tool_choice"), dialect)
+        is_little = budget is None or not is_much(scan.tools, budget)
+        offer = offer_of(self.keyer.prefixes, scan.tools, fields.get("tool_choice"), dialect, is_made=is_little)
+        if offer is None:
+            return None
         if fields.get("input_ids") is not None or not RESERVED_KWARGS.isdisjoint(kwargs):
             return None
         salt, asked = cache_salt_of(fields), asked_for(fields)
@@ -259,10 +265,12 @@ counts_chars=True, continuation=continuation, salt=context.cache_salt, asked=con
             variables=template.variables(offer.tools, kwargs, offer),
             cache_salt=salt,
             is_continued=bool(fields.get("continue_final_message")),
-            has_tools=bool(offer.tools),
+            offer=offer,
             size_bytes=1000 + 12 * len(text),
         )
-        self.keyer.prefixes.put((scan.context_name, dialect), context)
+        if keep(self.keyer.prefixes, offer):
+            self.keyer.prefixes.put((scan.context_name, dialect), context)
+            keep(self.keyer.prefixes, offer)
         return context
 
     def message(self, text: bytes, engine: Engine) -> Message:
@@ -379,20 +387,6 @@ def _rest(reader: RawReader, scan: ChatScan, run: Run, messages: _Messages, dial
 def _may_have_parts(scan: ChatScan) -> bool:
     """Whether a content may be a list; one written in an unusual way is found when it is read."""
     return not scan.is_flat(0) and any(scan.body.find(begin, scan.start(0)) >= 0 for begin in _PARTS)
-
-
-def is_too_much(scan: ChatScan, first: int, budget: Budget | None) -> bool:
-    """Whether the messages from `first` on are more than may be parsed at once."""
-    count = len(scan)
-    if budget is None or first == count:
-        return False
-    start, end = scan.start(first), scan.end(count - 1)
-    if end - start > budget[0]:
-        return True
-    if scan.is_flat(first):
-        return count - first > budget[1]
-    text = scan.body[start:end]
-    return text.count(b"{") + text.count(b"[") > budget[1]
 
 
 def _chars(message: Message) -> int:

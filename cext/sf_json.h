@@ -5,9 +5,9 @@
  * Law: when this takes a body, the body is valid JSON exactly if each message is, and the tools, and so is the body with [] in place of
  * the messages and null in place of the tools; and then its "messages" and "tools" are those found here. It follows from what is checked:
  * the bytes between the pieces (white space, one comma each), that both names are written once and as they are (a name with an escape
- * could be the same one), and that what follows the first is an
- * array of objects. Inside the pieces only strings are told from all else and brackets counted, so that in a valid body the ends are
- * right; in an invalid one some piece is invalid, which its reader finds. Tests hold it against a parser.
+ * could be the same one), and that what follows the first is an array of objects. Inside the pieces only strings are told from all else
+ * and brackets counted, so that in a valid body the ends are right; in an invalid one some piece is invalid, which its reader finds. Tests
+ * hold it against a parser.
  *
  * Bounds: one step per byte at most, no recursion, 64 bytes at a time inside strings; at most SF_JSON_MESSAGES messages.
  */

@@ -266,6 +266,18 @@ def test_plain_messages_have_frames(name: str) -> None:
     assert frame.borders
 
 
+@pytest.mark.parametrize("chars", [1500, 3000])
+def test_a_frame_holds_little_besides_the_texts(chars: int) -> None:
+    """Frames are kept by their number, so what is printed around a text must not be long."""
+    source = "{% for m in messages %}<|im_start|>{{ m.role }}" + "x" * chars + "{{ m.content }}<|im_end|>\n{% endfor %}"
+    template = StableTemplate.of(ChatTemplate(source, {}))
+    assert template is not None
+    run = template.run(2, PLAIN.__getitem__, template.variables(None, {}))
+    run.go_on()
+    frame = FrameMaker(template).make(run.borders[-1], "user", None, ("user",), template.variables(None, {}), PLAIN.__getitem__)
+    assert (frame is None) == (chars > 2048)
+
+
 # What a template may ask of a text, with the value of a string and that of a Text: it is refused, or the same.
 QUESTIONS = [
     "m.content == 'a'", "m.content != 'a'", "m.content | length", "m.content | int", "m.content | float", "m.content[0]",

@@ -22,6 +22,7 @@ from sglfast.prompt.stable import Border, Run, StableTemplate
 from sglfast.prompt.texts import Asked, Data, Hole, Messages, Shape, Text, as_json, concat, message_of, shape_of
 
 _MAX_PARTS = 64
+_MAX_CHARS = 2048  # between the texts; frames are kept by number
 
 
 class Frame:
@@ -139,7 +140,8 @@ class FrameMaker:
             part for printed in run.parts for part in (printed._parts if isinstance(printed, Text) else (printed,))
         )
         # Without its borders nothing could be remembered behind a frame.
-        if run.has_lost_borders or len(parts) > _MAX_PARTS:
+        chars = sum(len(part) for part in parts if isinstance(part, str))
+        if run.has_lost_borders or len(parts) > _MAX_PARTS or chars > _MAX_CHARS:
             return None
         holes = [part for part in parts if not isinstance(part, str)]
         holes += [hole for border in run.borders for hole in _holes_in(border.state)]

@@ -186,7 +186,8 @@ class Keying:
                 self._probed = [0] * len(self._keys)
         last = borders[-1] if borders else -1
         self._cuts = [cut for cut in self._places_of_cuts(last) if cut > self._pos]
-        self._ends = pieces.ends(text, self._pos, sorted({*self._cuts, last}), first, self._first_chars)
+        ends = sorted({*self._cuts, last}) if self._cuts else (last,)
+        self._ends = pieces.ends(text, self._pos, ends, first, self._first_chars)
         self._is_open = True
 
     def _places_of_cuts(self, last_border: int) -> Sequence[int]:

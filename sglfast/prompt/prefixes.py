@@ -84,8 +84,8 @@ class PrefixCache:
         """What is known by the first of `names` by which anything is, or None."""
         prefixes = self._prefixes
         for name in names:
-            known = prefixes.get(name)
-            if known is not None:
+            if name in prefixes:  # most are not, and a call for each costs more than this
+                known = prefixes.get(name)
                 with self._lock:
                     if name in prefixes:  # it may have gone meanwhile
                         prefixes.move_to_end(name)

@@ -110,8 +110,12 @@ class Turns:
 
     def place_of_head(self, scan: ChatScan, limit: int, kind: Kind, run: Run, text: str) -> int:
         """Where to remember what stands before all questions, tools among it, if conversations share that; -1 for nowhere."""
-        head = next((border for border in reversed(run.borders[:2]) if border.at <= border.needed == 1 <= limit), None)
-        if head is None or head.chars < _HEAD_CHARS or run.message(0)["role"] in ("user", "assistant"):
+        for head in reversed(run.borders[:2]):
+            if head.at <= head.needed == 1 <= limit:
+                break
+        else:
+            return -1
+        if head.chars < _HEAD_CHARS or run.message(0)["role"] in ("user", "assistant"):
             return -1
         if self.keyer.prefixes.get(scan.name(1, kind.name)) is not None:
             return -1
